@@ -24,8 +24,8 @@ syncnorm.add_command(compare)
 def main() -> int:
     """Runs the command line and returns the exit code.
 
-    0: done. 1: failed. 2: used wrongly, with one line on stderr. 130: interrupted. Under a launcher every rank
-    returns the same code, and rank 0 alone prints.
+    0: done. 1: failed. 2: used wrongly, with one line on stderr. 130: interrupted. Under a launcher every
+    rank returns the same code, and rank 0 alone prints.
     """
     try:
         result = syncnorm.main(prog_name="syncnorm", standalone_mode=False)

@@ -61,12 +61,13 @@ def compare(
     seed: int,
     json_file: Path | None,
 ) -> None:
-    """Train DataParallel, DDP and synchronized batch norm side by side on scikit-learn's digits.
+    r"""Train DataParallel, DDP and synchronized batch norm side by side on scikit-learn's digits.
 
-    Alone it starts two gloo ranks on this machine. Under torchrun or accelerate launch it uses the ranks that it
-    is given:
+    Alone it starts gloo ranks on this machine. Under a launcher it uses the ranks that it is given:
 
+    \b
         torchrun --nproc-per-node 2 -m syncnorm compare
+        accelerate launch --multi_gpu --num_processes 2 -m syncnorm compare
     """
     _check_writable(json_file)
     comparison = run(

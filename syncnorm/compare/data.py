@@ -40,7 +40,7 @@ def load_digits() -> Digits:
 
 
 def batch_indices(num_samples: int, batch: int, seed: int) -> Iterator[Tensor]:
-    """Index tensors (batch,), epoch after epoch, each epoch shuffled anew; the incomplete last batch is dropped.
+    """Index tensors (batch,), epoch after epoch, each shuffled anew; the incomplete last batch is dropped.
 
     The same for every arm and rank, so the arms see the same global batches in the same order.
     """

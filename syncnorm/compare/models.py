@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions, each with batch norm, around a shortcut (1x1 convolution where the shape changes)."""
+    """Two 3x3 convolutions with batch norm beside a shortcut, a 1x1 convolution where the shape changes."""
 
     def __init__(self, width_in: int, width: int, stride: int) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualNet(nn.Sequential):
-    """Stem, one residual block a width, mean over space, linear classifier: (N, 1, 8, 8) -> (N, num_classes)."""
+    """Stem, one block a width, mean over space, linear classifier: (N, 1, 8, 8) -> (N, num_classes)."""
 
     def __init__(self, widths: tuple[int, ...] = (16, 32, 64), num_classes: int = 10) -> None:
         blocks = [

@@ -23,8 +23,8 @@ WAIT = timedelta(days=1)
 class Ranks:
     """This process among the others, its device, and a gloo group to wait and talk in.
 
-    The waiting has a group of its own: on NCCL a waiting rank would keep its GPU busy, and the group's default
-    timeout would end a long reference run.
+    The waiting has a group of its own: on NCCL a waiting rank would keep its GPU busy, and the group's
+    default timeout would end a long reference run.
     """
 
     rank: int

@@ -73,7 +73,7 @@ class Trainer:
         """
         self.module.train()
         recorder = CollectiveRecorder()
-        # DDP rebuilds its buckets, with a broadcast, in the step after the very first: keep that out of the count.
+        # DDP rebuilds its buckets in the step after the very first, with a broadcast that no later step makes.
         for context in (nullcontext(), recorder):
             with context:
                 self._timed_step()

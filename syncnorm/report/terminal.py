@@ -10,15 +10,15 @@ from rich.text import Text
 
 from syncnorm.compare.records import ArmResult, Comparison, Gap, Parity
 
-# fp32 carries 1.2e-7 of relative precision; sums over a batch in another order lose a few digits of it. Anything
-# an arm computes differently shows up above 1e-3.
+# fp32 carries 1.2e-7 of relative precision; sums over a batch in another order lose a digit of it. What an arm
+# computes differently shows up above 1e-3.
 ROUNDING = 1e-5
 # Below this the output would break lines within numbers.
 WIDTH = 100
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
-    """Prints the tables and their legend, at most 100 columns wide; plain text where stdout is no terminal."""
+    """Prints tables and legend, at most 100 columns wide; plain text where stdout is no terminal."""
     if console is None:
         console = Console(highlight=False)
         console.width = WIDTH if not console.is_terminal else min(WIDTH, console.width)
@@ -31,7 +31,7 @@ def render(comparison: Comparison) -> RenderableType:
         _headline(comparison),
         Text(),
         _parity_table(comparison),
-        _parity_legend(comparison),
+        Text(_PARITY_LEGEND, style="dim"),
         Text(),
         _cost_table(comparison),
         _cost_legend(comparison),
@@ -42,12 +42,13 @@ def render(comparison: Comparison) -> RenderableType:
 def _headline(comparison: Comparison) -> Text:
     settings, hardware = comparison.settings, comparison.hardware
     return Text(
-        f"Residual CNN ({comparison.num_parameters:,} parameters, {comparison.num_norm_layers} norm layers) on "
-        f"{comparison.num_train:,} digits: {settings.world_size} ranks x {settings.batch_per_rank} images = a global "
-        f"batch of {settings.global_batch}, {settings.steps} steps, seed {settings.seed}.\n"
+        f"A residual CNN ({comparison.num_parameters:,} parameters, {comparison.num_norm_layers} norm layers) "
+        f"learns {comparison.num_train:,} digits in {settings.steps} steps:\n"
+        f"{settings.world_size} ranks x {settings.batch_per_rank} images = a global batch of "
+        f"{settings.global_batch}, seed {settings.seed}.\n"
         f"{hardware.device_name}, {hardware.cpu_count} cores, {hardware.threads_per_rank} thread(s) a rank, "
-        f"{hardware.backend}; torch {comparison.torch_version}, syncnorm {comparison.syncnorm_version}; "
-        f"{comparison.date}; {comparison.wall_seconds:.0f} s."
+        f"{hardware.backend}, torch {comparison.torch_version}, syncnorm {comparison.syncnorm_version}.\n"
+        f"{comparison.date}, {comparison.wall_seconds:.0f} s."
     )
 
 
@@ -100,13 +101,11 @@ def _verdict(arm: ArmResult) -> Text:
     return Text("no: other statistics", style="bold red")
 
 
-def _parity_legend(comparison: Comparison) -> Text:
-    return Text(
-        "Every arm starts from the same weights and sees the same global batches. max|a - b| / max|b| over all weights, "
-        "running means and running variances (rank 0's, as DDP would save them); fp32 rounding is about 1e-7. "
-        "Rounding grows from step to step, so judge by the first; '-': the norm keeps no such statistics.",
-        style="dim",
-    )
+_PARITY_LEGEND = """\
+max|a - b| / max|b| over all weights, running means and running variances (rank 0's, as DDP saves them).
+Every arm starts from the same weights and gets the same global batches, so an arm that trains like one
+process differs by fp32 rounding alone, about 1e-7; that grows with the steps: judge by the first.
+A '-' stands where the arm's norm keeps no running statistics."""
 
 
 def _cost_table(comparison: Comparison) -> Table:
@@ -148,9 +147,9 @@ def _number(value: float | None, spec: str) -> str:
 
 def _cost_legend(comparison: Comparison) -> Text:
     return Text(
-        f"Accuracy: {comparison.num_test} images that no arm trained on{_noise(comparison)}. Images/s: global batch / "
-        "median step. Collectives and KiB: what rank 0 hands to torch.distributed in one step, by the wrapper + by the "
-        "norm layers. single and dp use one process, the others all ranks.",
+        f"Accuracy on {comparison.num_test} images that no arm trained on{_noise(comparison)}.\n"
+        "Images/s: global batch / median step; single and dp use one process, the others all ranks.\n"
+        "Collectives: calls that rank 0 makes in a step, by DDP + by the norm layers; KiB: what it hands in.",
         style="dim",
     )
 
