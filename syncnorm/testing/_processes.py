@@ -1,0 +1,240 @@
+"""The caller's side of the kept ranks: spawn, send a task, await answers and deaths, end those that hang.
+
+Every wait is for an event, a message or a process's end, with a deadline; nothing polls.
+"""
+
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+from syncnorm.testing import _rank
+from syncnorm.testing._transport import IDLE, LEAVE, STOP, Raised, Returned, Task
+
+# How long the other ranks may take to report once one has failed. Closed sockets tell those that
+# communicate within milliseconds; one that computes or waits for something else is not worth a longer wait.
+GRACE_SECONDS = 1.0
+# How long a rank may take to close its process group, some 25 ms on an idle machine. One that cannot,
+# because fn left an asynchronous collective behind that never ends, is replaced.
+LEAVE_SECONDS = 5.0
+# How long a new rank may take to import torch on a machine with much else to do.
+SPAWN_SECONDS = 120.0
+_WHILE_STARTING = (
+    ": it died while it started, see its output above. Does the script call run_ranks outside of "
+    'if __name__ == "__main__": ?'
+)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A rank that reported nothing: it died, or it was ended because it did not answer."""
+
+    summary: str
+    stack: str
+    exception: BaseException
+    at: float
+
+
+Report = Returned | Raised | Ended
+
+
+@dataclass(frozen=True)
+class RankProcess:
+    """One kept rank: its process, the pipe to it, and the file that gets its stack when a signal ends it."""
+
+    process: SpawnProcess
+    connection: Connection
+    stacks: Path
+
+    @classmethod
+    def spawn(cls, stacks: Path) -> "RankProcess":
+        """Start the process; its first message will be IDLE."""
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        # Not a daemon, which could have no children of its own: fn may use a DataLoader with workers.
+        process = context.Process(target=_rank.main, args=(theirs, str(stacks)), daemon=False)
+        try:
+            process.start()
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        return cls(process, ours, stacks)
+
+    def send(self, message: bytes) -> None:
+        """Send; a rank that is gone shows in its sentinel, where the reason can be told."""
+        with suppress(OSError):
+            self.connection.send_bytes(message)
+
+    def receive(self) -> Any:
+        """Its next message, or None if it has died."""
+        # A process that the rank forked may hold the pipe open after the rank's death: never block here.
+        if not self.connection.poll():
+            return None
+        try:
+            message = self.connection.recv_bytes()
+        except (EOFError, OSError):
+            return None
+        return message if message == IDLE else pickle.loads(message)
+
+    def end(self, patience: float = GRACE_SECONDS) -> int | None:
+        """Wait for its end, kill it after ``patience`` seconds; return the exit code."""
+        self.process.join(patience)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        code = self.process.exitcode
+        self.process.close()
+        self.connection.close()
+        return code
+
+    def abort(self) -> None:
+        """Have it write its stack and die; ``end`` waits for that."""
+        if self.process.is_alive() and self.process.pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(self.process.pid, signal.SIGABRT)
+
+    def stack(self) -> str:
+        """Its Python stacks when a signal ended it, the innermost call first, without our own frames."""
+        if not self.stacks.exists():
+            return ""
+        stacks = []
+        for block in self.stacks.read_text().split("\n\n"):
+            lines = block.splitlines()
+            if "hread 0x" not in block or _rank._end_with_parent.__name__ in block:
+                continue
+            own = [i for i, line in enumerate(lines) if _rank.__file__ in line]
+            stacks.append("\n".join(lines[: own[0]] if own else lines))
+        return "\n".join(stacks)
+
+
+class Pool:
+    """The kept ranks. A call of world size n uses the first n of them."""
+
+    def __init__(self) -> None:
+        self.owner = os.getpid()
+        self._folder = Path(tempfile.mkdtemp(prefix="syncnorm-ranks-"))
+        self._ranks: dict[int, RankProcess] = {}
+        self._calls = 0
+
+    def run(self, world_size: int, modules: dict[str, str], call: bytes, timeout: float) -> dict[int, Report]:
+        """Run the pickled call on ranks 0 to ``world_size - 1``; return every rank's report."""
+        self._calls += 1
+        store = self._folder / f"store{self._calls}"
+        environ, cwd = dict(os.environ), os.getcwd()
+        try:
+            reports: dict[int, Report] = dict(self._make_ready(world_size))
+            if not reports:
+                for rank in range(world_size):
+                    task = Task(rank, world_size, str(store), timeout, environ, sys.path, cwd, modules, call)
+                    self._ranks[rank].send(pickle.dumps(task))
+                reports = self._collect(world_size, timeout)
+                self._dismiss([rank for rank, report in reports.items() if not isinstance(report, Ended)])
+        except BaseException:
+            # Ctrl-C or a test's own time limit: what the ranks are doing is unknown, so none is kept.
+            self._kill(list(self._ranks))
+            raise
+        finally:
+            store.unlink(missing_ok=True)
+        return reports
+
+    def close(self) -> None:
+        """End every rank; those that do not go by themselves within a second are killed."""
+        for rank in self._ranks.values():
+            rank.send(STOP)
+        for rank in self._ranks.values():
+            rank.end()
+        self._ranks.clear()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _make_ready(self, world_size: int) -> dict[int, Ended]:
+        """Start the ranks that are missing; return those of them that died before they were ready."""
+        for rank, kept in list(self._ranks.items()):
+            if not kept.process.is_alive():
+                self._ranks.pop(rank).end()
+        new = {rank for rank in range(world_size) if rank not in self._ranks}
+        for rank in new:
+            self._ranks[rank] = RankProcess.spawn(self._folder / f"rank{rank}.stacks")
+        failed: dict[int, Ended] = {}
+        deadline = time.monotonic() + SPAWN_SECONDS
+        while new and not failed and (arrived := self._next(new, deadline)):
+            failed.update(
+                (rank, self._bury(rank, _WHILE_STARTING)) for rank, message in arrived if message is None
+            )
+            new -= {rank for rank, _ in arrived}
+        if new:  # one died, or the machine is stuck
+            unready = f"rank {min(new)} was not ready after {SPAWN_SECONDS:.0f} s"
+            failed = failed or {min(new): Ended(unready, "", TimeoutError(unready), time.monotonic())}
+            self._kill([rank for rank in new if rank in self._ranks])
+        return failed
+
+    def _next(self, ranks: set[int], deadline: float) -> list[tuple[int, Any]]:
+        """What arrives next from ``ranks``, None for a rank that died; nothing after the deadline."""
+        sources: dict[Any, int] = {}
+        for rank in ranks:
+            sources[self._ranks[rank].connection] = sources[self._ranks[rank].process.sentinel] = rank
+        ready = wait(list(sources), max(0.0, deadline - time.monotonic()))
+        return [(rank, self._ranks[rank].receive()) for rank in sorted({sources[source] for source in ready})]
+
+    def _collect(self, world_size: int, timeout: float) -> dict[int, Report]:
+        reports: dict[int, Report] = {}
+        pending = set(range(world_size))
+        deadline = time.monotonic() + timeout
+        while pending and (arrived := self._next(pending, deadline)):
+            for rank, message in arrived:
+                reports[rank] = self._bury(rank) if message is None else message
+                if not isinstance(reports[rank], Returned):
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+            pending -= reports.keys()
+        failed = any(not isinstance(report, Returned) for report in reports.values())
+        after = f"{GRACE_SECONDS:g} s after another rank had failed" if failed else f"after {timeout:g} s"
+        for rank in pending:
+            self._ranks[rank].abort()
+        for rank in sorted(pending):
+            unanswered = self._ranks.pop(rank)
+            unanswered.end()
+            summary = f"was still running {after}"
+            reports[rank] = Ended(
+                summary, unanswered.stack(), TimeoutError(f"rank {rank} {summary}"), time.monotonic()
+            )
+        return dict(sorted(reports.items()))
+
+    def _bury(self, rank: int, when: str = "") -> Ended:
+        at = time.monotonic()
+        dead = self._ranks.pop(rank)
+        code = dead.end()
+        if code is not None and code < 0:
+            try:
+                how = f"was ended by {signal.Signals(-code).name}"
+            except ValueError:
+                how = f"was ended by signal {-code}"
+        else:
+            how = f"ended its process with exit code {code}"
+        how += when
+        return Ended(how, dead.stack(), ChildProcessError(f"rank {rank} {how}"), at)
+
+    def _dismiss(self, ranks: list[int]) -> None:
+        """Let the ranks that answered close their process groups, and wait until they have."""
+        for rank in ranks:
+            self._ranks[rank].send(LEAVE)
+        pending = set(ranks)
+        deadline = time.monotonic() + LEAVE_SECONDS
+        while pending and (arrived := self._next(pending, deadline)):
+            self._kill([rank for rank, message in arrived if message is None])
+            pending -= {rank for rank, _ in arrived}
+        self._kill(list(pending))
+
+    def _kill(self, ranks: list[int]) -> None:
+        for rank in ranks:
+            self._ranks.pop(rank).end(patience=0)

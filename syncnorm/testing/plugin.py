@@ -1,0 +1,17 @@
+"""The pytest plugin that comes with an installed syncnorm: its test helpers as fixtures."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+# The fixtures import what they need when a test asks for them: pytest loads this file on every run.
+
+
+@pytest.fixture(scope="session")
+def run_ranks() -> Iterator[Callable[..., list[Any]]]:
+    """``syncnorm.testing.run_ranks``; its ranks are kept for the session and end with it."""
+    from syncnorm.testing.pool import run_ranks, shutdown
+
+    yield run_ranks
+    shutdown()
