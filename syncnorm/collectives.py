@@ -41,13 +41,10 @@ def gather_moments(
             dist.all_gather(list(gathered.unbind()), packed, group=group)
         else:
             _all_gather_into(gathered.view(-1), packed, group=group)
-    mean_WC, invstd_WC, count_W1 = gathered.split([channels, channels, 1], dim=1)
-    return mean_WC, invstd_WC, count_W1
+    return gathered[:, :channels], gathered[:, channels:-1], gathered[:, -1:]
 
 
-def reduce_gradient_sums(
-    sum_dy: Tensor, sum_dy_xmu: Tensor, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor]:
+def reduce_gradient_sums(sum_dy: Tensor, sum_dy_xmu: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """Sums over all ranks, from one all_reduce of the packed ``[sum_dy (C), sum_dy_xmu (C)]``.
 
     Args:

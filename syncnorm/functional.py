@@ -76,7 +76,8 @@ def sync_batch_norm(
         )
     if eps <= 0:
         raise InputError(f"eps must be positive in training, got {eps}")
-    output, mean, var, count = _SyncBatchNorm.apply(input, weight, bias, eps, group)
+    output: Tensor
+    output, mean, var, count = _SyncBatchNorm.apply(input, weight, bias, eps, group)  # type: ignore[no-untyped-call]
     if running_mean is not None and running_var is not None:
         moments.update_running_(running_mean, running_var, num_batches_tracked, mean, var, count, momentum)
     return output
@@ -109,7 +110,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         return y, mean64, var64, count
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, invstd, count = ctx.saved_tensors
         passes = kernels.for_device(x.device)

@@ -27,9 +27,7 @@ def resolve(group: Any) -> dist.ProcessGroup | None:
                 f"pass one of them, for example mesh['dp']"
             )
         return group.get_group()  # type: ignore[no-any-return]
-    raise InputError(
-        f"process_group must be a ProcessGroup, a 1-D DeviceMesh or None, got {type(group).__name__}"
-    )
+    raise InputError(f"process_group must be a ProcessGroup, a 1-D DeviceMesh or None, got {type(group).__name__}")
 
 
 def synced_group(group: Any) -> dist.ProcessGroup | None:
@@ -75,7 +73,7 @@ def subgroup(size: int | Literal["node"]) -> dist.ProcessGroup:
     if size not in _made or not _alive(_made[size]):
         partition = _nodes() if size == "node" else [list(range(r, r + size)) for r in range(0, world, size)]
         # Every rank creates every group, in the same order, also those that it is not in.
-        mine, _ = dist.new_subgroups_by_enumeration(partition)
+        mine, _ = dist.new_subgroups_by_enumeration(partition)  # type: ignore[no-untyped-call]
         _made[size] = mine
     return _made[size]
 
@@ -120,13 +118,17 @@ class GroupHandle:
             )
         return self._group
 
+    def peek(self) -> dist.ProcessGroup | None:
+        """The group, or None if there is none or it was lost."""
+        return self._group
+
     def describe(self) -> str:
         """One or two words for a table."""
         if self._lost is not None:
             return f"lost ({self._lost})"
         if self._group is None:
             return "default"
-        if self._group == dist.GroupMember.NON_GROUP_MEMBER:
+        if self._group == dist.GroupMember.NON_GROUP_MEMBER:  # type: ignore[comparison-overlap]
             return "not a member"
         try:
             return f"ranks {dist.get_process_group_ranks(self._group)}"

@@ -13,11 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncnorm import functional, groups
 
 
-class SyncMixin:
-    """The synced forward, mixed in before a class that is an ``nn.BatchNorm``.
-
-    Parameters, buffers, constructor, hooks, ``state_dict`` and evaluation are those of the other class.
-    """
+class Synced:
+    """What every synced layer has: the process group that it synchronises over."""
 
     # A default on the class: an instance whose class was changed in place needs no attribute of its own.
     _sync_group = groups.GroupHandle(None)
@@ -30,6 +27,13 @@ class SyncMixin:
     @process_group.setter
     def process_group(self, group: Any) -> None:
         self._sync_group = groups.GroupHandle(groups.resolve(group))
+
+
+class SyncMixin(Synced):
+    """The synced forward, mixed in before a class that is an ``nn.BatchNorm``.
+
+    Parameters, buffers, constructor, hooks, ``state_dict`` and evaluation are those of the other class.
+    """
 
     def forward(self: Any, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalises with the statistics of all ranks in training, with the running ones in evaluation.
@@ -48,7 +52,7 @@ class SyncMixin:
         functional.check_mask(input, mask)
         in_replica = warn_under_data_parallel(self)
         if not self.training or in_replica:
-            return super().forward(input)  # type: ignore[misc]
+            return super().forward(input)  # type: ignore[misc,no-any-return]
         tracking = self.track_running_stats
         return functional.sync_batch_norm(
             input,

@@ -77,5 +77,5 @@ def update_running_(
 
 
 def _blend_(running: Tensor, value: Tensor, factor: Tensor) -> None:
-    """running <- (1 - factor) * running + factor * value."""
+    """Running <- (1 - factor) * running + factor * value."""
     running.copy_(torch.lerp(running.double(), value, factor))

@@ -36,9 +36,7 @@ def normalise(
     return F.batch_norm(x, mean, torch.ones_like(mean), _scale(invstd, weight), _as(bias, mean), eps=0.0)
 
 
-def reduce_grad(
-    dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
     """``sum(dy)`` and ``sum(dy * (x - mean))``, each (C), in one pass."""
     # The eval-mode backward sums dy * (x - mean) / sqrt(var + eps) for the weight, and dy for the bias.
     _, sum_dy_xmu, sum_dy = torch.ops.aten.native_batch_norm_backward(

@@ -20,9 +20,7 @@ def normalise(
     return torch.batch_norm_elemt(x, _as(weight, mean), _as(bias, mean), mean, invstd, eps)
 
 
-def reduce_grad(
-    dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
     """``sum(dy)`` and ``sum(dy * (x - mean))``, each (C), in one pass."""
     sum_dy, sum_dy_xmu, _, _ = torch.batch_norm_backward_reduce(
         dy, x, mean, invstd, _as(weight, mean), True, False, False
