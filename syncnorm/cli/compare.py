@@ -33,18 +33,14 @@ from syncnorm.report.terminal import print_comparison
     metavar="N",
     help="Images that a rank sees a step.",
 )
-@click.option(
-    "--steps", type=int, default=DEFAULT_STEPS, show_default=True, metavar="N", help="Steps of each arm."
-)
+@click.option("--steps", type=int, default=DEFAULT_STEPS, show_default=True, metavar="N", help="Steps of each arm.")
 @click.option(
     "--parity-steps",
     type=int,
     metavar="K",
     help=f"Measure parity after step 1 and after step K, {DEFAULT_PARITY_STEPS} by default.",
 )
-@click.option(
-    "--seed", type=int, default=0, show_default=True, help="Of the weights and of the order of the data."
-)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the weights and of the order of the data.")
 @click.option(
     "--json",
     "json_file",

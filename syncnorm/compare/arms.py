@@ -57,7 +57,7 @@ def _instance(model: nn.Module, num_groups: int) -> nn.Module:
 
 
 def _torch_synced(model: nn.Module, num_groups: int) -> nn.Module:
-    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     return converted
 
 
@@ -73,9 +73,7 @@ ARMS = {
         Arm("ddp+group", 'DDP after convert(model, to="group")', "ddp", _group),
         Arm("ddp+layer", 'DDP after convert(model, to="layer")', "ddp", _layer),
         Arm("ddp+instance", 'DDP after convert(model, to="instance")', "ddp", _instance),
-        Arm(
-            "ddp+torch-syncbn", "DDP with torch.nn.SyncBatchNorm", "ddp", _torch_synced, torch_may_refuse=True
-        ),
+        Arm("ddp+torch-syncbn", "DDP with torch.nn.SyncBatchNorm", "ddp", _torch_synced, torch_may_refuse=True),
     )
 }
 
@@ -106,8 +104,7 @@ class EmulatedDataParallel(nn.Module):
         copies = [{name: b.clone() for name, b in self.module.named_buffers()} for _ in slices[1:]]
         outputs = [self.module(slices[0])]
         outputs += [
-            functional_call(self.module, buffers, (part,))
-            for buffers, part in zip(copies, slices[1:], strict=True)
+            functional_call(self.module, buffers, (part,)) for buffers, part in zip(copies, slices[1:], strict=True)
         ]
         return torch.cat(outputs)
 

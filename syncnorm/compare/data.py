@@ -32,9 +32,7 @@ def load_digits() -> Digits:
 
     x, y = sklearn_digits(return_X_y=True)
     split = train_test_split(x, y, test_size=TEST_SHARE, random_state=SPLIT_SEED, stratify=y)
-    train_x, test_x = (
-        torch.tensor(part, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1 for part in split[:2]
-    )
+    train_x, test_x = (torch.tensor(part, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1 for part in split[:2])
     train_y, test_y = (torch.tensor(part, dtype=torch.int64) for part in split[2:])
     return Digits(train_x, train_y, test_x, test_y)
 
@@ -47,4 +45,5 @@ def batch_indices(num_samples: int, batch: int, seed: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(num_samples, generator=generator)
-        yield from order[: num_samples - num_samples % batch].split(batch)
+        for start in range(0, num_samples - batch + 1, batch):
+            yield order[start : start + batch]

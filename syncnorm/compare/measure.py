@@ -20,16 +20,14 @@ KINDS = ("params", "running_mean", "running_var")
 
 def snapshot(model: nn.Module) -> Snapshot:
     """Copies of the parameters, running means and running variances, by kind and then by name."""
-    state = {
+    state: dict[str, dict[str, Tensor]] = {
         "params": dict(model.named_parameters()),
         **{
             kind: {name: b for name, b in model.named_buffers() if name.rpartition(".")[2] == kind}
             for kind in KINDS[1:]
         },
     }
-    return {
-        kind: {n: t.detach().cpu().clone() for n, t in tensors.items()} for kind, tensors in state.items()
-    }
+    return {kind: {n: t.detach().cpu().clone() for n, t in tensors.items()} for kind, tensors in state.items()}
 
 
 def parity(step: int, ours: Snapshot, reference: Snapshot) -> Parity:
@@ -77,7 +75,7 @@ _NORM_MODULES = ("syncnorm.collectives", "torch.nn.modules._functions")
 _SILENT = ("wait_tensor", "_wrap_tensor_autograd")
 
 
-class CollectiveRecorder(TorchDispatchMode):
+class CollectiveRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
     """Counts the collectives that this rank issues while the block runs, and the bytes it hands in.
 
     Every collective of ``torch.distributed`` passes torch's dispatcher as an operator of the ``c10d`` (or
@@ -100,7 +98,7 @@ class CollectiveRecorder(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._calls: Counter[tuple[str, str]] = Counter()
         self._bytes: Counter[tuple[str, str]] = Counter()
 

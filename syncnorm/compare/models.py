@@ -17,9 +17,7 @@ class ResidualBlock(nn.Module):
         self.norm2 = nn.BatchNorm2d(width)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or width_in != width:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width)
-            )
+            self.shortcut = nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, width_in, H, W) -> (N, width, H / stride, W / stride)."""
@@ -36,9 +34,7 @@ class ResidualNet(nn.Sequential):
             for width_in, width in zip((widths[0], *widths[:-1]), widths, strict=True)
         ]
         super().__init__(
-            nn.Sequential(
-                nn.Conv2d(1, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
-            ),
+            nn.Sequential(nn.Conv2d(1, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()),
             *blocks,
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),

@@ -51,9 +51,7 @@ class Ranks:
             device=self.device.type,
             device_name=torch.cuda.get_device_name(self.device) if on_gpu else _cpu_name(),
             backend=self.backend,
-            cpu_count=len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count() or 1,
+            cpu_count=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
             threads_per_rank=torch.get_num_threads(),
         )
 
@@ -83,12 +81,10 @@ def launched_ranks() -> Iterator[Ranks]:
     Gloo on the CPU where the node has fewer GPUs than ranks: NCCL refuses two ranks on one GPU.
     Collective: all ranks.
     """
-    from accelerate import PartialState
+    from accelerate import PartialState  # type: ignore[import-untyped]
 
     ours = not dist.is_initialized()
-    too_few_gpus = torch.cuda.device_count() < int(
-        os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
-    )
+    too_few_gpus = torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
     state = PartialState(cpu=too_few_gpus)
     try:
         # accelerate numbers CPUs ("cpu:0"), which DDP takes for a device to pin the module to.

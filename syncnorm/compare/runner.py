@@ -120,9 +120,7 @@ def _settings(
 def _world_size(ranks: int | None) -> int:
     launched = launched_world_size()
     if launched is not None and ranks not in (None, launched):
-        raise InputError(
-            f"asked for {ranks} ranks, but the launcher started {launched}: leave the number out"
-        )
+        raise InputError(f"asked for {ranks} ranks, but the launcher started {launched}: leave the number out")
     world_size = launched or (DEFAULT_RANKS if ranks is None else ranks)
     if world_size < 2:
         fix = "start it with torchrun --nproc-per-node 2" if launched else "ask for --ranks 2"

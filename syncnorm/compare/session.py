@@ -21,9 +21,7 @@ from syncnorm.compare.records import ArmResult, Comparison, Settings
 from syncnorm.compare.training import Part, Trainer, accuracy
 
 
-def compare_on_rank(
-    settings: Settings, command: str, ranks: Ranks, open_progress: ProgressFactory
-) -> Comparison:
+def compare_on_rank(settings: Settings, command: str, ranks: Ranks, open_progress: ProgressFactory) -> Comparison:
     """Trains and measures every arm of ``settings``; the same record on every rank.
 
     Collective: all ranks.

@@ -42,9 +42,7 @@ class Trainer:
     gradient is that of the mean over the global batch, which is what one process with the whole batch has.
     """
 
-    def __init__(
-        self, module: nn.Module, plain: nn.Module, digits: Digits, settings: Settings, part: Part
-    ) -> None:
+    def __init__(self, module: nn.Module, plain: nn.Module, digits: Digits, settings: Settings, part: Part) -> None:
         self.module, self.plain, self.settings, self.part = module, plain, settings, part
         self.x, self.y = digits.train_x.to(part.device), digits.train_y.to(part.device)
         self.optimizer = torch.optim.SGD(plain.parameters(), lr=settings.lr, momentum=settings.momentum)
@@ -73,7 +71,8 @@ class Trainer:
         """
         self.module.train()
         recorder = CollectiveRecorder()
-        # DDP rebuilds its buckets in the step after the very first, with a broadcast that no later step makes.
+        # DDP rebuilds its buckets in the step after the very first, with a broadcast of its own: do not count
+        # that one.
         for context in (nullcontext(), recorder):
             with context:
                 self._timed_step()
@@ -85,7 +84,7 @@ class Trainer:
         synchronize(self.part.device)
         started = time.perf_counter()
         self.optimizer.zero_grad()
-        F.cross_entropy(self.module(x), y).backward()
+        torch.autograd.backward(F.cross_entropy(self.module(x), y))
         self.optimizer.step()
         synchronize(self.part.device)
         return time.perf_counter() - started

@@ -10,8 +10,8 @@ from rich.text import Text
 
 from syncnorm.compare.records import ArmResult, Comparison, Gap, Parity
 
-# fp32 carries 1.2e-7 of relative precision; sums over a batch in another order lose a digit of it. What an arm
-# computes differently shows up above 1e-3.
+# fp32 carries 1.2e-7 of relative precision; sums over a batch in another order lose a digit of it. What an
+# arm computes differently shows up above 1e-3.
 ROUNDING = 1e-5
 # Below this the output would break lines within numbers.
 WIDTH = 100
@@ -42,8 +42,8 @@ def render(comparison: Comparison) -> RenderableType:
 def _headline(comparison: Comparison) -> Text:
     settings, hardware = comparison.settings, comparison.hardware
     return Text(
-        f"A residual CNN ({comparison.num_parameters:,} parameters, {comparison.num_norm_layers} norm layers) "
-        f"learns {comparison.num_train:,} digits in {settings.steps} steps:\n"
+        f"A residual CNN ({comparison.num_parameters:,} parameters, {comparison.num_norm_layers} norm layers)"
+        f" learns {comparison.num_train:,} digits in {settings.steps} steps:\n"
         f"{settings.world_size} ranks x {settings.batch_per_rank} images = a global batch of "
         f"{settings.global_batch}, seed {settings.seed}.\n"
         f"{hardware.device_name}, {hardware.cpu_count} cores, {hardware.threads_per_rank} thread(s) a rank, "
@@ -102,9 +102,9 @@ def _verdict(arm: ArmResult) -> Text:
 
 
 _PARITY_LEGEND = """\
-max|a - b| / max|b| over all weights, running means and running variances (rank 0's, as DDP saves them).
-Every arm starts from the same weights and gets the same global batches, so an arm that trains like one
-process differs by fp32 rounding alone, about 1e-7; that grows with the steps: judge by the first.
+max|a - b| / max|b| over all weights, running means, running variances (rank 0's, as DDP saves them).
+Every arm starts from the same weights and gets the same global batches: one that trains like one
+process differs by fp32 rounding alone, about 1e-7. That grows with the steps, so judge by the first.
 A '-' stands where the arm's norm keeps no running statistics."""
 
 
@@ -149,7 +149,7 @@ def _cost_legend(comparison: Comparison) -> Text:
     return Text(
         f"Accuracy on {comparison.num_test} images that no arm trained on{_noise(comparison)}.\n"
         "Images/s: global batch / median step; single and dp use one process, the others all ranks.\n"
-        "Collectives: calls that rank 0 makes in a step, by DDP + by the norm layers; KiB: what it hands in.",
+        "Collectives: rank 0's calls in a step, by DDP + by the norm layers; KiB: the tensors it hands in.",
         style="dim",
     )
 
@@ -160,7 +160,7 @@ def _noise(comparison: Comparison) -> str:
         return ""
     share = accuracies[0]
     points = 100 * 2 * sqrt(2 * share * (1 - share) / comparison.num_test)
-    return f"; a difference under {points:.1f} points is chance"
+    return f"; a difference under {points:.1f} points may be chance"
 
 
 def _not_run(comparison: Comparison) -> list[Text]:
