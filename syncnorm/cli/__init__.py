@@ -6,10 +6,10 @@ import os
 import sys
 
 import click
+from rich.console import Console
 
 from syncnorm import SyncNormError, __version__
 from syncnorm.cli.compare import compare
-from syncnorm.errors import InputError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -36,13 +36,12 @@ def main() -> int:
         context = getattr(error, "ctx", None)
         _say(f"{context.command_path if context else 'syncnorm'}: {_one_line(error.format_message())}")
         return 2
-    except InputError as error:
-        _say(f"syncnorm: {_one_line(str(error))}")
-        return 2
     except SyncNormError as error:
         _say(f"syncnorm: {error}")
         return 1
     except (click.Abort, KeyboardInterrupt):
+        # The rank that drew the progress bar was ended, and left the cursor hidden.
+        Console(stderr=True).show_cursor()
         _say("syncnorm: interrupted")
         return 130
     # Without standalone mode click returns the exit code of --help and --version, and a command's own result.

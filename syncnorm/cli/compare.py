@@ -15,7 +15,7 @@ from syncnorm.report.records_json import write_json
 from syncnorm.report.terminal import print_comparison
 
 
-@click.command()
+@click.command(short_help="DataParallel, DDP and synchronized batch norm side by side.")
 @click.option(
     "--arms", metavar="A,B,...", help=f"Arms to run; single is always run. All by default: {', '.join(ARMS)}."
 )
@@ -57,24 +57,25 @@ def compare(
     seed: int,
     json_file: Path | None,
 ) -> None:
-    r"""Train DataParallel, DDP and synchronized batch norm side by side on scikit-learn's digits.
+    """Train DataParallel, DDP and synchronized batch norm side by side on scikit-learn's digits.
 
     Alone it starts gloo ranks on this machine. Under a launcher it uses the ranks that it is given:
 
-    \b
-        torchrun --nproc-per-node 2 -m syncnorm compare
-        accelerate launch --multi_gpu --num_processes 2 -m syncnorm compare
+    torchrun --nproc-per-node 2 -m syncnorm compare
     """
     _check_writable(json_file)
-    comparison = run(
-        None if arms is None else [name.strip() for name in arms.split(",")],
-        ranks=ranks,
-        batch_per_rank=batch_per_rank,
-        steps=steps,
-        parity_steps=parity_steps,
-        seed=seed,
-        progress=progress_on_stderr,
-    )
+    try:
+        comparison = run(
+            None if arms is None else [name.strip() for name in arms.split(",")],
+            ranks=ranks,
+            batch_per_rank=batch_per_rank,
+            steps=steps,
+            parity_steps=parity_steps,
+            seed=seed,
+            progress=progress_on_stderr,
+        )
+    except InputError as error:
+        raise click.UsageError(str(error)) from error
     if os.environ.get("RANK", "0") == "0":
         print_comparison(comparison)
         if json_file is not None:
@@ -85,6 +86,6 @@ def _check_writable(json_file: Path | None) -> None:
     # Before the training, not after it. Only rank 0's node writes, so only its ranks look.
     on_first_node = os.environ.get("RANK", "0") == os.environ.get("LOCAL_RANK", "0")
     if json_file is not None and on_first_node and not os.access(json_file.absolute().parent, os.W_OK):
-        raise InputError(
+        raise click.UsageError(
             f"cannot write {json_file}: {json_file.absolute().parent} is no folder that can be written to"
         )
