@@ -21,6 +21,8 @@ def main() -> int:
             extra = _EXTRAS[missing]
             print(f'syncnorm: needs {missing}: pip install "syncnorm[{extra}]"', file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # while torch is being imported; later ones are cli's
+        return 130
 
 
 if __name__ == "__main__":

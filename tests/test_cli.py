@@ -73,6 +73,14 @@ def test_a_launcher_that_started_one_rank_is_told_what_to_do(call, monkeypatch):
     )
 
 
+def test_ranks_that_contradict_the_launcher(call, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = call("compare", "--ranks", "3")
+    assert code == 2
+    assert "asked for 3 ranks, but the launcher started 2" in err
+
+
 def test_unknown_command(call):
     code, out, err = call("comapre")
     assert (code, out) == (2, "")
@@ -110,7 +118,7 @@ def test_alone_it_starts_ranks_prints_a_table_and_writes_json(tmp_path):
     file = tmp_path / "result.json"
     done = _start("-m", "syncnorm", "compare", *SHORT, "--arms", "ddp+syncbn", "--json", str(file))
     assert (done.returncode, done.stderr.splitlines()[0][:12]) == (0, "1/2 single: ")
-    assert "yes, to fp32 rounding" in done.stdout
+    assert "yes (fp32 rounding)" in done.stdout
     assert "\x1b" not in done.stdout + done.stderr
     written = json.loads(file.read_text())
     assert (written["schema"], written["schema_version"]) == ("syncnorm.compare", 1)
@@ -122,7 +130,7 @@ def test_under_torchrun_it_uses_the_given_ranks_and_prints_once():
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Difference to single") == 1
     assert "2 ranks x 4 images" in done.stdout
-    assert "yes, to fp32 rounding" in done.stdout
+    assert "yes (fp32 rounding)" in done.stdout
 
 
 def test_under_torchrun_a_bad_argument_is_one_line_of_ours():

@@ -82,6 +82,10 @@ def test_ddp_reduces_each_gradient_once(comparison):
     assert comparison["single"].collectives == ()
 
 
+def test_the_count_does_not_depend_on_the_number_of_steps(comparison):
+    assert run(["ddp"], steps=1)["ddp"].collectives == comparison["ddp"].collectives
+
+
 def test_torch_syncbn_says_why_it_did_not_run(comparison):
     arm = comparison["ddp+torch-syncbn"]
     assert arm.not_run == "torch refuses: SyncBatchNorm layers only work with GPU modules"

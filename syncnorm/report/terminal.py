@@ -13,7 +13,7 @@ from syncnorm.compare.records import ArmResult, Comparison, Gap, Parity
 # fp32 carries 1.2e-7 of relative precision; sums over a batch in another order lose a digit of it. What an
 # arm computes differently shows up above 1e-3.
 ROUNDING = 1e-5
-# Below this the output would break lines within numbers.
+# Longer lines of text are hard to read. The tables themselves fit a terminal of 80.
 WIDTH = 100
 
 
@@ -59,14 +59,13 @@ def _table(title: str) -> Table:
 
 
 def _parity_table(comparison: Comparison) -> Table:
-    table = _table("Difference to single, relative")
-    table.add_column("arm", no_wrap=True)
     steps = dict.fromkeys((1, comparison.settings.parity_steps))
+    table = _table(f"Difference to single, relative, after step {' and after step '.join(map(str, steps))}")
+    table.add_column("arm", no_wrap=True)
     for step in steps:
-        after = "after 1 step" if step == 1 else f"after {step}"
         for index, kind in enumerate(("weights", "mean", "var")):
-            table.add_column(f"{after if index == 0 else ''}\n{kind}", justify="right", no_wrap=True)
-    table.add_column("\nsame training as one process?", no_wrap=True)
+            table.add_column(f"{f'step {step}' if index == 0 else ''}\n{kind}", justify="right", no_wrap=True)
+    table.add_column("\nlike single?", no_wrap=True)
     for arm in comparison.arms:
         if arm.not_run:
             continue
@@ -95,17 +94,18 @@ def _verdict(arm: ArmResult) -> Text:
     if arm.name == "single":
         return Text("the reference")
     if gaps[1] is None:
-        return Text("no: another norm")
+        return Text("no (another norm)")
     if all(gap is not None and gap.max_rel <= ROUNDING for gap in gaps):
-        return Text("yes, to fp32 rounding", style="bold green")
-    return Text("no: other statistics", style="bold red")
+        return Text("yes (fp32 rounding)", style="bold green")
+    return Text("no (other stats)", style="bold red")
 
 
-_PARITY_LEGEND = """\
-max|a - b| / max|b| over all weights, running means, running variances (rank 0's, as DDP saves them).
-Every arm starts from the same weights and gets the same global batches: one that trains like one
-process differs by fp32 rounding alone, about 1e-7. That grows with the steps, so judge by the first.
-A '-' stands where the arm's norm keeps no running statistics."""
+_PARITY_LEGEND = (
+    "max|a - b| / max|b| over all weights, running means, running variances (rank 0's, as DDP saves them). "
+    "Every arm starts from the same weights and gets the same global batches: one that trains like one process "
+    "differs by fp32 rounding alone, about 1e-7. That grows with the steps, so judge by the first. "
+    "A '-' stands where the arm's norm keeps no running statistics."
+)
 
 
 def _cost_table(comparison: Comparison) -> Table:
@@ -147,9 +147,9 @@ def _number(value: float | None, spec: str) -> str:
 
 def _cost_legend(comparison: Comparison) -> Text:
     return Text(
-        f"Accuracy on {comparison.num_test} images that no arm trained on{_noise(comparison)}.\n"
-        "Images/s: global batch / median step; single and dp use one process, the others all ranks.\n"
-        "Collectives: rank 0's calls in a step, by DDP + by the norm layers; KiB: the tensors it hands in.",
+        f"Accuracy on {comparison.num_test} images that no arm trained on{_noise(comparison)}. Images/s: global "
+        "batch / median step; single and dp use one process, the others all ranks. Collectives: rank 0's calls "
+        "in a step, by DDP + by the norm layers; KiB: the tensors that it hands in.",
         style="dim",
     )
 
