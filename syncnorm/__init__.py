@@ -1,7 +1,31 @@
 """Synchronized batch normalisation that runs wherever torch.distributed runs."""
 
+from importlib import import_module
+from types import ModuleType
+
+from syncnorm import functional
+from syncnorm.conversion import convert, describe, revert
 from syncnorm.errors import SyncNormError
+from syncnorm.modules import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 
 __version__ = "0.1.0"
 
-__all__ = ["SyncNormError"]
+__all__ = [
+    "SyncBatchNorm",
+    "SyncBatchNorm1d",
+    "SyncBatchNorm2d",
+    "SyncBatchNorm3d",
+    "SyncNormError",
+    "convert",
+    "describe",
+    "functional",
+    "revert",
+    "testing",
+]
+
+
+def __getattr__(name: str) -> ModuleType:
+    # Loaded at first use, because training jobs have no need of it.
+    if name == "testing":
+        return import_module("syncnorm.testing")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -169,9 +169,7 @@ class Pool:
         failed: dict[int, Ended] = {}
         deadline = time.monotonic() + SPAWN_SECONDS
         while new and not failed and (arrived := self._next(new, deadline)):
-            failed.update(
-                (rank, self._bury(rank, _WHILE_STARTING)) for rank, message in arrived if message is None
-            )
+            failed.update((rank, self._bury(rank, _WHILE_STARTING)) for rank, message in arrived if message is None)
             new -= {rank for rank, _ in arrived}
         if new:  # one died, or the machine is stuck
             unready = f"not ready after {SPAWN_SECONDS:.0f} s"

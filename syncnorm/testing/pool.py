@@ -78,9 +78,7 @@ def run_ranks(
     if not isinstance(world_size, int) or world_size < 1:
         raise InputError(f"run_ranks needs a world_size of 1 or more, got {world_size!r}.")
     if not isinstance(args, tuple):
-        raise InputError(
-            f"run_ranks needs args as a tuple, got {type(args).__name__}; write args=(x,) for one x."
-        )
+        raise InputError(f"run_ranks needs args as a tuple, got {type(args).__name__}; write args=(x,) for one x.")
     if not timeout > 0:
         raise InputError(f"run_ranks needs a positive timeout in seconds, got {timeout!r}.")
     modules, call = pickle_call(fn, args)

@@ -1,0 +1,174 @@
+"""Which class stands for which: from a batch norm's class to its synced class and back.
+
+Converting a layer is setting its ``__class__``. Synced classes of torch's own layers are written out in
+``modules``; those of other classes are made here, once each, and pickle by the name of the class they came from.
+"""
+
+import copyreg
+import inspect
+from collections.abc import Iterator
+from types import CodeType, FunctionType
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+
+from syncnorm.modules import (
+    BatchNorm,
+    SyncBatchNorm,
+    SyncBatchNorm1d,
+    SyncBatchNorm2d,
+    SyncBatchNorm3d,
+    Synced,
+    SyncMixin,
+)
+from syncnorm.redirect import GroupCallsMixin, SyncCallsMixin
+
+_SYNCED: dict[type, type] = {
+    nn.BatchNorm1d: SyncBatchNorm1d,
+    nn.BatchNorm2d: SyncBatchNorm2d,
+    nn.BatchNorm3d: SyncBatchNorm3d,
+    BatchNorm: SyncBatchNorm,
+}
+_PLAIN: dict[type, type] = {synced: plain for plain, synced in _SYNCED.items()}
+_made: dict[tuple[type, type], type] = {}
+
+
+class NotConvertible(Exception):
+    """Says why a layer keeps its class."""
+
+
+def synced_class(cls: type) -> type:
+    """The synced class of a batch norm's class.
+
+    Raises:
+        NotConvertible: with the reason.
+    """
+    if issubclass(cls, Synced):
+        return cls
+    if cls in _SYNCED:
+        return _SYNCED[cls]
+    if cls is nn.SyncBatchNorm:
+        return FromTorchSyncBatchNorm
+    if _is_parametrized(cls):
+        return _rebase(cls, synced_class(cls.__bases__[0]))
+    if issubclass(cls, nn.SyncBatchNorm):
+        raise NotConvertible("a subclass of torch.nn.SyncBatchNorm, which DDP refuses on CPU")
+    if cls.forward is _BatchNorm.forward:  # type: ignore[attr-defined]
+        return _make(SyncMixin, cls)
+    if calls_batch_norm(cls):
+        return _make(SyncCallsMixin, cls)
+    raise NotConvertible("its own forward does not call F.batch_norm")
+
+
+def group_calls_class(cls: type) -> type:
+    """The class that runs ``cls``'s own forward with group norm in the place of ``F.batch_norm``."""
+    return _make(GroupCallsMixin, plain_class(cls))
+
+
+def plain_class(cls: type) -> type:
+    """The class that a converted class was before; any other class is its own."""
+    if cls in _PLAIN:
+        return _PLAIN[cls]
+    if "_plain_class" in cls.__dict__:
+        return cls._plain_class  # type: ignore[attr-defined,no-any-return]
+    if _is_parametrized(cls) and issubclass(cls, Synced | GroupCallsMixin):
+        return _rebase(cls, plain_class(cls.__bases__[0]))
+    return cls
+
+
+def has_own_forward(cls: type) -> bool:
+    """Whether a batch norm's class does more in its forward than batch norm."""
+    forward = plain_class(cls).forward  # type: ignore[attr-defined]
+    return forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+
+def move_parametrizations(old: nn.Module, new: nn.Module) -> None:
+    """Gives ``new`` the parametrized tensors of ``old``, which were its plain parameters of the same names."""
+    if parametrize.is_parametrized(old):
+        new.parametrizations = old.parametrizations
+        for name in new.parametrizations:  # type: ignore[union-attr]
+            new._parameters.pop(name, None)
+        new.__class__ = _rebase(type(old), type(new))
+
+
+def calls_batch_norm(cls: type) -> bool:
+    """Whether the forward of ``cls``, or what it calls in its class, parents or module, names ``batch_norm``."""
+    pending: list[FunctionType] = [cls.forward]  # type: ignore[attr-defined]
+    seen: set[CodeType] = set()
+    while pending:
+        function = inspect.unwrap(pending.pop())
+        if not isinstance(function, FunctionType) or function.__code__ in seen:
+            continue
+        seen.add(function.__code__)
+        names = set(_names(function.__code__))
+        if "batch_norm" in names:
+            return True
+        for name in names:
+            # every definition along the MRO, because super() names the method but not the class
+            pending += [c.__dict__[name] for c in cls.__mro__ if c is not nn.Module and name in c.__dict__]
+            helper = function.__globals__.get(name)
+            if getattr(helper, "__module__", None) == function.__module__:
+                pending.append(helper)  # type: ignore[arg-type]
+    return False
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+class _Made:
+    """Pickling and copying for classes that exist in no module: as the original class and a mix-in."""
+
+    _plain_class: type
+    _mixin: type
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        reduced = super().__reduce_ex__(protocol)
+        if not isinstance(reduced, tuple) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            raise TypeError(f"{self._plain_class.__name__} pickles in its own way: syncnorm.revert the model first")
+        return _new, (self._mixin, self._plain_class, *reduced[1][1:]), *reduced[2:]
+
+
+def _new(mixin: type, plain: type, *args: Any) -> Any:
+    made = _make(mixin, plain)
+    return made.__new__(made, *args)
+
+
+def _make(mixin: type, plain: type) -> type:
+    if (mixin, plain) not in _made:
+        prefix = "Group" if mixin is GroupCallsMixin else "Sync"
+        namespace = {
+            "_plain_class": plain,
+            "_mixin": mixin,
+            "__module__": plain.__module__,
+            "__doc__": plain.__doc__,
+        }
+        becomes = getattr(plain, "cls_to_become", None)  # a lazy layer changes class at its first forward
+        if becomes is not None:
+            namespace["cls_to_become"] = synced_class(becomes)
+        _made[mixin, plain] = type(f"{prefix}{plain.__name__}", (_Made, mixin, plain), namespace)
+    return _made[mixin, plain]
+
+
+class FromTorchSyncBatchNorm(SyncBatchNorm):
+    """A :class:`SyncBatchNorm` that was a ``torch.nn.SyncBatchNorm``, and is one again after ``revert``.
+
+    Not a subclass of torch's: DDP refuses instances of it on CPU.
+    """
+
+    _plain_class = nn.SyncBatchNorm
+
+
+def _is_parametrized(cls: type) -> bool:
+    # torch makes one such class an instance, and marks it by its name alone.
+    return cls.__name__.startswith("Parametrized") and len(cls.__bases__) == 1 and "__getstate__" in cls.__dict__
+
+
+def _rebase(parametrized: type, base: type) -> type:
+    """The same parametrized class over another base: parametrize expects the layer's class at ``__bases__[0]``."""
+    return type(f"Parametrized{base.__name__}", (base,), dict(parametrized.__dict__))

@@ -1,0 +1,248 @@
+"""convert, revert, describe: batch norms of a model to synced ones and back, without rebuilding anything."""
+
+import re
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from syncnorm import baselines, classes, groups
+from syncnorm.errors import InputError
+from syncnorm.modules import BatchNorm, Synced
+from syncnorm.redirect import GroupCallsMixin
+
+M = TypeVar("M", bound=nn.Module)
+Target = Literal["sync", "batch", "group", "layer", "instance"]
+
+
+def convert(
+    model: M,
+    *,
+    to: Target = "sync",
+    process_group: Any = None,
+    group_size: int | Literal["node"] | None = None,
+    num_groups: int | None = None,
+) -> M:
+    """Changes every batch norm of ``model`` to another norm, in place.
+
+    To ``"sync"`` a layer changes its class and nothing else: parameters, buffers, hooks, attributes,
+    parametrizations, shared references, an optimiser's view of it and ``isinstance(m, nn.BatchNorm2d)`` stay.
+    Layers that are synced already take the new group, if one is given. ``"batch"`` is plain batch norm, the way
+    back. For ``"group"``, ``"layer"`` and ``"instance"`` new modules are built around the same parameters;
+    running statistics are dropped. Works before and after wrapping in DistributedDataParallel.
+
+    Args:
+        model: any module, also a single batch norm.
+        to: the norm to change to.
+        process_group: ranks that share statistics, a ProcessGroup or 1-D DeviceMesh; None is the default group.
+        group_size: instead, groups of that many consecutive ranks, or of the ranks of each ``"node"``.
+        num_groups: of channels, for ``to="group"``; 32 if not given.
+
+    Returns:
+        ``model``; or the new layer, where ``model`` itself is a batch norm and ``to`` a baseline.
+
+    Raises:
+        InputError: wrong options, or ``num_groups`` that does not divide a layer's channels; nothing was changed.
+
+    Warns:
+        UserWarning: once, with the names of the layers that cannot be converted, which stay as they are.
+
+    Collective: with ``group_size``, all ranks of the default group must call. Otherwise none.
+
+    Example:
+        >>> model = convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+        >>> model[1]
+        SyncBatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
+    """
+    _check_options(model, to, process_group, group_size, num_groups)
+    if to == "batch":
+        return _to_batch(model)
+    if to != "sync":
+        return _to_baseline(model, to, 32 if num_groups is None else num_groups)
+
+    group = groups.resolve(process_group)
+    if group_size is not None:
+        group = groups.subgroup(group_size)
+    skipped = {}
+    for name, module in model.named_modules():
+        if not _is_batch_norm(module):
+            continue
+        try:
+            _set_synced(module, classes.synced_class(type(module)), group)
+        except classes.NotConvertible as reason:
+            skipped[name] = str(reason)
+    _warn_of(skipped | _scripted(model))
+    return model
+
+
+def revert(model: M) -> M:
+    """Gives every converted layer of ``model`` the class that it had before, in place.
+
+    A layer that was built as a ``syncnorm.SyncBatchNorm*`` becomes the batch norm that it syncs. New modules
+    made by ``convert(to="group")`` and its like cannot be turned back.
+
+    Returns:
+        ``model``, ready for export or for a run without ``torch.distributed``.
+
+    Collective: none.
+    """
+    for module in model.modules():
+        if isinstance(module, Synced | GroupCallsMixin):
+            group = module.__dict__.pop("_sync_group", None)
+            module.__dict__.pop("_num_groups", None)
+            _set_class(module, classes.plain_class(type(module)))
+            if isinstance(module, nn.SyncBatchNorm):
+                module.process_group = None if group is None else group.peek()
+    return model
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One norm layer of a model, as :func:`describe` tells it."""
+
+    name: str
+    type: str
+    synced: bool
+    group: str
+    note: str
+
+
+class Description(list[LayerInfo]):
+    """The norm layers of a model; prints as a table."""
+
+    def __str__(self) -> str:
+        """A plain-text table, a line a layer."""
+        if not self:
+            return "no normalisation layers"
+        head = ("layer", "class", "synced", "group", "note")
+        rows = [head, *((i.name, i.type, "yes" if i.synced else "no", i.group, i.note) for i in self)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ("  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows)
+        return "\n".join(lines)
+
+
+def describe(model: nn.Module) -> Description:
+    """Every norm layer of ``model``: name, class, whether it is synced and over which group, or why it is not.
+
+    Example:
+        >>> print(describe(nn.Sequential(nn.BatchNorm2d(8))))
+        layer  class        synced  group  note
+        0      BatchNorm2d  no      -      convert() syncs it
+    """
+    scripted = _scripted(model)
+    found = Description()
+    for name, module in model.named_modules():
+        synced = isinstance(module, Synced)
+        note = f"left alone: {scripted[name]}" if name in scripted else _note(module)
+        if synced or note is not None:
+            group = module._sync_group.describe() if isinstance(module, Synced) else "-"
+            found.append(LayerInfo(name or "(model)", type(module).__name__, synced, group, note or ""))
+    return found
+
+
+def _note(module: nn.Module) -> str | None:
+    """What to say of a layer; None where it is no norm."""
+    if isinstance(module, Synced):
+        return ""
+    if isinstance(module, GroupCallsMixin):
+        return f"group norm ({module._num_groups}) in the place of its batch norm"
+    if isinstance(module, _BatchNorm):
+        try:
+            classes.synced_class(type(module))
+        except classes.NotConvertible as reason:
+            return f"left alone: {reason}"
+        return "convert() syncs it"
+    if isinstance(module, nn.GroupNorm | nn.LayerNorm | nn.RMSNorm | _InstanceNorm):
+        return "no batch statistics to sync"
+    if re.search("BatchNorm", type(module).__name__):
+        return "left alone: not an nn.BatchNorm"
+    return None
+
+
+def _set_synced(module: nn.Module, cls: type, group: dist.ProcessGroup | None) -> None:
+    # torch.nn.SyncBatchNorm keeps its group as a plain attribute, which a copy or pickle would trip over.
+    own = module.__dict__.pop("process_group", None)
+    _set_class(module, cls)
+    if group is not None or own is not None:
+        module.process_group = own if group is None else group  # type: ignore[assignment]
+
+
+def _set_class(module: nn.Module, cls: type) -> None:
+    module.__class__ = cls
+
+
+def _to_batch(model: M) -> M:
+    for module in revert(model).modules():
+        if type(module) is nn.SyncBatchNorm:
+            del module.process_group
+            _set_class(module, BatchNorm)
+    return model
+
+
+def _to_baseline(model: M, kind: str, num_groups: int) -> M:
+    # All layers are judged before the first one changes.
+    groups_of: dict[nn.Module, int] = {}
+    skipped = _scripted(model)
+    for name, module in model.named_modules():
+        if not _is_batch_norm(module):
+            continue
+        cls = type(module)
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+            skipped[name] = "lazy, and has not seen an input yet"
+        elif classes.has_own_forward(cls) and not classes.calls_batch_norm(cls):
+            skipped[name] = "its own forward does not call F.batch_norm"
+        else:
+            groups_of[module] = baselines.groups_for(kind, module.num_features, num_groups, name)
+
+    replaced: dict[nn.Module, nn.Module] = {}
+    for module, count in groups_of.items():
+        if classes.has_own_forward(type(module)):
+            module.__dict__.pop("_sync_group", None)
+            _set_class(module, classes.group_calls_class(type(module)))
+            module._num_groups = count  # type: ignore[assignment]
+        else:
+            replaced[module] = baselines.build(kind, module, count)
+            classes.move_parametrizations(module, replaced[module])
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in replaced:
+                parent._modules[name] = replaced[child]
+    _warn_of(skipped)
+    return replaced.get(model, model)  # type: ignore[return-value]
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and not isinstance(module, GroupCallsMixin)
+
+
+def _scripted(model: nn.Module) -> dict[str, str]:
+    """TorchScript's batch norms: compiled, so their class says nothing and cannot be changed."""
+    return {
+        name: "TorchScript, convert before torch.jit.script"
+        for name, module in model.named_modules()
+        if isinstance(module, torch.jit.ScriptModule) and "BatchNorm" in getattr(module, "original_name", "")
+    }
+
+
+def _warn_of(skipped: dict[str, str]) -> None:
+    if skipped:
+        told = "; ".join(f"{name or '(model)'}: {reason}" for name, reason in skipped.items())
+        warnings.warn(f"syncnorm.convert left {len(skipped)} layer(s) as they were: {told}", stacklevel=3)
+
+
+def _check_options(model: Any, to: str, process_group: Any, group_size: Any, num_groups: int | None) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"convert expects an nn.Module, got {type(model).__name__}")
+    if to not in ("sync", "batch", *baselines.CLASSES):
+        raise InputError(f"to={to!r} is none of 'sync', 'batch', 'group', 'layer', 'instance'")
+    if process_group is not None and group_size is not None:
+        raise InputError("give process_group or group_size, not both")
+    if to != "sync" and (process_group is not None or group_size is not None):
+        raise InputError(f"to={to!r} synchronises nothing: process_group and group_size go with to='sync'")
+    if num_groups is not None and (to != "group" or num_groups < 1):
+        raise InputError(f"num_groups={num_groups} must be positive, and goes with to='group' (got to={to!r})")

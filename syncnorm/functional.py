@@ -1,0 +1,251 @@
+"""Batch normalisation over the batch of all ranks.
+
+Read from top to bottom: what a user calls, the forward (local moments, one gather, merge, normalise), the
+backward (reduce, one all_reduce, apply), the checks.
+
+Shapes: C = channels, W = ranks of the group, N = values a channel over all ranks.
+Source: Ioffe and Szegedy, "Batch Normalization" (2015), algorithm 1 and the derivatives after it.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from syncnorm import collectives, groups, kernels, moments
+from syncnorm.errors import InputError, SyncNormError
+
+
+def sync_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    process_group: Any = None,
+    mask: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """``F.batch_norm`` over the batches of all ranks, as if they were one.
+
+    Args:
+        input: (batch, C, *spatial), floating, 2-D or more; the batch may differ by rank and may be 0.
+        running_mean: (C), updated in place in training; None for none.
+        running_var: (C), likewise, unbiased over N.
+        weight: (C) or None. Its gradient is local: DDP reduces it like any other.
+        bias: (C) or None, likewise.
+        training: normalise with the batch's statistics. In evaluation nothing is communicated.
+        momentum: weight of this batch in the running statistics; None averages over ``num_batches_tracked``.
+        eps: added to the biased variance.
+        process_group: a ProcessGroup or 1-D DeviceMesh. None is the default group; without one, or in a group
+            of one rank, this is ``F.batch_norm``.
+        mask: not supported yet; anything but None is an error.
+        num_batches_tracked: int64 scalar, one more in training unless all ranks are empty.
+
+    Returns:
+        Like ``input``: same shape, dtype and memory format.
+
+    Raises:
+        InputError: a wrong shape, dtype or option, before any communication; fewer than two values a channel
+            over all ranks; a rank outside the group. Running statistics are as they were.
+        SyncNormError: a collective failed, because another rank did.
+
+    Collective: in training all ranks of the group must call, in the same order of layers: one all_gather of
+        2C + 1 numbers, and in the backward one all_reduce of 2C.
+
+    Example:
+        >>> x = torch.randn(8, 3, 4, 4)
+        >>> y = sync_batch_norm(x, torch.zeros(3), torch.ones(3), training=True)
+        >>> y.mean().abs().item() < 1e-6
+        True
+    """
+    check_input(input)
+    check_vectors(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    check_mask(input, mask)
+    group = groups.synced_group(groups.resolve(process_group)) if training else None
+    if group is None:
+        return _local_batch_norm(
+            input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked
+        )
+    if eps <= 0:
+        raise InputError(f"eps must be positive in training, got {eps}")
+    output: Tensor
+    output, mean, var, count = _SyncBatchNorm.apply(input, weight, bias, eps, group)  # type: ignore[no-untyped-call]
+    if running_mean is not None and running_var is not None:
+        moments.update_running_(running_mean, running_var, num_batches_tracked, mean, var, count, momentum)
+    return output
+
+
+class _SyncBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: dist.ProcessGroup
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        passes = kernels.for_device(x.device)
+        x = kernels.dense(x)
+        local_count = x.numel() // x.size(1)
+
+        if local_count > 0:
+            local_mean, local_invstd = passes.local_moments(x, eps)
+        else:  # an empty rank still takes part; its count takes its moments out of the merge
+            local_mean = torch.zeros(x.size(1), dtype=moments.statistics_dtype(x.dtype), device=x.device)
+            local_invstd = torch.ones_like(local_mean)
+        gathered = collectives.gather_moments(local_mean, local_invstd, local_count, group)
+        mean64, var64, count = moments.merge(*gathered, eps)
+        check_count(count, local_count)
+        mean, invstd = mean64.to(local_mean.dtype), torch.rsqrt(var64 + eps).to(local_mean.dtype)
+
+        y = passes.normalise(x, mean, invstd, weight, bias, eps) if local_count > 0 else torch.empty_like(x)
+        ctx.save_for_backward(x, weight, bias, mean, invstd, count)
+        ctx.group = group
+        ctx.mark_non_differentiable(mean64, var64, count)
+        ctx.set_materialize_grads(False)  # no zeros for the three that have no gradient
+        return y, mean64, var64, count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, invstd, count = ctx.saved_tensors
+        passes = kernels.for_device(x.device)
+        if dy is None:
+            dy = torch.zeros_like(x)  # the other ranks are waiting all the same
+        dy = dy.contiguous(memory_format=kernels.memory_format(x))
+
+        if x.numel() > 0:
+            sum_dy, sum_dy_xmu = passes.reduce_grad(dy, x, mean, invstd, weight)
+        else:
+            sum_dy, sum_dy_xmu = torch.zeros_like(mean), torch.zeros_like(mean)
+        # Local on purpose: DDP averages the gradients of parameters over ranks.
+        d_weight = (sum_dy_xmu * invstd).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        d_bias = sum_dy.to(bias.dtype) if ctx.needs_input_grad[2] else None
+        if not ctx.needs_input_grad[0]:
+            return None, d_weight, d_bias, None, None
+
+        sum_dy, sum_dy_xmu = collectives.reduce_gradient_sums(sum_dy, sum_dy_xmu, ctx.group)
+        if x.numel() > 0:
+            dx = passes.apply_grad(dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count)
+        else:
+            dx = torch.empty_like(x)
+        return dx, d_weight, d_bias, None, None
+
+
+def _local_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    num_batches_tracked: Tensor | None,
+) -> Tensor:
+    """``F.batch_norm`` with the bookkeeping of ``nn.BatchNorm``'s forward."""
+    if training:
+        local_count = input.numel() // input.size(1)
+        if local_count == 1:
+            raise InputError(f"{where()}expected more than 1 value per channel, got input {shape(input)}")
+        if num_batches_tracked is not None and local_count > 0:
+            num_batches_tracked.add_(1)
+        if momentum is None:
+            if num_batches_tracked is None:
+                raise InputError("momentum=None averages over num_batches_tracked, which was not given")
+            momentum = 1.0 / max(int(num_batches_tracked), 1)
+    return F.batch_norm(
+        input, running_mean, running_var, weight, bias, training, 0.0 if momentum is None else momentum, eps
+    )
+
+
+def check_input(input: Tensor, channels: int | None = None) -> None:
+    """Refuses what no rank could normalise.
+
+    Args:
+        input: to be (batch, C, *spatial), floating.
+        channels: the C to expect; None for any.
+
+    Raises:
+        InputError: with this rank, what was got and what was expected.
+    """
+    if input.dim() < 2:
+        raise InputError(f"{where()}expected at least 2 dimensions (batch, channels, ...), got {shape(input)}")
+    if not input.is_floating_point():
+        raise InputError(f"{where()}expected a floating-point input, got {input.dtype}; convert it first")
+    if input.size(1) == 0 or input.size(1) != (channels or input.size(1)):
+        raise InputError(
+            f"{where()}expected {channels or 'some'} channels in dimension 1, "
+            f"got {input.size(1)}: input {shape(input)}"
+        )
+
+
+def check_vectors(input: Tensor, **vectors: Tensor | None) -> None:
+    """Refuses parameters and buffers that do not have one value a channel of ``input``.
+
+    Raises:
+        InputError: with the name of the first such vector.
+    """
+    for name, vector in vectors.items():
+        if vector is not None and vector.shape != (input.size(1),):
+            raise InputError(
+                f"{where()}expected {name} to have one value for each of {input.size(1)} channels "
+                f"(input {shape(input)}), got {shape(vector)}"
+            )
+    if (vectors["running_mean"] is None) != (vectors["running_var"] is None):
+        raise InputError("running_mean and running_var come together: one is None, the other is not")
+
+
+def check_mask(input: Tensor, mask: Tensor | None) -> None:
+    """Refuses a mask of the wrong kind, and for now any other.
+
+    Raises:
+        InputError: not boolean, or not broadcastable to (batch, *spatial).
+        SyncNormError: a good mask: this version cannot use it.
+    """
+    if mask is None:
+        return
+    expected = (input.size(0), *input.shape[2:])
+    fits = mask.dim() <= len(expected) and all(
+        m in (1, n) for m, n in zip(reversed(mask.shape), reversed(expected), strict=False)
+    )
+    if mask.dtype != torch.bool or not fits:
+        raise InputError(
+            f"{where()}expected a boolean mask that broadcasts to (batch, *spatial) = {expected}, "
+            f"got {mask.dtype} {shape(mask)}"
+        )
+    raise SyncNormError("masked statistics are not supported yet: call the layer without mask")
+
+
+def check_count(count: Tensor, local_count: int) -> None:
+    """Refuses a global batch of one value a channel, on all ranks alike.
+
+    All ranks empty is no error: there is nothing to normalise, and nothing is.
+
+    Raises:
+        InputError: the whole batch has one value a channel.
+    """
+    # A rank that holds two values knows the answer without asking a GPU for it. Where the total is one, no
+    # rank holds two, so all of them look.
+    capturing = count.is_cuda and torch.cuda.is_current_stream_capturing()
+    if local_count < 2 and not capturing and int(count) == 1:
+        raise InputError(
+            f"{where()}expected more than 1 value per channel over all ranks in training, got 1 "
+            f"({local_count} of them on this rank)"
+        )
+
+
+def where() -> str:
+    """``"rank 3: "`` for the head of a message, or nothing outside distributed runs."""
+    if dist.is_available() and dist.is_initialized():
+        return f"rank {dist.get_rank()}: "
+    return ""
+
+
+def shape(tensor: Tensor) -> str:
+    """A shape as users write it."""
+    return f"of shape {tuple(tensor.shape)}"

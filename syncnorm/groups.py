@@ -1,0 +1,144 @@
+"""Which ranks share statistics: resolving, creating and carrying process groups."""
+
+import os
+import socket
+from typing import Any, Literal
+
+import torch.distributed as dist
+
+from syncnorm.errors import InputError, SyncNormError
+
+_made: dict[int | str, dist.ProcessGroup] = {}
+
+
+def resolve(group: Any) -> dist.ProcessGroup | None:
+    """A ProcessGroup from what users pass as one: a ProcessGroup, a 1-D DeviceMesh, or None.
+
+    Raises:
+        InputError: a mesh of more dimensions, or something else altogether.
+    """
+    # torch hands ranks outside a new group this sentinel in its place; it is judged at the first forward.
+    if group is None or group == dist.GroupMember.NON_GROUP_MEMBER or isinstance(group, dist.ProcessGroup):
+        return group  # type: ignore[no-any-return]
+    if hasattr(group, "get_group") and hasattr(group, "ndim"):
+        if group.ndim != 1:
+            raise InputError(
+                f"process_group is a DeviceMesh of {group.ndim} dimensions {group.mesh_dim_names}; "
+                f"pass one of them, for example mesh['dp']"
+            )
+        return group.get_group()  # type: ignore[no-any-return]
+    raise InputError(f"process_group must be a ProcessGroup, a 1-D DeviceMesh or None, got {type(group).__name__}")
+
+
+def synced_group(group: Any) -> dist.ProcessGroup | None:
+    """The group to synchronise over, or None where there is nobody to synchronise with.
+
+    Args:
+        group: a ProcessGroup; None means the default group, if ``torch.distributed`` is initialised.
+
+    Raises:
+        InputError: this rank is not a member of ``group``.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    if group is None:
+        group = dist.group.WORLD
+    if group == dist.GroupMember.NON_GROUP_MEMBER or dist.get_rank(group) < 0:
+        raise InputError(
+            f"rank {dist.get_rank()} is not a member of the process group that this layer synchronises over. "
+            f"Give each rank a group that holds it: syncnorm.convert(model, group_size=...) does."
+        )
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def subgroup(size: int | Literal["node"]) -> dist.ProcessGroup:
+    """This rank's group of ``size`` consecutive ranks, or of the ranks on its machine for ``"node"``.
+
+    Groups are created once and reused by later calls with the same size.
+
+    Collective: all ranks of the default group must call, with the same size.
+
+    Raises:
+        InputError: a size that does not divide the world.
+        SyncNormError: ``torch.distributed`` is not initialised.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise SyncNormError(
+            f"group_size={size!r} creates process groups: call torch.distributed.init_process_group first"
+        )
+    world = dist.get_world_size()
+    if size != "node" and (not isinstance(size, int) or isinstance(size, bool) or size < 1 or world % size):
+        fitting = [n for n in range(1, world + 1) if world % n == 0]
+        raise InputError(f"group_size={size!r} does not divide the {world} ranks; use one of {fitting}")
+    if size not in _made or not _alive(_made[size]):
+        partition = _nodes() if size == "node" else [list(range(r, r + size)) for r in range(0, world, size)]
+        # Every rank creates every group, in the same order, also those that it is not in.
+        mine, _ = dist.new_subgroups_by_enumeration(partition)  # type: ignore[no-untyped-call]
+        _made[size] = mine
+    return _made[size]
+
+
+def _nodes() -> list[list[int]]:
+    """Ranks by machine. torchrun's GROUP_RANK tells nodes apart that share a host name."""
+    here = (os.environ.get("GROUP_RANK"), socket.gethostname())
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, here)
+    return [[r for r, node in enumerate(everywhere) if node == key] for key in dict.fromkeys(everywhere)]
+
+
+def _alive(group: dist.ProcessGroup) -> bool:
+    """False for a group of a default group that was destroyed since."""
+    try:
+        return dist.get_rank(group) >= 0
+    except ValueError:
+        return False
+
+
+class GroupHandle:
+    """Carries a layer's process group through deepcopy and pickle, which a ProcessGroup itself does not survive.
+
+    A copy shares the group. A loaded pickle knows only that there was one, and refuses to hand it out.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, lost: str | None = None):
+        self._group = group
+        self._lost = lost
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The group.
+
+        Raises:
+            SyncNormError: it was lost in a pickle.
+        """
+        if self._lost is not None:
+            raise SyncNormError(
+                f"this layer was saved with a process group ({self._lost}), which a file cannot hold. Bind it "
+                f"again before training: syncnorm.convert(model, process_group=...) or group_size=..."
+            )
+        return self._group
+
+    def peek(self) -> dist.ProcessGroup | None:
+        """The group, or None if there is none or it was lost."""
+        return self._group
+
+    def describe(self) -> str:
+        """One or two words for a table."""
+        if self._lost is not None:
+            return f"lost ({self._lost})"
+        if self._group is None:
+            return "default"
+        if self._group == dist.GroupMember.NON_GROUP_MEMBER:  # type: ignore[comparison-overlap]
+            return "not a member"
+        try:
+            return f"ranks {dist.get_process_group_ranks(self._group)}"
+        except (KeyError, ValueError):
+            return "destroyed"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GroupHandle":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._lost is None and self._group is None:
+            return GroupHandle, (None,)
+        return GroupHandle, (None, self._lost or self.describe())

@@ -1,0 +1,49 @@
+"""The passes as torch's own CUDA kernels, those behind ``torch.nn.SyncBatchNorm``. None of them syncs the host.
+
+Source: ATen/native/cuda/Normalization.cu; called as in torch/nn/modules/_functions.py.
+"""
+
+import torch
+from torch import Tensor
+
+
+def local_moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and invstd, each (C): Welford's algorithm in the accumulation type."""
+    mean, invstd = torch.batch_norm_stats(x, eps)
+    return mean, invstd
+
+
+def normalise(
+    x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """``(x - mean) * invstd * weight + bias`` in one pass."""
+    return torch.batch_norm_elemt(x, _as(weight, mean), _as(bias, mean), mean, invstd, eps)
+
+
+def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``sum(dy)`` and ``sum(dy * (x - mean))``, each (C), in one pass."""
+    sum_dy, sum_dy_xmu, _, _ = torch.batch_norm_backward_reduce(
+        dy, x, mean, invstd, _as(weight, mean), True, False, False
+    )
+    return sum_dy, sum_dy_xmu
+
+
+def apply_grad(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    sum_dy: Tensor,
+    sum_dy_xmu: Tensor,
+    count: Tensor,
+) -> Tensor:
+    """``weight * invstd * (dy - sum_dy / N - (x - mean) * invstd^2 * sum_dy_xmu / N)`` in one pass."""
+    # The kernel divides by the sum of a vector of counts, one a rank; the sum itself is such a vector.
+    return torch.batch_norm_backward_elemt(
+        dy, x, mean, invstd, _as(weight, mean), sum_dy, sum_dy_xmu, count.to(torch.int32)
+    )
+
+
+def _as(vector: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if vector is None else vector.to(like.dtype)

@@ -1,0 +1,174 @@
+"""The layer as a module: nn.BatchNorm with synced statistics, and the mix-in that makes it so."""
+
+import sys
+import warnings
+import weakref
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from syncnorm import functional, groups
+
+
+class Synced:
+    """What every synced layer has: the process group that it synchronises over."""
+
+    # A default on the class: an instance whose class was changed in place needs no attribute of its own.
+    _sync_group = groups.GroupHandle(None)
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share statistics; None is the default group. Takes a 1-D DeviceMesh as well."""
+        return self._sync_group.group
+
+    @process_group.setter
+    def process_group(self, group: Any) -> None:
+        self._sync_group = groups.GroupHandle(groups.resolve(group))
+
+
+class SyncMixin(Synced):
+    """The synced forward, mixed in before a class that is an ``nn.BatchNorm``.
+
+    Parameters, buffers, constructor, hooks, ``state_dict`` and evaluation are those of the other class.
+    """
+
+    def forward(self: Any, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalises with the statistics of all ranks in training, with the running ones in evaluation.
+
+        Args:
+            input: (batch, num_features, *spatial), floating; the batch may differ by rank and may be 0.
+            mask: not supported yet; anything but None is an error.
+
+        Raises:
+            InputError: what ``syncnorm.functional.sync_batch_norm`` refuses; buffers are as they were.
+
+        Collective: in training, all ranks of the group must call.
+        """
+        self._check_input_dim(input)
+        functional.check_input(input, self.num_features)
+        functional.check_mask(input, mask)
+        in_replica = warn_under_data_parallel(self)
+        if not self.training or in_replica:
+            return super().forward(input)  # type: ignore[misc,no-any-return]
+        tracking = self.track_running_stats
+        return functional.sync_batch_norm(
+            input,
+            self.running_mean if tracking else None,
+            self.running_var if tracking else None,
+            self.weight,
+            self.bias,
+            True,
+            self.momentum,
+            self.eps,
+            process_group=self.process_group,
+            num_batches_tracked=self.num_batches_tracked if tracking else None,
+        )
+
+
+class BatchNorm(_BatchNorm):
+    """``nn.BatchNorm`` for input of any dimension; what a :class:`SyncBatchNorm` is without the syncing."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass  # functional.check_input judges it; F.batch_norm does in evaluation
+
+
+class _SyncBatchNorm(SyncMixin):
+    """``torch.nn.SyncBatchNorm``'s constructor."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+    ):
+        super().__init__(  # type: ignore[call-arg]
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, bias=bias
+        )
+        self.process_group = process_group
+
+
+class SyncBatchNorm(_SyncBatchNorm, BatchNorm):
+    """Batch normalisation over the batches of all ranks; a drop-in for ``torch.nn.SyncBatchNorm``.
+
+    In training, statistics are those of the concatenated batch of all ranks of ``process_group``, which need
+    not be even, nor all non-empty. In evaluation, without a process group and in a group of one rank it is
+    ``nn.BatchNorm``.
+
+    Args:
+        num_features: channels, dimension 1 of the input.
+        eps: added to the biased variance.
+        momentum: weight of the new batch in the running statistics; None for their cumulative average.
+        affine: learn a weight and a bias for each channel.
+        track_running_stats: keep running mean and variance.
+        process_group: a ProcessGroup or 1-D DeviceMesh; None is the default group.
+        device: of parameters and buffers.
+        dtype: of parameters and buffers.
+        bias: with ``affine``, whether to learn a bias.
+
+    Shapes: input and output (batch, num_features, *spatial), 2-D or more.
+
+    Raises:
+        InputError: at a forward whose input cannot be normalised; see ``syncnorm.functional.sync_batch_norm``.
+
+    Collective: a forward in training, by all ranks of the group: one all_gather, and one all_reduce in the
+        backward. The constructor communicates nothing.
+
+    Example:
+        >>> layer = SyncBatchNorm(16)
+        >>> layer(torch.randn(4, 16, 8, 8)).shape
+        torch.Size([4, 16, 8, 8])
+    """
+
+
+class SyncBatchNorm1d(_SyncBatchNorm, nn.BatchNorm1d):
+    """:class:`SyncBatchNorm` that is an ``nn.BatchNorm1d``: takes (batch, C) and (batch, C, length)."""
+
+
+class SyncBatchNorm2d(_SyncBatchNorm, nn.BatchNorm2d):
+    """:class:`SyncBatchNorm` that is an ``nn.BatchNorm2d``: takes (batch, C, height, width)."""
+
+
+class SyncBatchNorm3d(_SyncBatchNorm, nn.BatchNorm3d):
+    """:class:`SyncBatchNorm` that is an ``nn.BatchNorm3d``: takes (batch, C, depth, height, width)."""
+
+
+_seen_outside_data_parallel: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
+def warn_under_data_parallel(module: nn.Module) -> bool:
+    """Warns at a layer's first forward inside ``nn.DataParallel``; True in one of its replicas.
+
+    Replicas run as threads of one process, of which torch.distributed knows nothing: each would keep its own
+    statistics, and in a distributed run their collectives would mix.
+    """
+    in_replica = bool(getattr(module, "_is_replica", False))
+    if torch.compiler.is_compiling() or (not in_replica and module in _seen_outside_data_parallel):
+        return in_replica
+    _seen_outside_data_parallel.add(module)
+    if in_replica or _called_by_data_parallel():
+        warnings.warn(
+            "a syncnorm layer runs inside nn.DataParallel, whose replicas cannot be synchronised: each uses "
+            "the statistics of its own part of the batch. Use DistributedDataParallel, one process a GPU",
+            stacklevel=3,
+        )
+    return in_replica
+
+
+def _called_by_data_parallel() -> bool:
+    # Without several GPUs nn.DataParallel calls the module itself, and only the stack tells.
+    frame = sys._getframe(1)
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), nn.DataParallel):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
