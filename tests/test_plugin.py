@@ -5,6 +5,7 @@ import pytest
 
 USES_PLUGIN = """
 import os
+import torch
 import torch.distributed as dist
 
 def rank_and_pid():
@@ -14,7 +15,12 @@ def test_ranks(run_ranks):
     first = run_ranks(rank_and_pid, world_size=2)
     assert [rank for rank, _ in first] == [0, 1]
     assert run_ranks(rank_and_pid, world_size=2) == first
-    print("pids", *(pid for _, pid in first))
+
+def build():
+    return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+
+def test_model(assert_matches_single_process):
+    assert_matches_single_process(build, torch.randn(5, 3))
 """
 
 
@@ -38,7 +44,7 @@ def test_the_fixture_runs_functions_of_a_test_module(pytester, pytestconfig, imp
         "-p",
         "no:cacheprovider",
     )
-    result.assert_outcomes(passed=1)
+    result.assert_outcomes(passed=2)
 
 
 def test_loading_the_plugin_imports_no_more_than_syncnorm():

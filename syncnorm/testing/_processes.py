@@ -172,8 +172,10 @@ class Pool:
             failed.update((rank, self._bury(rank, _WHILE_STARTING)) for rank, message in arrived if message is None)
             new -= {rank for rank, _ in arrived}
         if new:  # one died, or the machine is stuck
-            unready = f"rank {min(new)} was not ready after {SPAWN_SECONDS:.0f} s"
-            failed = failed or {min(new): Ended(unready, "", TimeoutError(unready), time.monotonic())}
+            unready = f"not ready after {SPAWN_SECONDS:.0f} s"
+            failed = failed or {
+                min(new): Ended(unready, "", TimeoutError(f"rank {min(new)} was {unready}"), time.monotonic())
+            }
             self._kill([rank for rank in new if rank in self._ranks])
         return failed
 
@@ -202,9 +204,9 @@ class Pool:
         for rank in sorted(pending):
             unanswered = self._ranks.pop(rank)
             unanswered.end()
-            summary = f"was still running {after}"
+            summary = f"still running {after}"
             reports[rank] = Ended(
-                summary, unanswered.stack(), TimeoutError(f"rank {rank} {summary}"), time.monotonic()
+                summary, unanswered.stack(), TimeoutError(f"rank {rank} was {summary}"), time.monotonic()
             )
         return dict(sorted(reports.items()))
 

@@ -15,3 +15,11 @@ def run_ranks() -> Iterator[Callable[..., list[Any]]]:
 
     yield run_ranks
     shutdown()
+
+
+@pytest.fixture(scope="session")
+def assert_matches_single_process(run_ranks: Callable[..., list[Any]]) -> Callable[..., None]:
+    """``syncnorm.testing.assert_matches_single_process``, in the same kept ranks."""
+    from syncnorm.testing.parity import assert_matches_single_process
+
+    return assert_matches_single_process

@@ -82,7 +82,7 @@ def run_ranks(
     if not timeout > 0:
         raise InputError(f"run_ranks needs a positive timeout in seconds, got {timeout!r}.")
     modules, call = pickle_call(fn, args)
-    return _results(_pool().run(world_size, modules, call, timeout))
+    return _results(_pool().run(world_size, modules, call, timeout), world_size)
 
 
 def shutdown() -> None:
@@ -112,10 +112,10 @@ def _pool() -> Pool:
     return _kept
 
 
-def _results(reports: dict[int, Report]) -> list[Any]:
+def _results(reports: dict[int, Report], world_size: int) -> list[Any]:
     failed = {rank: report for rank, report in reports.items() if not isinstance(report, Returned)}
     if failed:
-        raise _rank_error(reports, failed)
+        raise _rank_error(reports, failed, world_size)
     results = []
     for rank, report in reports.items():
         assert isinstance(report, Returned)
@@ -127,16 +127,16 @@ def _results(reports: dict[int, Report]) -> list[Any]:
     return results
 
 
-def _rank_error(reports: dict[int, Report], failed: dict[int, Raised | Ended]) -> RankError:
+def _rank_error(reports: dict[int, Report], failed: dict[int, Raised | Ended], world_size: int) -> RankError:
     by_cause = sorted(failed, key=lambda rank: (_distance_from_cause(failed[rank]), failed[rank].at))
     first = by_cause[0]
     if all(isinstance(report.exception, TimeoutError) for report in failed.values()):
         shown = by_cause
         who = " and ".join(f"rank {rank}" for rank in shown)
-        head = f"{who} (world size {len(reports)}) {failed[first].summary}"
+        head = f"{who} (world size {world_size}): {failed[first].summary}"
     else:
         shown = [first]
-        head = f"rank {first} (world size {len(reports)}) failed first: {failed[first].summary}"
+        head = f"rank {first} (world size {world_size}) failed first: {failed[first].summary}"
     lines = [head]
     for rank in shown:
         report = failed[rank]

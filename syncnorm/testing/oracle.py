@@ -1,0 +1,145 @@
+"""What batch norm over all ranks has to give: fp64 ``F.batch_norm`` on the concatenated batch, and how near is near.
+
+Shapes: N rows of a rank, C channels, R values a channel over all ranks (rows times places).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from syncnorm.errors import InputError
+
+# The one table of tolerances, dtype -> (rtol, atol), against an fp64 reference that saw the same rounded inputs.
+TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
+    # eps 2e-16. Sums over a batch and 1/std of small std lose a few digits; a wrong formula loses all of them.
+    torch.float64: (1e-10, 1e-10),
+    # eps 1.2e-7. Some hundred eps for sums over thousands of values and for what 1/std amplifies; near zero the
+    # absolute error of the same sums.
+    torch.float32: (1e-4, 1e-5),
+    # eps 9.8e-4 and 7.8e-3. Statistics are merged in fp32, so what remains is the rounding of the result, and of
+    # weight and bias where these are half precision too: two eps.
+    torch.float16: (2e-3, 2e-3),
+    torch.bfloat16: (1.6e-2, 1.6e-2),
+}
+
+
+@dataclass(frozen=True)
+class BatchNormReference:
+    """What :func:`batch_norm_oracle` returns: fp64 tensors, lists by rank.
+
+    Attributes:
+        outputs: Shape of each rank's input.
+        grad_inputs: Shape of each rank's input; this and the next two are empty without ``grad_outputs``.
+        grad_weight: (C,) each: this rank's own part, sum of dy * xhat over its rows, before DDP reduces it.
+        grad_bias: (C,) each: this rank's own part, sum of dy over its rows.
+        running_mean: (C,), after the step, the same on every rank; None if none was given.
+        running_var: (C,), with the variance unbiased over the whole batch.
+    """
+
+    outputs: list[Tensor]
+    grad_inputs: list[Tensor]
+    grad_weight: list[Tensor]
+    grad_bias: list[Tensor]
+    running_mean: Tensor | None
+    running_var: Tensor | None
+
+
+def batch_norm_oracle(
+    inputs: Sequence[Tensor],
+    grad_outputs: Sequence[Tensor] | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> BatchNormReference:
+    """One training step of batch norm over the inputs of all ranks, in fp64, in this process.
+
+    Args:
+        inputs: One (N, C, *places) tensor a rank, 2-D to 5-D, any floating dtype. N and the places may differ
+            between ranks, and N may be 0.
+        grad_outputs: The gradient of each output, of its shape; None for a forward only.
+        weight: (C,) or None for ones.
+        bias: (C,) or None for zeros.
+        running_mean: (C,) or None; left as it is, the updated copy is in the result.
+        running_var: (C,) or None.
+        momentum: Share of the batch in the running statistics; ``1 / steps`` for a cumulative average.
+        eps: Added to the variance.
+
+    Raises:
+        InputError: No inputs, or not as many gradients as inputs, or of other shapes.
+
+    Source: ``torch.nn.functional.batch_norm``.
+
+    Example:
+        >>> x = torch.tensor([[0.0], [2.0], [4.0], [6.0]])
+        >>> reference = batch_norm_oracle([x[:1], x[1:]], running_mean=torch.zeros(1), running_var=torch.ones(1))
+        >>> reference.running_mean
+        tensor([0.3000], dtype=torch.float64)
+    """
+    if not inputs or any(x.dim() < 2 for x in inputs):
+        raise InputError(f"needs an (N, C, ...) input a rank, got shapes {[tuple(x.shape) for x in inputs]}")
+    if grad_outputs is not None and [x.shape for x in inputs] != [g.shape for g in grad_outputs]:
+        raise InputError("grad_outputs has to hold a gradient of the shape of each input, rank by rank")
+    x_RC = torch.cat([_rows(x) for x in inputs]).requires_grad_()
+    counts = [x.numel() // x.size(1) for x in inputs]
+    mean, var = _copy(running_mean), _copy(running_var)
+    # Without a single row there is nothing to learn from, and F.batch_norm would make the running statistics NaN.
+    normalise = F.batch_norm if len(x_RC) else _identity
+    xhat_RC = normalise(x_RC, mean, var, training=True, momentum=momentum, eps=eps)
+    w_C, b_C = (_copy(p) for p in (weight, bias))
+    y_RC = xhat_RC * (1.0 if w_C is None else w_C) + (0.0 if b_C is None else b_C)
+    grads: dict[str, list[Tensor]] = {"x": [], "weight": [], "bias": []}
+    if grad_outputs is not None:
+        dy_RC = torch.cat([_rows(g) for g in grad_outputs])
+        (dx_RC,) = torch.autograd.grad(y_RC, x_RC, dy_RC)
+        grads["x"] = _unrows(dx_RC, inputs)
+        grads["weight"] = [part.sum(0) for part in torch.split(dy_RC * xhat_RC.detach(), counts)]
+        grads["bias"] = [part.sum(0) for part in torch.split(dy_RC, counts)]
+    return BatchNormReference(_unrows(y_RC.detach(), inputs), grads["x"], grads["weight"], grads["bias"], mean, var)
+
+
+def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """Compare with the fp64 ``expected``, as near as ``TOLERANCES[dtype]`` says.
+
+    Args:
+        actual: What the code under test gave, any dtype.
+        expected: The reference, of the same shape.
+        dtype: In what the code under test computed.
+
+    Raises:
+        AssertionError: They differ, in shape or by more than the tolerance.
+
+    Example:
+        >>> assert_close(torch.ones(2), torch.ones(2, dtype=torch.float64), torch.float32)
+    """
+    rtol, atol = TOLERANCES[dtype]
+    torch.testing.assert_close(
+        actual.detach().double(), expected.detach().double(), rtol=rtol, atol=atol, check_stride=False
+    )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(N, C, *places) to fp64 (N * places, C), so that ranks with other places can be put together."""
+    return x.detach().double().movedim(1, -1).reshape(-1, x.size(1))
+
+
+def _unrows(rows_RC: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    parts = torch.split(rows_RC, [x.numel() // x.size(1) for x in like])
+    return [
+        part.reshape(x.size(0), *x.shape[2:], x.size(1)).movedim(-1, 1).contiguous()
+        for part, x in zip(parts, like, strict=True)
+    ]
+
+
+def _identity(x_RC: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x_RC.clone()
+
+
+def _copy(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().double().clone()
