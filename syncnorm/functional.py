@@ -89,7 +89,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: dist.ProcessGroup
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         passes = kernels.for_device(x.device)
-        x = kernels.dense(x)
+        x = kernels.dense(x, kernels.memory_format(x))
         local_count = x.numel() // x.size(1)
 
         if local_count > 0:
@@ -116,7 +116,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         passes = kernels.for_device(x.device)
         if dy is None:
             dy = torch.zeros_like(x)  # the other ranks are waiting all the same
-        dy = dy.contiguous(memory_format=kernels.memory_format(x))
+        dy = kernels.dense(dy, kernels.memory_format(x))
 
         if x.numel() > 0:
             sum_dy, sum_dy_xmu = passes.reduce_grad(dy, x, mean, invstd, weight)

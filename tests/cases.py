@@ -48,7 +48,7 @@ class Case:
         )
         dy = torch.randn(shape, generator=generator, dtype=torch.float64)
         if self.dy_layout == "expanded":
-            dy = dy[:, :, *(slice(0, 1) for _ in self.spatial)].expand(shape)
+            dy = dy[(..., *(slice(0, 1),) * len(self.spatial))].expand(shape)
         x, dy = x.to(DTYPES[self.dtype]), dy.to(DTYPES[self.dtype])
         return list(x.split(self.splits)), list(dy.split(self.splits))
 
@@ -77,8 +77,7 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     if layout == "sliced":
         return torch.cat([x, x], dim=-1)[..., : x.size(-1)]
     if layout == "expanded":
-        spatial = x.dim() - 2
-        return x[:, :, *(slice(0, 1) for _ in range(spatial))].expand(x.shape)
+        return x[(..., *(slice(0, 1),) * (x.dim() - 2))].expand(x.shape)
     return x.contiguous()
 
 

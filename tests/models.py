@@ -22,9 +22,7 @@ class BatchNormAct(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             self.num_batches_tracked.add_(1)
-        y = F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps
-        )
+        y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps)
         return self.act(y)
 
 
@@ -43,9 +41,7 @@ class BatchNormTorchCall(nn.BatchNorm2d):
 
 
 def normalised(bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    return torch.batch_norm(
-        x, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.training, 0.1, bn.eps, False
-    )
+    return torch.batch_norm(x, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.training, 0.1, bn.eps, False)
 
 
 class BatchNormNamed(nn.BatchNorm2d):

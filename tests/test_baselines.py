@@ -116,7 +116,7 @@ def test_groups_that_do_not_divide_are_named_before_anything_changes():
         "num_groups=8 does not divide the 12 channels of layer '1.0'; nearest that do: 6 and 12"
     )
     assert type(model[0]) is nn.BatchNorm2d
-    with pytest.raises(InputError, match="num_groups=32 does not divide the 8 .* nearest that do: 8"):
+    with pytest.raises(InputError, match=r"num_groups=32 does not divide the 8 .* nearest that do: 8"):
         syncnorm.convert(model, to="group")
 
 

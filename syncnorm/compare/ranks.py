@@ -81,7 +81,7 @@ def launched_ranks() -> Iterator[Ranks]:
     Gloo on the CPU where the node has fewer GPUs than ranks: NCCL refuses two ranks on one GPU.
     Collective: all ranks.
     """
-    from accelerate import PartialState  # type: ignore[import-untyped]
+    from accelerate import PartialState
 
     ours = not dist.is_initialized()
     too_few_gpus = torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))

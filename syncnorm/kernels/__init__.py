@@ -23,13 +23,25 @@ def for_device(device: torch.device) -> ModuleType:
     return cuda if device.type == "cuda" else cpu
 
 
-def dense(x: Tensor) -> Tensor:
-    """``x`` without gaps or overlaps, in the memory format that its strides suggest; no copy if it is so."""
-    return x.contiguous(memory_format=memory_format(x))
-
-
 def memory_format(x: Tensor) -> torch.memory_format:
     """channels_last(_3d) where the channel is the fastest axis of a 4-D or 5-D tensor, else contiguous."""
     if x.dim() in (4, 5) and x.stride(1) == 1 and not x.is_contiguous():
         return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
     return torch.contiguous_format
+
+
+def dense(x: Tensor, layout: torch.memory_format) -> Tensor:
+    """``x`` without gaps or overlaps, with the very strides of ``layout``; no copy if only they differ.
+
+    An axis of size 1 may have any stride and still count as contiguous, but ATen's batch norm guesses the layout
+    from the strides: sums of half precision then take a path that rounds each step.
+    """
+    x = x.contiguous(memory_format=layout)
+    if 1 not in x.shape:
+        return x
+    axes = range(x.dim()) if layout == torch.contiguous_format else (0, *range(2, x.dim()), 1)
+    strides, step = [0] * x.dim(), 1
+    for axis in reversed(axes):
+        strides[axis] = step
+        step *= x.size(axis)
+    return x.as_strided(x.shape, strides)

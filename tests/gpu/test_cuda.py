@@ -42,9 +42,7 @@ def step(rows: tuple[int, ...], dtype: torch.dtype, layout: str) -> dict[str, Te
 @pytest.mark.parametrize("layout", FORMATS)
 def test_two_ranks_on_one_card_are_the_full_batch(rows, dtype, layout):
     inputs, grads = batches(rows, dtype)
-    want = batch_norm_oracle(
-        inputs, grads, torch.ones(5), torch.zeros(5), torch.zeros(5), torch.ones(5), 1.0, 1e-5
-    )
+    want = batch_norm_oracle(inputs, grads, torch.ones(5), torch.zeros(5), torch.zeros(5), torch.ones(5), 1.0, 1e-5)
     for rank, got in enumerate(run_ranks(step, 2, (rows, dtype, layout))):
         assert_close(got["y"], want.outputs[rank], dtype)
         assert_close(got["dx"], want.grad_inputs[rank], dtype)
