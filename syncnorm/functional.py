@@ -151,7 +151,7 @@ def _local_batch_norm(
     if training:
         local_count = input.numel() // input.size(1)
         if local_count == 1:
-            raise InputError(f"{where()}expected more than 1 value per channel, got input {shape(input)}")
+            raise InputError(f"{where()}expected more than 1 value per channel, got input of {shape(input)}")
         if num_batches_tracked is not None and local_count > 0:
             num_batches_tracked.add_(1)
         if momentum is None:
@@ -180,7 +180,7 @@ def check_input(input: Tensor, channels: int | None = None) -> None:
     if input.size(1) == 0 or input.size(1) != (channels or input.size(1)):
         raise InputError(
             f"{where()}expected {channels or 'some'} channels in dimension 1, "
-            f"got {input.size(1)}: input {shape(input)}"
+            f"got {input.size(1)}: input of {shape(input)}"
         )
 
 
@@ -194,7 +194,7 @@ def check_vectors(input: Tensor, **vectors: Tensor | None) -> None:
         if vector is not None and vector.shape != (input.size(1),):
             raise InputError(
                 f"{where()}expected {name} to have one value for each of {input.size(1)} channels "
-                f"(input {shape(input)}), got {shape(vector)}"
+                f"(input of {shape(input)}), got {shape(vector)}"
             )
     if (vectors["running_mean"] is None) != (vectors["running_var"] is None):
         raise InputError("running_mean and running_var come together: one is None, the other is not")
@@ -216,7 +216,7 @@ def check_mask(input: Tensor, mask: Tensor | None) -> None:
     if mask.dtype != torch.bool or not fits:
         raise InputError(
             f"{where()}expected a boolean mask that broadcasts to (batch, *spatial) = {expected}, "
-            f"got {mask.dtype} {shape(mask)}"
+            f"got {mask.dtype} of {shape(mask)}"
         )
     raise SyncNormError("masked statistics are not supported yet: call the layer without mask")
 
@@ -248,4 +248,4 @@ def where() -> str:
 
 def shape(tensor: Tensor) -> str:
     """A shape as users write it."""
-    return f"of shape {tuple(tensor.shape)}"
+    return f"shape {tuple(tensor.shape)}"

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# What: sets up .venv and compares one process, DataParallel, DDP and DDP with SyncBN on real images.
+# When: the first thing to run after cloning; again whenever you like, arguments go to `syncnorm compare`.
+# How:  bash launch/demo.sh [--steps 100 --json out.json ...]
+source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
+install_syncnorm compare
+echo "syncnorm: running syncnorm compare $*"
+exec "$bin/syncnorm" compare "$@"

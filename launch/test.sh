@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# What: sets up .venv with the development tools and runs the tests, on the CPU, with gloo.
+# When: after cloning, and before every commit; arguments go to pytest.
+# How:  bash launch/test.sh [-n auto -k conversion ...]
+source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
+install_syncnorm dev
+echo "syncnorm: running the tests"
+cd "$root"
+exec "$bin/python" -m pytest "$@"

@@ -1,0 +1,123 @@
+"""The arms: what each does to the model's norms, how it spreads the batch, and what it can be compared on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
+
+from syncnorm.conversion import convert
+
+Norms = Callable[[nn.Module, int], nn.Module]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the comparison.
+
+    Attributes:
+        name: as ``--arms`` takes it.
+        about: one line for the legend.
+        spread: ``"whole"``: rank 0 alone sees the global batch. ``"dp"``: rank 0 alone, DataParallel.
+            ``"ddp"``: every rank its slice, DistributedDataParallel.
+        norms: (model, num_groups) -> the model with this arm's norm layers.
+        torch_may_refuse: a ``ValueError`` while the arm is set up is torch saying that it cannot run here.
+    """
+
+    name: str
+    about: str
+    spread: Literal["whole", "dp", "ddp"]
+    norms: Norms
+    torch_may_refuse: bool = False
+
+
+def _batch(model: nn.Module, num_groups: int) -> nn.Module:
+    return model
+
+
+def _synced(model: nn.Module, num_groups: int) -> nn.Module:
+    return convert(model)
+
+
+def _group(model: nn.Module, num_groups: int) -> nn.Module:
+    return convert(model, to="group", num_groups=num_groups)
+
+
+def _layer(model: nn.Module, num_groups: int) -> nn.Module:
+    return convert(model, to="layer")
+
+
+def _instance(model: nn.Module, num_groups: int) -> nn.Module:
+    return convert(model, to="instance")
+
+
+def _torch_synced(model: nn.Module, num_groups: int) -> nn.Module:
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    return converted
+
+
+SINGLE = Arm("single", "one process, the whole batch: the reference", "whole", _batch)
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        SINGLE,
+        Arm("dp", "DataParallel, statistics of each replica's slice", "dp", _batch),
+        Arm("ddp", "DDP, statistics of each rank's slice", "ddp", _batch),
+        Arm("ddp+syncbn", "DDP after syncnorm.convert(model)", "ddp", _synced),
+        Arm("ddp+group", 'DDP after convert(model, to="group")', "ddp", _group),
+        Arm("ddp+layer", 'DDP after convert(model, to="layer")', "ddp", _layer),
+        Arm("ddp+instance", 'DDP after convert(model, to="instance")', "ddp", _instance),
+        Arm("ddp+torch-syncbn", "DDP with torch.nn.SyncBatchNorm", "ddp", _torch_synced, torch_may_refuse=True),
+    )
+}
+
+
+class EmulatedDataParallel(nn.Module):
+    """What ``nn.DataParallel`` computes on several GPUs, on one device.
+
+    Each replica normalises with the statistics of its own slice. The replicas share the parameters, so their
+    gradients add up in one model. All replicas read the buffers as they were at the start of the step, and
+    only replica 0's update of them is kept.
+
+    Args:
+        module: the model.
+        num_replicas: slices that dimension 0 of the input is cut into, with ``torch.chunk``.
+
+    Source: ``torch/nn/parallel/replicate.py`` (replica 0's buffers are the module's own, the others' copies)
+    and ``scatter_gather.py``.
+    """
+
+    def __init__(self, module: nn.Module, num_replicas: int) -> None:
+        super().__init__()
+        self.module = module
+        self.num_replicas = num_replicas
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The replicas' outputs, concatenated along dimension 0."""
+        slices = x.chunk(self.num_replicas)
+        copies = [{name: b.clone() for name, b in self.module.named_buffers()} for _ in slices[1:]]
+        outputs = [self.module(slices[0])]
+        outputs += [
+            functional_call(self.module, buffers, (part,)) for buffers, part in zip(copies, slices[1:], strict=True)
+        ]
+        return torch.cat(outputs)
+
+
+def wrap(arm: Arm, model: nn.Module, world_size: int, device: torch.device) -> nn.Module:
+    """The module to call in the training loop.
+
+    Collective: for a ``"ddp"`` arm every rank must call; DDP's constructor broadcasts the model.
+    """
+    if arm.spread == "ddp":
+        return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    if arm.spread == "dp":
+        if device.type == "cuda" and torch.cuda.device_count() >= world_size:
+            return nn.DataParallel(model, device_ids=list(range(world_size)))
+        return EmulatedDataParallel(model, world_size)
+    return model

@@ -1,0 +1,58 @@
+"""The model that every arm trains: a residual network small enough for 8x8 images and two CPU cores."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with batch norm beside a shortcut, a 1x1 convolution where the shape changes."""
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or width_in != width:
+            self.shortcut = nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, width_in, H, W) -> (N, width, H / stride, W / stride)."""
+        y = torch.relu(self.norm1(self.conv1(x)))
+        return torch.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+
+
+class ResidualNet(nn.Sequential):
+    """Stem, one block a width, mean over space, linear classifier: (N, 1, 8, 8) -> (N, num_classes)."""
+
+    def __init__(self, widths: tuple[int, ...] = (16, 32, 64), num_classes: int = 10) -> None:
+        blocks = [
+            ResidualBlock(width_in, width, stride=1 if width == width_in else 2)
+            for width_in, width in zip((widths[0], *widths[:-1]), widths, strict=True)
+        ]
+        super().__init__(
+            nn.Sequential(nn.Conv2d(1, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()),
+            *blocks,
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(widths[-1], num_classes),
+        )
+
+
+def build_model(seed: int) -> ResidualNet:
+    """The network with ``nn.BatchNorm2d`` layers, the same weights for the same seed.
+
+    The norms' weights and biases are random too: with torch's ones and zeros, an arm that confused them or
+    dropped them would still look right after the first step.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = ResidualNet()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.uniform_(module.bias, -0.2, 0.2)
+    return model

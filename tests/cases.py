@@ -1,0 +1,148 @@
+"""One training step (or several) of a layer on uneven ranks, described by a Case and checked against fp64."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from syncnorm.modules import SyncBatchNorm
+from syncnorm.testing import assert_close, batch_norm_oracle, run_ranks
+
+DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a step is made of; everything else follows from ``seed``, on every process alike."""
+
+    splits: tuple[int, ...]  # rows of each rank
+    channels: int = 3
+    spatial: tuple[int, ...] = (4, 5)
+    dtype: str = "float32"
+    param_dtype: str | None = None  # None: fp32, or fp64 for fp64 input, as under mixed precision
+    layout: str = "contiguous"  # of the input: contiguous, channels_last, permuted, sliced
+    dy_layout: str = "contiguous"  # of the gradient: contiguous, channels_last, permuted, sliced, expanded
+    affine: bool = True
+    bias: bool = True
+    track: bool = True
+    momentum: float | None = 0.1
+    mean: float = 3.0
+    std: float = 2.0
+    steps: int = 1
+    seed: int = 0
+
+    def params(self) -> torch.dtype:
+        if self.param_dtype is not None:
+            return DTYPES[self.param_dtype]
+        return torch.float64 if self.dtype == "float64" else torch.float32
+
+    def batch(self, step: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Inputs and output gradients by rank, contiguous, in the input's dtype."""
+        generator = torch.Generator().manual_seed(self.seed * 1000 + step)
+        shape = (sum(self.splits), self.channels, *self.spatial)
+        x = torch.randn(shape, generator=generator, dtype=torch.float64) * self.std
+        x += self.mean * torch.randn(self.channels, generator=generator, dtype=torch.float64).view(
+            -1, *(1,) * len(self.spatial)
+        )
+        dy = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if self.dy_layout == "expanded":
+            dy = dy[:, :, *(slice(0, 1) for _ in self.spatial)].expand(shape)
+        x, dy = x.to(DTYPES[self.dtype]), dy.to(DTYPES[self.dtype])
+        return list(x.split(self.splits)), list(dy.split(self.splits))
+
+    def layer(self) -> SyncBatchNorm:
+        layer = SyncBatchNorm(
+            self.channels,
+            momentum=self.momentum,
+            affine=self.affine,
+            bias=self.bias,
+            track_running_stats=self.track,
+            dtype=self.params(),
+        )
+        generator = torch.Generator().manual_seed(self.seed)
+        for parameter in layer.parameters():
+            nn.init.uniform_(parameter, 0.5, 1.5, generator=generator)
+        return layer
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same values in another layout."""
+    if layout == "channels_last" and x.dim() in (4, 5):
+        fmt = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+        return x.contiguous(memory_format=fmt)
+    if layout == "permuted":
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "sliced":
+        return torch.cat([x, x], dim=-1)[..., : x.size(-1)]
+    if layout == "expanded":
+        spatial = x.dim() - 2
+        return x[:, :, *(slice(0, 1) for _ in range(spatial))].expand(x.shape)
+    return x.contiguous()
+
+
+def run_case(case: Case) -> list[dict[str, Any]]:
+    """The steps of a case on this rank: what came out of each."""
+    rank = dist.get_rank()
+    layer = case.layer()
+    results = []
+    for step in range(case.steps):
+        inputs, grads = case.batch(step)
+        x = laid_out(inputs[rank], case.layout).detach().requires_grad_()
+        y = layer(x)
+        layer.zero_grad()
+        y.backward(laid_out(grads[rank], case.dy_layout))
+        assert x.grad is not None
+        results.append(
+            {
+                "y": y.detach(),
+                "dx": x.grad,
+                "dw": layer.weight.grad if case.affine else None,
+                "db": layer.bias.grad if case.affine and case.bias else None,
+                "buffers": {k: v.clone() for k, v in layer.named_buffers()},
+                "formats": (y.stride(), x.grad.stride()),
+            }
+        )
+    return results
+
+
+def check(case: Case) -> list[list[dict[str, Any]]]:
+    """Runs a case on its ranks and compares everything with fp64 ``F.batch_norm`` on the whole batch.
+
+    Returns what each rank returned, for further questions.
+    """
+    ranks = run_ranks(run_case, len(case.splits), (case,))
+    layer, dtype = case.layer(), DTYPES[case.dtype]
+    # Sums over the batch are made and kept in fp32 even for half-precision input, if the parameters are fp32.
+    sums = max(case.params(), torch.float32, key=lambda d: torch.finfo(d).eps)
+    running = {k: v.double() for k, v in layer.named_buffers()}
+    for step in range(case.steps):
+        inputs, grads = case.batch(step)
+        momentum = 1 / (step + 1) if case.momentum is None else case.momentum
+        want = batch_norm_oracle(
+            inputs,
+            grads,
+            layer.weight,
+            layer.bias,
+            running.get("running_mean"),
+            running.get("running_var"),
+            momentum,
+            layer.eps,
+        )
+        for rank, got in enumerate(result[step] for result in ranks):
+            assert_close(got["y"], want.outputs[rank], dtype)
+            assert_close(got["dx"], want.grad_inputs[rank], dtype)
+            if case.affine:
+                assert_close(got["dw"], want.grad_weight[rank], sums)
+            if case.affine and case.bias:
+                assert_close(got["db"], want.grad_bias[rank], sums)
+            if case.track:
+                assert_close(got["buffers"]["running_mean"], want.running_mean, sums)
+                assert_close(got["buffers"]["running_var"], want.running_var, sums)
+                assert got["buffers"]["num_batches_tracked"] == step + 1
+                for name, value in got["buffers"].items():  # the same bits on every rank
+                    assert torch.equal(value, ranks[0][step]["buffers"][name]), name
+        if case.track:
+            running = {"running_mean": want.running_mean, "running_var": want.running_var}
+    return ranks

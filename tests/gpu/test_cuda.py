@@ -1,0 +1,106 @@
+"""The CUDA passes. Two gloo ranks share one card; without a card everything here is skipped."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import syncnorm
+from syncnorm import kernels
+from syncnorm.kernels import cpu
+from syncnorm.testing import assert_close, batch_norm_oracle, run_ranks
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def batches(rows: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(sum(rows), 5, 6, 7, generator=generator) * 2 + 3
+    dy = torch.randn(x.shape, generator=generator)
+    return list(x.to(dtype).split(rows)), list(dy.to(dtype).split(rows))
+
+
+def step(rows: tuple[int, ...], dtype: torch.dtype, layout: str) -> dict[str, Tensor]:
+    rank = dist.get_rank()
+    inputs, grads = batches(rows, dtype)
+    x = inputs[rank].cuda().contiguous(memory_format=FORMATS[layout]).requires_grad_()
+    layer = syncnorm.SyncBatchNorm2d(5, momentum=1.0, device="cuda")
+    y = layer(x)
+    y.backward(grads[rank].cuda())
+    assert x.grad is not None
+    assert y.is_contiguous(memory_format=FORMATS[layout])
+    assert x.grad.is_contiguous(memory_format=FORMATS[layout])
+    got = {"y": y, "dx": x.grad, "dw": layer.weight.grad, "mean": layer.running_mean, "var": layer.running_var}
+    return {k: v.detach().cpu() for k, v in got.items()}
+
+
+@pytest.mark.parametrize("rows", [(4, 4), (5, 2), (0, 3), (1, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", FORMATS)
+def test_two_ranks_on_one_card_are_the_full_batch(rows, dtype, layout):
+    inputs, grads = batches(rows, dtype)
+    want = batch_norm_oracle(
+        inputs, grads, torch.ones(5), torch.zeros(5), torch.zeros(5), torch.ones(5), 1.0, 1e-5
+    )
+    for rank, got in enumerate(run_ranks(step, 2, (rows, dtype, layout))):
+        assert_close(got["y"], want.outputs[rank], dtype)
+        assert_close(got["dx"], want.grad_inputs[rank], dtype)
+        assert_close(got["dw"], want.grad_weight[rank], torch.float32)
+        assert_close(got["mean"], want.running_mean, torch.float32)
+        assert_close(got["var"], want.running_var, torch.float32)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_passes_agree_with_plain_aten(layout):
+    cuda = kernels.for_device(torch.device("cuda"))
+    assert cuda is not cpu
+    (x,), (dy,) = batches((6,), torch.float32)
+    x, dy = (t.cuda().contiguous(memory_format=FORMATS[layout]) for t in (x, dy))
+    weight, bias = torch.rand(5, device="cuda"), torch.rand(5, device="cuda")
+    count = torch.tensor([x.numel() / 5], device="cuda", dtype=torch.float64)
+
+    mean, invstd = cuda.local_moments(x, 1e-5)
+    sums = cuda.reduce_grad(dy, x, mean, invstd, weight)
+    for got, want in [
+        ((mean, invstd), cpu.local_moments(x, 1e-5)),
+        (cuda.normalise(x, mean, invstd, weight, bias, 1e-5), cpu.normalise(x, mean, invstd, weight, bias, 1e-5)),
+        (sums, cpu.reduce_grad(dy, x, mean, invstd, weight)),
+        (
+            cuda.apply_grad(dy, x, mean, invstd, weight, *sums, count),
+            cpu.apply_grad(dy, x, mean, invstd, weight, *sums, count),
+        ),
+    ]:
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def without_host_sync() -> None:
+    layer = syncnorm.SyncBatchNorm2d(8, device="cuda")
+    x = torch.randn(4, 8, 5, 5, device="cuda", requires_grad=True)
+    dy = torch.randn(4, 8, 5, 5, device="cuda")
+    layer(x).backward(dy)  # the first NCCL call sets up its communicator
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x).backward(dy)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_no_host_sync():
+    """A forward and a backward of the synced path, over a fake group of eight (gloo itself copies to the host)."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    try:
+        without_host_sync()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_converted_model_in_a_world_of_one():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).cuda()
+    x = torch.randn(2, 3, 6, 6, device="cuda")
+    want = F.batch_norm(model[0](x), None, None, training=True)
+    torch.testing.assert_close(syncnorm.convert(model)(x), want)

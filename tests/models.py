@@ -1,0 +1,98 @@
+"""Layers and models that tests convert; importable by ranks."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Scale(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+class BatchNormAct(nn.BatchNorm2d):
+    """A batch norm with an activation, written as timm writes its own."""
+
+    def __init__(self, num_features: int):
+        super().__init__(num_features)
+        self.act = nn.LeakyReLU(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        y = F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps
+        )
+        return self.act(y)
+
+
+class BatchNormPlusOne(nn.BatchNorm2d):
+    """Calls its parent."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+class BatchNormTorchCall(nn.BatchNorm2d):
+    """Calls ``torch.batch_norm``, through a helper of its module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return normalised(self, x)
+
+
+def normalised(bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    return torch.batch_norm(
+        x, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.training, 0.1, bn.eps, False
+    )
+
+
+class BatchNormNamed(nn.BatchNorm2d):
+    """A subclass that changes nothing in the forward."""
+
+    colour = "blue"
+
+
+class OwnArithmetic(nn.BatchNorm2d):
+    """Normalises by hand."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean((0, 2, 3), keepdim=True)
+        return (x - mean) / (x.var((0, 2, 3), keepdim=True) + self.eps).sqrt()
+
+
+class OwnInTraining(nn.BatchNorm2d):
+    """Normalises by hand in training alone, so that its code names what it does not call there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        return x - x.mean((0, 2, 3), keepdim=True)
+
+
+class Net(nn.Module):
+    """A small residual network: conv, norm, add, linear."""
+
+    def __init__(self, norm: type[nn.BatchNorm2d] = nn.BatchNorm2d):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 3, padding=1)
+        self.norm1 = norm(6)
+        self.conv2 = nn.Conv2d(6, 6, 3, padding=1)
+        self.norm2 = norm(6)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(self.conv1(x)))
+        y = F.relu(y + self.norm2(self.conv2(y)))
+        return self.head(y.mean((2, 3)))
+
+
+def net() -> Net:
+    torch.manual_seed(1)
+    return Net()
+
+
+def net_with_activations() -> Net:
+    torch.manual_seed(1)
+    return Net(BatchNormAct)

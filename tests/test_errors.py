@@ -1,0 +1,152 @@
+"""Bad input ends in an error that says what to do, on every rank, with the buffers as they were."""
+
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import syncnorm
+from syncnorm.errors import InputError
+from syncnorm.testing import RankError, run_ranks
+
+BAD_INPUTS = {
+    "channels": (torch.randn(2, 5, 4, 4), "expected 3 channels in dimension 1, got 5: input of shape (2, 5, 4, 4)"),
+    "no channels": (torch.randn(2, 0, 4, 4), "expected 3 channels in dimension 1, got 0"),
+    "one dimension": (torch.randn(3), "expected at least 2 dimensions (batch, channels, ...), got shape (3,)"),
+    "integers": (torch.ones(2, 3, 4, 4, dtype=torch.int64), "expected a floating-point input, got torch.int64"),
+}
+
+
+def feed(layer: nn.Module, x: Tensor, **kwargs: Tensor) -> tuple[str, bool]:
+    """The message of the error that the layer raises, and whether it left its buffers alone."""
+    before = {k: v.clone() for k, v in layer.named_buffers()}
+    with pytest.raises(InputError) as caught:
+        layer(x, **kwargs)
+    assert isinstance(caught.value, ValueError | syncnorm.SyncNormError)
+    return str(caught.value), all(torch.equal(v, before[k]) for k, v in layer.named_buffers())
+
+
+def feed_everywhere(x: Tensor) -> tuple[str, bool]:
+    return feed(syncnorm.SyncBatchNorm(3), x)
+
+
+@pytest.mark.parametrize("kind", BAD_INPUTS)
+def test_bad_input_on_every_rank(kind):
+    x, message = BAD_INPUTS[kind]
+    for rank, (got, untouched) in enumerate(run_ranks(feed_everywhere, args=(x,), timeout=20)):
+        assert got.startswith(f"rank {rank}: {message}")
+        assert untouched
+    assert feed(syncnorm.SyncBatchNorm(3), x)[0].startswith(message)  # and without any group
+    assert feed(syncnorm.SyncBatchNorm(3).eval(), x)[0].startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (syncnorm.SyncBatchNorm1d(3), (2, 3, 4, 4)),
+        (syncnorm.SyncBatchNorm2d(3), (2, 3, 4)),
+        (syncnorm.SyncBatchNorm3d(3), (2, 3, 4, 4)),
+    ],
+    ids=["1d", "2d", "3d"],
+)
+def test_dimensions_as_torch_checks_them(layer, shape):
+    with pytest.raises(ValueError, match=rf"expected .*D input \(got {len(shape)}D input\)"):
+        layer(torch.randn(shape))
+    assert layer.num_batches_tracked == 0
+
+
+def one_value(splits: tuple[int, ...]) -> tuple[str, bool]:
+    return feed(syncnorm.SyncBatchNorm(3), torch.randn(splits[dist.get_rank()], 3))
+
+
+def test_fewer_than_two_values_is_judged_on_all_ranks():
+    for rank, (got, untouched) in enumerate(run_ranks(one_value, 3, ((0, 1, 0),))):
+        assert got.startswith(f"rank {rank}: expected more than 1 value per channel over all ranks in training, got 1")
+        assert untouched
+    message, untouched = feed(syncnorm.SyncBatchNorm(3), torch.randn(1, 3))
+    assert message == "expected more than 1 value per channel, got input of shape (1, 3)"
+    assert untouched
+
+
+def outsider() -> str:
+    group = dist.new_group([0, 1])
+    layer = syncnorm.SyncBatchNorm(3, process_group=group)
+    x = torch.randn(2, 3)
+    if dist.get_rank() < 2:
+        layer(x)
+        return ""
+    return feed(layer, x)[0]
+
+
+def test_rank_outside_the_group():
+    assert run_ranks(outsider, 3)[2].startswith("rank 2 is not a member of the process group")
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [torch.ones(2, 4, 4), torch.ones(2, 4, 5, dtype=torch.bool), torch.ones(1, 2, 4, 4, dtype=torch.bool)],
+    ids=["float", "shape", "dimensions"],
+)
+def test_mask_of_the_wrong_kind(mask):
+    message, untouched = feed(syncnorm.SyncBatchNorm(3), torch.randn(2, 3, 4, 4), mask=mask)
+    assert "expected a boolean mask that broadcasts to (batch, *spatial) = (2, 4, 4)" in message
+    assert untouched
+
+
+def test_a_good_mask_is_not_ignored():
+    with pytest.raises(syncnorm.SyncNormError, match="not supported yet"):
+        syncnorm.SyncBatchNorm(3)(torch.randn(2, 3, 4), mask=torch.ones(2, 4, dtype=torch.bool))
+
+
+def test_vectors_of_the_wrong_length():
+    x, three, four = torch.randn(2, 3), torch.zeros(3), torch.zeros(4)
+    with pytest.raises(InputError, match=re.escape("expected weight to have one value for each of 3 channels")):
+        syncnorm.functional.sync_batch_norm(x, three, three, four, three, training=True)
+    with pytest.raises(InputError, match="come together"):
+        syncnorm.functional.sync_batch_norm(x, three, None, training=True)
+
+
+@pytest.mark.parametrize("group", ["world", 3, object()], ids=repr)
+def test_something_else_as_a_group(group):
+    with pytest.raises(InputError, match="process_group must be a ProcessGroup, a 1-D DeviceMesh or None"):
+        syncnorm.SyncBatchNorm(3, process_group=group)
+
+
+def mesh_of_two_dimensions() -> None:
+    mesh = dist.init_device_mesh("cpu", (1, 2), mesh_dim_names=("a", "b"))
+    with pytest.raises(InputError, match="DeviceMesh of 2 dimensions"):
+        syncnorm.SyncBatchNorm(3, process_group=mesh)
+
+
+def test_mesh_of_two_dimensions():
+    run_ranks(mesh_of_two_dimensions)
+
+
+def one_rank_fails_before_the_collective() -> None:
+    channels = 3 if dist.get_rank() == 0 else 4
+    syncnorm.SyncBatchNorm(3)(torch.randn(2, channels))
+
+
+def test_the_other_ranks_learn_of_an_error():
+    with pytest.raises(RankError) as caught:
+        run_ranks(one_rank_fails_before_the_collective, timeout=20)
+    assert caught.value.rank == 1
+    assert isinstance(caught.value.exceptions[1], InputError)
+    assert isinstance(caught.value.exceptions[0], syncnorm.SyncNormError)
+    assert "rank 0: the all_gather of the batch statistics over ranks [0, 1] failed" in str(
+        caught.value.exceptions[0]
+    )
+
+
+def twice(x: Tensor) -> None:
+    layer = syncnorm.SyncBatchNorm(2)
+    x = x.requires_grad_()
+    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    dx.square().sum().backward()
+
+
+def test_double_backward_is_refused_rather_than_wrong():
+    with pytest.raises(RankError, match="once_differentiable"):
+        run_ranks(twice, args=(torch.randn(3, 2),))

@@ -1,0 +1,87 @@
+"""Merging moments: pure maths, against torch.var_mean in fp64 on the union."""
+
+import pytest
+import torch
+
+from syncnorm.moments import merge, statistics_dtype, update_running_
+
+
+def parts(sizes, offset=0.0, channels=5):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(n, channels, generator=generator, dtype=torch.float64) + offset for n in sizes]
+
+
+def moments_of(batches, eps, dtype):
+    mean = torch.stack([b.mean(0) if len(b) else torch.zeros(b.size(1)) for b in batches])
+    var = torch.stack([b.var(0, correction=0) if len(b) else torch.ones(b.size(1)) for b in batches])
+    count = torch.tensor([[float(len(b))] for b in batches])
+    return mean.to(dtype), torch.rsqrt(var + eps).to(dtype), count.to(dtype)
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (9, 2, 1), (0, 5), (0, 0, 3), (7,), (2, 0, 0, 6)], ids=str)
+@pytest.mark.parametrize("eps", [1e-5, 1e-3, 0.0])
+def test_merge_is_the_moments_of_the_union(sizes, eps):
+    batches = parts(sizes, offset=10.0)
+    mean, var, count = merge(*moments_of([b + 0 for b in batches if len(b) != 1], eps, torch.float64), eps)
+    union = torch.cat([b for b in batches if len(b) != 1])
+    torch.testing.assert_close(mean, union.mean(0))
+    torch.testing.assert_close(var, union.var(0, correction=0))
+    assert count.item() == len(union)
+
+
+def test_all_empty_is_finite_and_zero():
+    mean, var, count = merge(*moments_of(parts((0, 0)), 1e-5, torch.float32), 1e-5)
+    assert count.item() == 0
+    assert torch.equal(mean, torch.zeros(5, dtype=torch.float64))
+    assert torch.equal(var, torch.zeros(5, dtype=torch.float64))
+
+
+def test_means_far_from_zero_merge_to_half_a_unit_in_the_last_place():
+    batches = parts((500, 300), offset=1e5)
+    moments = moments_of(batches, 1e-5, torch.float32)
+    mean, var, _ = merge(*moments, 1e-5)
+    counts = torch.tensor([500.0, 300.0], dtype=torch.float64).unsqueeze(1)
+    exact = (moments[0].double() * counts).sum(0) / 800
+    torch.testing.assert_close(mean, exact, rtol=1e-15, atol=0)
+    torch.testing.assert_close(var, torch.cat(batches).var(0, correction=0), rtol=1e-3, atol=0)
+
+
+def test_a_constant_channel_has_no_negative_variance():
+    constant = torch.full((3, 2), 7.0, dtype=torch.float64)
+    for eps in (1e-5, 1e-3, 1.1e-5, 3.7e-4):
+        _, var, _ = merge(*moments_of([constant, constant], eps, torch.float32), eps)
+        assert (var >= 0).all()
+        assert (var <= 1e-6 * eps).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_running_statistics_follow_torch(dtype):
+    x = parts((6,))[0].float()
+    mean, var = torch.zeros(5, dtype=dtype), torch.ones(5, dtype=dtype)
+    want_mean, want_var = torch.zeros(5), torch.ones(5)
+    tracked = torch.tensor(0)
+    for _ in range(3):
+        torch.nn.functional.batch_norm(x, want_mean, want_var, training=True, momentum=0.3)
+        batch = x.double()
+        update_running_(
+            mean, var, tracked, batch.mean(0), batch.var(0, correction=0), torch.tensor([6.0]).double(), 0.3
+        )
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-6, "atol": 1e-6}
+    torch.testing.assert_close(mean.float(), want_mean, **tolerance)
+    torch.testing.assert_close(var.float(), want_var, **tolerance)
+    assert tracked == 3
+
+
+def test_an_empty_batch_moves_nothing():
+    mean, var, tracked = torch.full((2,), 3.0), torch.full((2,), 4.0), torch.tensor(5)
+    zero = torch.zeros(2, dtype=torch.float64)
+    for momentum in (0.1, 1.0, None):
+        update_running_(mean, var, tracked, zero, zero, torch.zeros(1, dtype=torch.float64), momentum)
+    assert mean.tolist() == [3, 3]
+    assert var.tolist() == [4, 4]
+    assert tracked == 5
+
+
+def test_statistics_dtype():
+    assert statistics_dtype(torch.float64) == torch.float64
+    assert {statistics_dtype(d) for d in (torch.float32, torch.bfloat16, torch.float16)} == {torch.float32}
