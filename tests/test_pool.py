@@ -327,7 +327,7 @@ def test_shutdown_ends_the_ranks_and_the_next_call_starts_new_ones():
     assert not set(run_ranks(pid, 2)) & set(pids)
 
 
-SCRIPT = """
+SCRIPT = r"""
 import os, sys, threading
 import torch
 from syncnorm.testing import run_ranks
@@ -359,6 +359,7 @@ def test_a_script_gets_its_results_and_leaves_nothing_behind(tmp_path):
     before = set(os.listdir(tmp_path))
     done = in_subprocess(str(script), env={**os.environ, "TMPDIR": str(tmp_path)})
     assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.split()) == 2
     for rank_pid in done.stdout.split():
         with pytest.raises(ProcessLookupError):
             os.kill(int(rank_pid), 0)
@@ -368,13 +369,16 @@ def test_a_script_gets_its_results_and_leaves_nothing_behind(tmp_path):
 def test_ranks_end_with_a_caller_that_is_killed(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    caller = subprocess.Popen([sys.executable, str(script), "hang"], stdout=subprocess.PIPE, text=True)
+    environ = {**os.environ, "TMPDIR": str(tmp_path)}
+    caller = subprocess.Popen([sys.executable, str(script), "hang"], stdout=subprocess.PIPE, text=True, env=environ)
     with caller:
         pids = [int(p) for p in caller.stdout.readline().split()]
+        assert len(pids) == 2
         assert {int(caller.stdout.readline()) for _ in pids} == set(pids)
         caller.kill()
         # both ranks hold the other end of stdout: it ends when they have
         assert caller.stdout.read() == ""
+    assert os.listdir(tmp_path) == ["script.py"]
 
 
 def test_a_script_without_guard_is_told(tmp_path):

@@ -6,6 +6,7 @@ import importlib
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import sys
 import threading
@@ -31,7 +32,7 @@ def main(connection: Connection, stacks_path: str) -> None:
     """Serve tasks from ``connection`` until it closes, or says to stop, or the parent process ends."""
     # Ctrl-C reaches the whole terminal: the caller is the one who decides what becomes of its ranks.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(os.path.dirname(stacks_path),), daemon=True).start()
     if sys.platform != "win32":
         import resource
 
@@ -53,10 +54,11 @@ def main(connection: Connection, stacks_path: str) -> None:
         faulthandler.disable()
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(folder: str) -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
+        shutil.rmtree(folder, ignore_errors=True)  # which the parent could not
         os._exit(1)
 
 
