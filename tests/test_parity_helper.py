@@ -132,13 +132,13 @@ class Broken(nn.Module):
             return self.second(self.first(x))
 
     def forward_backward(self, x):
-        return WrongBackward.apply(self.first(x))
+        return WrongBackward.apply(self.second(self.first(x)))
 
     def forward_buffer(self, x):
         y = self.first(x)
         if x.dtype == torch.float32 and torch.distributed.get_rank() == 1:
             self.first.running_var.mul_(1.01)
-        return y
+        return self.second(y)
 
     def forward_row(self, x):
         return self.first(x).sum()

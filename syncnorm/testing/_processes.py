@@ -30,8 +30,8 @@ LEAVE_SECONDS = 5.0
 # How long a new rank may take to import torch on a machine with much else to do.
 SPAWN_SECONDS = 120.0
 _WHILE_STARTING = (
-    ": it died while it started, see its output above. Does the script call run_ranks outside of "
-    'if __name__ == "__main__": ?'
+    ": it died while it started, see its output above. A script has to be a file, not standard input, and to call "
+    'run_ranks under `if __name__ == "__main__":`'
 )
 
 

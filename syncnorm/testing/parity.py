@@ -148,7 +148,7 @@ def _train_rank(
     model = convert(model)
     trains = any(parameter.requires_grad for parameter in model.parameters())
     # Buffers are compared, so DDP should not make them equal.
-    wrapped = DistributedDataParallel(model, broadcast_buffers=False) if trains else model
+    wrapped = DistributedDataParallel(model, forward_sync_buffers=False) if trains else model
     steps = []
     for batch, cotangent, counts in zip(batches, cotangents, rows, strict=True):
         mine = torch.split(cotangent, counts)[rank]
