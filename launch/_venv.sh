@@ -18,7 +18,7 @@ install_syncnorm() { # install_syncnorm EXTRA
         echo "syncnorm: .venv holds syncnorm[$extra] already"
         return
     fi
-    local pip=("$bin/python" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt")
+    local pip=("$bin/python" -m pip install -qq --disable-pip-version-check -c "$root/constraints.txt")
     # torch first, at the tested version: left to the resolver, pip would fetch the newest CUDA build.
     echo "syncnorm: installing $(grep '^torch==' "$root/constraints.txt")"
     "${pip[@]}" torch
