@@ -1,8 +1,10 @@
 """Examples run as users run them: started by torchrun on two ranks."""
 
 import os
+import re
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import torch
@@ -24,16 +26,33 @@ def torchrun(*command: str, cwd: Path) -> str:
     return done.stdout
 
 
+def tracked(checkpoint: Path) -> set[int]:
+    return {int(v) for k, v in torch.load(checkpoint)["model"].items() if "num_batches" in k}
+
+
 def test_train_ddp_learns_and_resumes(tmp_path):
     script = str(ROOT / "examples" / "train_ddp.py")
     (line,) = torchrun(script, "--epochs", "1", cwd=tmp_path).splitlines()
     assert line.startswith("epoch 0: test accuracy ")
-    saved = torch.load(tmp_path / "digits.pt")
-    tracked = [v for k, v in saved["model"].items() if "num_batches" in k]
-    assert tracked == [187, 187, 187]  # 1500 images, 2 ranks, 4 a step
+    assert tracked(tmp_path / "digits.pt") == {187}  # 1500 images, 2 ranks, 4 a step
 
-    (resumed,) = torchrun(script, "--epochs", "2", cwd=tmp_path).splitlines()
-    assert resumed.startswith("epoch 1: ")
-    assert float(resumed.split()[-1]) > 0.9
-    lines = torchrun(script, "--epochs", "2", "--checkpoint", "straight.pt", cwd=tmp_path).splitlines()
-    assert lines == [line, resumed]
+    (line,) = torchrun(script, "--epochs", "2", cwd=tmp_path).splitlines()
+    assert line.startswith("epoch 1: test accuracy ")
+    assert float(line.split()[-1]) > 0.9
+    assert tracked(tmp_path / "digits.pt") == {2 * 187}
+
+
+def test_readme_examples_run(tmp_path):
+    """Its Python blocks, as written; a test in a block runs under pytest with the plugin's fixtures."""
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)):
+        (tmp_path / f"test_readme_{number}.py").write_text(block)
+    plugin = [] if entry_points(group="pytest11", name="syncnorm") else ["-p", "syncnorm.testing.plugin"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *plugin, str(tmp_path)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    assert "1 passed" in done.stdout, done.stdout
