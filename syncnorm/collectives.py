@@ -28,8 +28,8 @@ def gather_moments(
         group: all of its ranks must call.
 
     Returns:
-        ``(mean (W, C), invstd (W, C), count (W, 1))``: views of one buffer, rows in rank order, the same bits
-        on every rank.
+        ``(mean (W, C), invstd (W, C), count (W, 1))``: views of one fp64 buffer, rows in rank order, the same
+        bits on every rank.
     """
     channels = mean.numel()
     # full() and not tensor(): a fill is a kernel, a copy of host memory would synchronise a GPU.
@@ -41,6 +41,7 @@ def gather_moments(
             dist.all_gather(list(gathered.unbind()), packed, group=group)
         else:
             _all_gather_into(gathered.view(-1), packed, group=group)
+    gathered = gathered.double()  # for the merge, in one piece
     return gathered[:, :channels], gathered[:, channels:-1], gathered[:, -1:]
 
 

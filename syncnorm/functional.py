@@ -98,16 +98,16 @@ class _SyncBatchNorm(torch.autograd.Function):
             local_mean = torch.zeros(x.size(1), dtype=moments.statistics_dtype(x.dtype), device=x.device)
             local_invstd = torch.ones_like(local_mean)
         gathered = collectives.gather_moments(local_mean, local_invstd, local_count, group)
-        mean64, var64, count = moments.merge(*gathered, eps)
+        mean, var, count = moments.merge(*gathered, eps)
         check_count(count, local_count)
-        mean, invstd = mean64.to(local_mean.dtype), torch.rsqrt(var64 + eps).to(local_mean.dtype)
+        mean, invstd = mean.to(local_mean.dtype), torch.rsqrt(var + eps).to(local_mean.dtype)
 
         y = passes.normalise(x, mean, invstd, weight, bias, eps) if local_count > 0 else torch.empty_like(x)
         ctx.save_for_backward(x, weight, bias, mean, invstd, count)
         ctx.group = group
-        ctx.mark_non_differentiable(mean64, var64, count)
+        ctx.mark_non_differentiable(mean, var, count)
         ctx.set_materialize_grads(False)  # no zeros for the three that have no gradient
-        return y, mean64, var64, count
+        return y, mean, var, count
 
     @staticmethod
     @once_differentiable

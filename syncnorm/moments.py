@@ -27,14 +27,14 @@ def merge(mean_WC: Tensor, invstd_WC: Tensor, count_W1: Tensor, eps: float) -> t
         eps: the epsilon inside ``invstd_WC``.
 
     Returns:
-        ``(mean (C), biased variance (C), count (1))``, all fp64; zero mean and variance where all W are empty.
+        ``(mean (C), biased variance (C), count ())``, all fp64; zero mean and variance where all W are empty.
 
     Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances"
     (1979), in the form for W sets at once.
     """
-    mean_WC, count_W1 = mean_WC.double(), count_W1.double()
-    var_WC = invstd_WC.double().pow(-2) - eps
-    count = count_W1.sum(0)
+    mean_WC, invstd_WC, count_W1 = mean_WC.double(), invstd_WC.double(), count_W1.double()
+    var_WC = invstd_WC.pow(-2) - eps
+    count = count_W1.sum()
     share_W1 = count_W1 / count.clamp(min=1)
     mean = (share_W1 * mean_WC).sum(0)
     var = (share_W1 * (var_WC + (mean_WC - mean).square())).sum(0)
@@ -59,23 +59,25 @@ def update_running_(
         running_mean: (C), any floating dtype; blended in the wider of its dtype and fp32.
         running_var: (C), likewise.
         num_batches_tracked: int64 scalar, one more for a batch that is not empty.
-        mean: (C) fp64, of the whole batch.
-        var: (C) fp64, biased.
-        count: (1) fp64, values a channel in the whole batch.
+        mean: (C), of the whole batch.
+        var: (C), biased.
+        count: (), values a channel in the whole batch.
         momentum: weight of the new batch; ``None`` for the cumulative average, 1 / num_batches_tracked.
     """
-    seen = (count > 0).squeeze(0)
+    seen = count > 0
     if num_batches_tracked is not None:
         num_batches_tracked.add_(seen)
     if momentum is None:
         if num_batches_tracked is None:
             raise ValueError("momentum=None averages over num_batches_tracked, which was not given")
         momentum = num_batches_tracked.clamp(min=1).double().reciprocal()
-    factor = seen.double() * momentum
+    factor = seen * momentum
     _blend_(running_mean, mean, factor)
     _blend_(running_var, var * (count / (count - 1).clamp(min=1)), factor)
 
 
 def _blend_(running: Tensor, value: Tensor, factor: Tensor) -> None:
     """Running <- (1 - factor) * running + factor * value."""
-    running.copy_(torch.lerp(running.double(), value, factor))
+    dtype = torch.promote_types(running.dtype, torch.float32)
+    blended = torch.lerp(running.to(dtype), value.to(dtype), factor.to(dtype))
+    running.copy_(blended)

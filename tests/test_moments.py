@@ -64,7 +64,7 @@ def test_running_statistics_follow_torch(dtype):
         torch.nn.functional.batch_norm(x, want_mean, want_var, training=True, momentum=0.3)
         batch = x.double()
         update_running_(
-            mean, var, tracked, batch.mean(0), batch.var(0, correction=0), torch.tensor([6.0]).double(), 0.3
+            mean, var, tracked, batch.mean(0), batch.var(0, correction=0), torch.tensor(6.0).double(), 0.3
         )
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-6, "atol": 1e-6}
     torch.testing.assert_close(mean.float(), want_mean, **tolerance)
@@ -76,7 +76,7 @@ def test_an_empty_batch_moves_nothing():
     mean, var, tracked = torch.full((2,), 3.0), torch.full((2,), 4.0), torch.tensor(5)
     zero = torch.zeros(2, dtype=torch.float64)
     for momentum in (0.1, 1.0, None):
-        update_running_(mean, var, tracked, zero, zero, torch.zeros(1, dtype=torch.float64), momentum)
+        update_running_(mean, var, tracked, zero, zero, torch.tensor(0.0, dtype=torch.float64), momentum)
     assert mean.tolist() == [3, 3]
     assert var.tolist() == [4, 4]
     assert tracked == 5

@@ -7,7 +7,7 @@ Each device's module has the same four functions. ``x`` and ``dy`` are dense in 
 - ``normalise(x, mean, invstd, weight, bias, eps) -> y``: y in x's dtype and memory format
 - ``reduce_grad(dy, x, mean, invstd, weight) -> sum_dy, sum_dy_xmu``: over this rank's values
 - ``apply_grad(dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count) -> dx``: dx like x; the sums and the
-  count (1) are those of all ranks
+  count () are those of all ranks
 """
 
 from types import ModuleType

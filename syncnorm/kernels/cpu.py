@@ -55,13 +55,14 @@ def apply_grad(
     sum_dy_xmu: Tensor,
     count: Tensor,
 ) -> Tensor:
-    """``weight * invstd * (dy - sum_dy / N - (x - mean) * invstd^2 * sum_dy_xmu / N)`` as a * dy + b * x + c."""
+    """``weight * invstd * (dy - sum_dy / N - (x - mean) * invstd^2 * sum_dy_xmu / N)`` as a * dy - b * x + c."""
     a = _scale(invstd, weight)
-    b = (-a * invstd.square() * sum_dy_xmu / count).to(a.dtype)
-    c = (-a * sum_dy / count - b * mean).to(a.dtype)
+    slope = invstd.square() * (sum_dy_xmu / count)
+    b = a * slope
+    c = a * (mean * slope - sum_dy / count)
     # Half precision is computed in fp32 (by type promotion) and rounded once, at the end.
     dx = torch.addcmul(_per_channel(c, x), dy, _per_channel(a, x))
-    return dx.addcmul_(x, _per_channel(b, x)).to(x.dtype)
+    return dx.addcmul_(x, _per_channel(b, x), value=-1).to(x.dtype)
 
 
 def _scale(invstd: Tensor, weight: Tensor | None) -> Tensor:

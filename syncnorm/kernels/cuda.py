@@ -41,7 +41,7 @@ def apply_grad(
     """``weight * invstd * (dy - sum_dy / N - (x - mean) * invstd^2 * sum_dy_xmu / N)`` in one pass."""
     # The kernel divides by the sum of a vector of counts, one a rank; the sum itself is such a vector.
     return torch.batch_norm_backward_elemt(
-        dy, x, mean, invstd, _as(weight, mean), sum_dy, sum_dy_xmu, count.to(torch.int32)
+        dy, x, mean, invstd, _as(weight, mean), sum_dy, sum_dy_xmu, count.to(torch.int32).view(1)
     )
 
 

@@ -58,7 +58,7 @@ def test_passes_agree_with_plain_aten(layout):
     (x,), (dy,) = batches((6,), torch.float32)
     x, dy = (t.cuda().contiguous(memory_format=FORMATS[layout]) for t in (x, dy))
     weight, bias = torch.rand(5, device="cuda"), torch.rand(5, device="cuda")
-    count = torch.tensor([x.numel() / 5], device="cuda", dtype=torch.float64)
+    count = torch.tensor(x.numel() / 5, device="cuda", dtype=torch.float64)
 
     mean, invstd = cuda.local_moments(x, 1e-5)
     sums = cuda.reduce_grad(dy, x, mean, invstd, weight)
