@@ -108,7 +108,7 @@ def test_vectors_of_the_wrong_length():
         syncnorm.functional.sync_batch_norm(x, three, None, training=True)
 
 
-@pytest.mark.parametrize("group", ["world", 3, object()], ids=repr)
+@pytest.mark.parametrize("group", ["world", 3, object()], ids=["str", "int", "object"])
 def test_something_else_as_a_group(group):
     with pytest.raises(InputError, match="process_group must be a ProcessGroup, a 1-D DeviceMesh or None"):
         syncnorm.SyncBatchNorm(3, process_group=group)
