@@ -37,12 +37,21 @@ class InstanceNorm(nn.GroupNorm):
         Raises:
             InputError: input (batch, C): one value a channel and sample would become zero, whatever it was.
         """
-        if input.dim() < 3:
-            raise InputError(
-                f"instance norm needs spatial dimensions, got input of shape {tuple(input.shape)}: use to='layer' "
-                f"for (batch, C)"
-            )
+        check_instances(input, self.num_groups)
         return super().forward(input)
+
+
+def check_instances(input: Tensor, num_groups: int) -> None:
+    """Refuses groups of one value each.
+
+    Raises:
+        InputError: (batch, C) in C groups.
+    """
+    if input.dim() < 3 and input.size(1) == num_groups:
+        raise InputError(
+            f"instance norm needs spatial dimensions, got input of shape {tuple(input.shape)}: use to='layer' "
+            f"for (batch, C)"
+        )
 
 
 CLASSES: dict[str, type[nn.GroupNorm]] = {"group": GroupNorm, "layer": LayerNorm, "instance": InstanceNorm}

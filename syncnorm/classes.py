@@ -4,16 +4,18 @@ Converting a layer is setting its ``__class__``. Synced classes of torch's own l
 ``modules``; those of other classes are made here, once each, and pickle by the name of the class they came from.
 """
 
-import copyreg
 import inspect
 from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
+from syncnorm.errors import SyncNormError
 from syncnorm.modules import (
     BatchNorm,
     SyncBatchNorm,
@@ -35,6 +37,9 @@ _PLAIN: dict[type, type] = {synced: plain for plain, synced in _SYNCED.items()}
 _made: dict[tuple[type, type], type] = {}
 
 
+NO_CALL = "its own forward was not seen to call F.batch_norm"
+
+
 class NotConvertible(Exception):
     """Says why a layer keeps its class."""
 
@@ -47,6 +52,8 @@ def synced_class(cls: type) -> type:
     """
     if issubclass(cls, Synced):
         return cls
+    if issubclass(cls, GroupCallsMixin):
+        return synced_class(plain_class(cls))
     if cls in _SYNCED:
         return _SYNCED[cls]
     if cls is nn.SyncBatchNorm:
@@ -59,7 +66,7 @@ def synced_class(cls: type) -> type:
         return _make(SyncMixin, cls)
     if calls_batch_norm(cls):
         return _make(SyncCallsMixin, cls)
-    raise NotConvertible("its own forward does not call F.batch_norm")
+    raise NotConvertible(NO_CALL)
 
 
 def group_calls_class(cls: type) -> type:
@@ -94,7 +101,10 @@ def move_parametrizations(old: nn.Module, new: nn.Module) -> None:
 
 
 def calls_batch_norm(cls: type) -> bool:
-    """Whether the forward of ``cls``, or what it calls in its class, parents or module, names ``batch_norm``."""
+    """Whether the forward of ``cls``, or what it calls in its class, parents or module, names ``batch_norm``.
+
+    Told from the code objects alone: nothing is run.
+    """
     pending: list[FunctionType] = [cls.forward]  # type: ignore[attr-defined]
     seen: set[CodeType] = set()
     while pending:
@@ -109,6 +119,8 @@ def calls_batch_norm(cls: type) -> bool:
             # every definition along the MRO, because super() names the method but not the class
             pending += [c.__dict__[name] for c in cls.__mro__ if c is not nn.Module and name in c.__dict__]
             helper = function.__globals__.get(name)
+            if getattr(helper, "func", helper) in (F.batch_norm, torch.batch_norm):  # an alias, or a partial
+                return True
             if getattr(helper, "__module__", None) == function.__module__:
                 pending.append(helper)  # type: ignore[arg-type]
     return False
@@ -128,15 +140,22 @@ class _Made:
     _mixin: type
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        reduced = super().__reduce_ex__(protocol)
-        if not isinstance(reduced, tuple) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
-            raise TypeError(f"{self._plain_class.__name__} pickles in its own way: syncnorm.revert the model first")
-        return _new, (self._mixin, self._plain_class, *reduced[1][1:]), *reduced[2:]
+        # As the original class would, whatever its way; the class is made anew around what comes of that.
+        made = type(self)
+        self.__class__ = self._plain_class
+        try:
+            reduced = self.__reduce_ex__(protocol)
+        finally:
+            self.__class__ = made
+        if not isinstance(reduced, tuple):
+            raise SyncNormError(f"{made._plain_class.__name__} pickles by name: syncnorm.revert the model first")
+        return _restore, (made._mixin, made._plain_class, *reduced[:2]), *reduced[2:]
 
 
-def _new(mixin: type, plain: type, *args: Any) -> Any:
-    made = _make(mixin, plain)
-    return made.__new__(made, *args)
+def _restore(mixin: type, plain: type, rebuild: Any, args: tuple[Any, ...]) -> Any:
+    layer = rebuild(*args)
+    layer.__class__ = _make(mixin, plain)
+    return layer
 
 
 def _make(mixin: type, plain: type) -> type:

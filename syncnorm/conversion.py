@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from syncnorm import baselines, classes, groups
 from syncnorm.errors import InputError
@@ -18,6 +20,7 @@ from syncnorm.redirect import GroupCallsMixin
 
 M = TypeVar("M", bound=nn.Module)
 Target = Literal["sync", "batch", "group", "layer", "instance"]
+_REPLACED_FORWARD = "its forward was replaced on the instance (a hook of accelerate, a patch): remove that first"
 
 
 def convert(
@@ -34,7 +37,8 @@ def convert(
     parametrizations, shared references, an optimiser's view of it and ``isinstance(m, nn.BatchNorm2d)`` stay.
     Layers that are synced already take the new group, if one is given. ``"batch"`` is plain batch norm, the way
     back. For ``"group"``, ``"layer"`` and ``"instance"`` new modules are built around the same parameters;
-    running statistics are dropped. Works before and after wrapping in DistributedDataParallel.
+    running statistics, hooks and attributes of the old ones are dropped. Works before and after wrapping in
+    DistributedDataParallel; before ``torch.jit.script`` and after ``torch.fx.symbolic_trace``.
 
     Args:
         model: any module, also a single batch norm.
@@ -65,18 +69,13 @@ def convert(
     if to != "sync":
         return _to_baseline(model, to, 32 if num_groups is None else num_groups)
 
+    planned, skipped = _plan(model)
     group = groups.resolve(process_group)
     if group_size is not None:
         group = groups.subgroup(group_size)
-    skipped = {}
-    for name, module in model.named_modules():
-        if not _is_batch_norm(module):
-            continue
-        try:
-            _set_synced(module, classes.synced_class(type(module)), group)
-        except classes.NotConvertible as reason:
-            skipped[name] = str(reason)
-    _warn_of(skipped | _scripted(model))
+    for module, cls in planned.items():
+        _set_synced(module, cls, group)
+    _warn_of(skipped)
     return model
 
 
@@ -91,13 +90,15 @@ def revert(model: M) -> M:
 
     Collective: none.
     """
-    for module in model.modules():
-        if isinstance(module, Synced | GroupCallsMixin):
-            group = module.__dict__.pop("_sync_group", None)
-            module.__dict__.pop("_num_groups", None)
-            _set_class(module, classes.plain_class(type(module)))
-            if isinstance(module, nn.SyncBatchNorm):
-                module.process_group = None if group is None else group.peek()
+    stuck = {}
+    for name, module in model.named_modules():
+        if not _is_converted(module):
+            continue
+        if _forward_replaced(module):
+            stuck[name] = _REPLACED_FORWARD
+            continue
+        _set_plain(module)
+    _warn_of(stuck, "revert")
     return model
 
 
@@ -134,14 +135,12 @@ def describe(model: nn.Module) -> Description:
         layer  class        synced  group  note
         0      BatchNorm2d  no      -      convert() syncs it
     """
-    scripted = _scripted(model)
     found = Description()
     for name, module in model.named_modules():
-        synced = isinstance(module, Synced)
-        note = f"left alone: {scripted[name]}" if name in scripted else _note(module)
-        if synced or note is not None:
+        note = _note(module)
+        if note is not None:
             group = module._sync_group.describe() if isinstance(module, Synced) else "-"
-            found.append(LayerInfo(name or "(model)", type(module).__name__, synced, group, note or ""))
+            found.append(LayerInfo(name or "(model)", type(module).__name__, isinstance(module, Synced), group, note))
     return found
 
 
@@ -151,12 +150,11 @@ def _note(module: nn.Module) -> str | None:
         return ""
     if isinstance(module, GroupCallsMixin):
         return f"group norm ({module._num_groups}) in the place of its batch norm"
-    if isinstance(module, _BatchNorm):
-        try:
-            classes.synced_class(type(module))
-        except classes.NotConvertible as reason:
-            return f"left alone: {reason}"
-        return "convert() syncs it"
+    if isinstance(module, _BatchNorm | torch.jit.ScriptModule):
+        planned, skipped = _plan(module)
+        if module in planned:
+            return "convert() syncs it"
+        return f"left alone: {skipped['']}" if "" in skipped else None
     if isinstance(module, nn.GroupNorm | nn.LayerNorm | nn.RMSNorm | _InstanceNorm):
         return "no batch statistics to sync"
     if re.search("BatchNorm", type(module).__name__):
@@ -164,45 +162,94 @@ def _note(module: nn.Module) -> str | None:
     return None
 
 
+def _batch_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]:
+    """Each batch norm with its name, and what stands against changing it."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            if "BatchNorm" in getattr(module, "original_name", ""):
+                yield name, module, "TorchScript, convert before torch.jit.script"
+        elif isinstance(module, _BatchNorm):
+            yield name, module, _REPLACED_FORWARD if _forward_replaced(module) else None
+
+
+def _plan(model: nn.Module) -> tuple[dict[nn.Module, type], dict[str, str]]:
+    """The synced class of each batch norm, and by name why others have none. Changes nothing."""
+    planned: dict[nn.Module, type] = {}
+    skipped: dict[str, str] = {}
+    for name, module, obstacle in _batch_norms(model):
+        try:
+            if obstacle is not None:
+                raise classes.NotConvertible(obstacle)
+            planned[module] = classes.synced_class(type(module))
+        except classes.NotConvertible as reason:
+            skipped[name] = str(reason)
+    return planned, skipped
+
+
 def _set_synced(module: nn.Module, cls: type, group: dist.ProcessGroup | None) -> None:
-    # torch.nn.SyncBatchNorm keeps its group as a plain attribute, which a copy or pickle would trip over.
-    own = module.__dict__.pop("process_group", None)
+    own = None
+    if type(module) is nn.SyncBatchNorm:
+        # It keeps its group as a plain attribute, which a copy or pickle would trip over.
+        own = module.__dict__.pop("process_group")
+    module.__dict__.pop("_num_groups", None)
     _set_class(module, cls)
     if group is not None or own is not None:
         module.process_group = own if group is None else group  # type: ignore[assignment]
 
 
+def _is_converted(module: nn.Module) -> bool:
+    return isinstance(module, Synced | GroupCallsMixin)
+
+
+def _set_plain(module: nn.Module) -> None:
+    group = module.__dict__.pop("_sync_group", None)
+    module.__dict__.pop("_num_groups", None)
+    _set_class(module, classes.plain_class(type(module)))
+    if type(module) is nn.SyncBatchNorm:
+        module.process_group = None if group is None else group.peek()
+
+
 def _set_class(module: nn.Module, cls: type) -> None:
+    module.__dict__.pop("forward", None)  # the old class's own, bound: see _forward_replaced
     module.__class__ = cls
 
 
+def _forward_replaced(module: nn.Module) -> bool:
+    """Whether another forward than its class's stands on the instance. accelerate leaves the class's own there."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
 def _to_batch(model: M) -> M:
-    for module in revert(model).modules():
+    skipped = {}
+    for name, module in revert(model).named_modules():
         if type(module) is nn.SyncBatchNorm:
             del module.process_group
             _set_class(module, BatchNorm)
+        elif isinstance(module, nn.SyncBatchNorm):
+            skipped[name] = "a subclass of torch.nn.SyncBatchNorm"
+    _warn_of(skipped)
     return model
 
 
 def _to_baseline(model: M, kind: str, num_groups: int) -> M:
     # All layers are judged before the first one changes.
     groups_of: dict[nn.Module, int] = {}
-    skipped = _scripted(model)
-    for name, module in model.named_modules():
-        if not _is_batch_norm(module):
-            continue
-        cls = type(module)
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+    skipped: dict[str, str] = {}
+    for name, module, obstacle in _batch_norms(model):
+        if obstacle is not None:
+            skipped[name] = obstacle
+        elif isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
             skipped[name] = "lazy, and has not seen an input yet"
-        elif classes.has_own_forward(cls) and not classes.calls_batch_norm(cls):
-            skipped[name] = "its own forward does not call F.batch_norm"
+        elif classes.has_own_forward(type(module)) and not classes.calls_batch_norm(type(module)):
+            skipped[name] = classes.NO_CALL
         else:
             groups_of[module] = baselines.groups_for(kind, module.num_features, num_groups, name)
 
     replaced: dict[nn.Module, nn.Module] = {}
     for module, count in groups_of.items():
         if classes.has_own_forward(type(module)):
-            module.__dict__.pop("_sync_group", None)
+            _set_plain(module)
             _set_class(module, classes.group_calls_class(type(module)))
             module._num_groups = count  # type: ignore[assignment]
         else:
@@ -216,23 +263,10 @@ def _to_baseline(model: M, kind: str, num_groups: int) -> M:
     return replaced.get(model, model)  # type: ignore[return-value]
 
 
-def _is_batch_norm(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm) and not isinstance(module, GroupCallsMixin)
-
-
-def _scripted(model: nn.Module) -> dict[str, str]:
-    """TorchScript's batch norms: compiled, so their class says nothing and cannot be changed."""
-    return {
-        name: "TorchScript, convert before torch.jit.script"
-        for name, module in model.named_modules()
-        if isinstance(module, torch.jit.ScriptModule) and "BatchNorm" in getattr(module, "original_name", "")
-    }
-
-
-def _warn_of(skipped: dict[str, str]) -> None:
+def _warn_of(skipped: dict[str, str], what: str = "convert") -> None:
     if skipped:
         told = "; ".join(f"{name or '(model)'}: {reason}" for name, reason in skipped.items())
-        warnings.warn(f"syncnorm.convert left {len(skipped)} layer(s) as they were: {told}", stacklevel=3)
+        warnings.warn(f"syncnorm.{what} left {len(skipped)} layer(s) as they were: {told}", stacklevel=3)
 
 
 def _check_options(model: Any, to: str, process_group: Any, group_size: Any, num_groups: int | None) -> None:

@@ -58,7 +58,8 @@ def sync_batch_norm(
         SyncNormError: a collective failed, because another rank did.
 
     Collective: in training all ranks of the group must call, in the same order of layers: one all_gather of
-        2C + 1 numbers, and in the backward one all_reduce of 2C.
+        2C + 1 numbers, and in the backward one all_reduce of 2C. A rank takes part in the backward if its input,
+        weight or bias needs a gradient, so let them need the same on all ranks.
 
     Example:
         >>> x = torch.randn(8, 3, 4, 4)
@@ -69,6 +70,10 @@ def sync_batch_norm(
     check_input(input)
     check_vectors(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     check_mask(input, mask)
+    if running_mean is None:
+        num_batches_tracked = None  # counts what the running statistics have seen
+    elif training and momentum is None and num_batches_tracked is None:
+        raise InputError("momentum=None averages over num_batches_tracked, which was not given")
     group = groups.synced_group(groups.resolve(process_group)) if training else None
     if group is None:
         return _local_batch_norm(
@@ -103,8 +108,9 @@ class _SyncBatchNorm(torch.autograd.Function):
         mean, invstd = mean.to(local_mean.dtype), torch.rsqrt(var + eps).to(local_mean.dtype)
 
         y = passes.normalise(x, mean, invstd, weight, bias, eps) if local_count > 0 else torch.empty_like(x)
-        ctx.save_for_backward(x, weight, bias, mean, invstd, count)
+        ctx.save_for_backward(x, weight, mean, invstd, count)
         ctx.group = group
+        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.mark_non_differentiable(mean, var, count)
         ctx.set_materialize_grads(False)  # no zeros for the three that have no gradient
         return y, mean, var, count
@@ -112,26 +118,26 @@ class _SyncBatchNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, invstd, count = ctx.saved_tensors
+        x, weight, mean, invstd, count = ctx.saved_tensors
         passes = kernels.for_device(x.device)
         if dy is None:
             dy = torch.zeros_like(x)  # the other ranks are waiting all the same
         dy = kernels.dense(dy, kernels.memory_format(x))
 
         if x.numel() > 0:
-            sum_dy, sum_dy_xmu = passes.reduce_grad(dy, x, mean, invstd, weight)
+            sum_dy, sum_dy_xmu = passes.reduce_grad(dy, x, mean, invstd)
         else:
             sum_dy, sum_dy_xmu = torch.zeros_like(mean), torch.zeros_like(mean)
         # Local on purpose: DDP averages the gradients of parameters over ranks.
         d_weight = (sum_dy_xmu * invstd).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        d_bias = sum_dy.to(bias.dtype) if ctx.needs_input_grad[2] else None
-        if not ctx.needs_input_grad[0]:
-            return None, d_weight, d_bias, None, None
+        d_bias = sum_dy.to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
 
+        # Also where this rank's own input needs no gradient, as that of an empty rank may: the others wait.
         sum_dy, sum_dy_xmu = collectives.reduce_gradient_sums(sum_dy, sum_dy_xmu, ctx.group)
-        if x.numel() > 0:
+        dx = None
+        if ctx.needs_input_grad[0] and x.numel() > 0:
             dx = passes.apply_grad(dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count)
-        else:
+        elif ctx.needs_input_grad[0]:
             dx = torch.empty_like(x)
         return dx, d_weight, d_bias, None, None
 
@@ -154,9 +160,7 @@ def _local_batch_norm(
             raise InputError(f"{where()}expected more than 1 value per channel, got input of {shape(input)}")
         if num_batches_tracked is not None and local_count > 0:
             num_batches_tracked.add_(1)
-        if momentum is None:
-            if num_batches_tracked is None:
-                raise InputError("momentum=None averages over num_batches_tracked, which was not given")
+        if momentum is None and num_batches_tracked is not None:
             momentum = 1.0 / max(int(num_batches_tracked), 1)
     return F.batch_norm(
         input, running_mean, running_var, weight, bias, training, 0.0 if momentum is None else momentum, eps
@@ -241,7 +245,7 @@ def check_count(count: Tensor, local_count: int) -> None:
 
 def where() -> str:
     """``"rank 3: "`` for the head of a message, or nothing outside distributed runs."""
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         return f"rank {dist.get_rank()}: "
     return ""
 

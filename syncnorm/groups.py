@@ -8,6 +8,11 @@ import torch.distributed as dist
 
 from syncnorm.errors import InputError, SyncNormError
 
+BIND = (
+    "syncnorm.convert(model, process_group=...), where torch.distributed.group.WORLD is all ranks, or "
+    "syncnorm.convert(model, group_size=...)"
+)
+
 _made: dict[int | str, dist.ProcessGroup] = {}
 
 
@@ -38,11 +43,16 @@ def synced_group(group: Any) -> dist.ProcessGroup | None:
 
     Raises:
         InputError: this rank is not a member of ``group``.
+        SyncNormError: ``group`` was destroyed.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not dist.is_initialized():
         return None
     if group is None:
         group = dist.group.WORLD
+    if group != dist.GroupMember.NON_GROUP_MEMBER and not alive(group):
+        raise SyncNormError(
+            f"rank {dist.get_rank()}: the process group of this layer was destroyed. Bind it to another: {BIND}"
+        )
     if group == dist.GroupMember.NON_GROUP_MEMBER or dist.get_rank(group) < 0:
         raise InputError(
             f"rank {dist.get_rank()} is not a member of the process group that this layer synchronises over. "
@@ -62,7 +72,7 @@ def subgroup(size: int | Literal["node"]) -> dist.ProcessGroup:
         InputError: a size that does not divide the world.
         SyncNormError: ``torch.distributed`` is not initialised.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not dist.is_initialized():
         raise SyncNormError(
             f"group_size={size!r} creates process groups: call torch.distributed.init_process_group first"
         )
@@ -70,7 +80,7 @@ def subgroup(size: int | Literal["node"]) -> dist.ProcessGroup:
     if size != "node" and (not isinstance(size, int) or isinstance(size, bool) or size < 1 or world % size):
         fitting = [n for n in range(1, world + 1) if world % n == 0]
         raise InputError(f"group_size={size!r} does not divide the {world} ranks; use one of {fitting}")
-    if size not in _made or not _alive(_made[size]):
+    if size not in _made or not alive(_made[size]):
         partition = _nodes() if size == "node" else [list(range(r, r + size)) for r in range(0, world, size)]
         # Every rank creates every group, in the same order, also those that it is not in.
         mine, _ = dist.new_subgroups_by_enumeration(partition)  # type: ignore[no-untyped-call]
@@ -86,12 +96,13 @@ def _nodes() -> list[list[int]]:
     return [[r for r, node in enumerate(everywhere) if node == key] for key in dict.fromkeys(everywhere)]
 
 
-def _alive(group: dist.ProcessGroup) -> bool:
+def alive(group: dist.ProcessGroup) -> bool:
     """False for a group of a default group that was destroyed since."""
     try:
-        return dist.get_rank(group) >= 0
-    except ValueError:
+        dist.get_process_group_ranks(group)
+    except (KeyError, ValueError):
         return False
+    return True
 
 
 class GroupHandle:
@@ -114,7 +125,7 @@ class GroupHandle:
         if self._lost is not None:
             raise SyncNormError(
                 f"this layer was saved with a process group ({self._lost}), which a file cannot hold. Bind it "
-                f"again before training: syncnorm.convert(model, process_group=...) or group_size=..."
+                f"again before training: {BIND}; for training in one process, syncnorm.revert(model)"
             )
         return self._group
 
@@ -130,10 +141,7 @@ class GroupHandle:
             return "default"
         if self._group == dist.GroupMember.NON_GROUP_MEMBER:  # type: ignore[comparison-overlap]
             return "not a member"
-        try:
-            return f"ranks {dist.get_process_group_ranks(self._group)}"
-        except (KeyError, ValueError):
-            return "destroyed"
+        return f"ranks {dist.get_process_group_ranks(self._group)}" if alive(self._group) else "destroyed"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GroupHandle":
         return self

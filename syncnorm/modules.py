@@ -48,7 +48,9 @@ class SyncMixin(Synced):
         Collective: in training, all ranks of the group must call.
         """
         self._check_input_dim(input)
-        functional.check_input(input, self.num_features)
+        # what the layer holds, not what it was built with: pruning shortens the one and not the other
+        channels = self.num_features if self.running_mean is None else self.running_mean.numel()
+        functional.check_input(input, channels)
         functional.check_mask(input, mask)
         in_replica = warn_under_data_parallel(self)
         if not self.training or in_replica:
@@ -75,29 +77,7 @@ class BatchNorm(_BatchNorm):
         pass  # functional.check_input judges it; F.batch_norm does in evaluation
 
 
-class _SyncBatchNorm(SyncMixin):
-    """``torch.nn.SyncBatchNorm``'s constructor."""
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        process_group: Any = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        bias: bool = True,
-    ):
-        super().__init__(  # type: ignore[call-arg]
-            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, bias=bias
-        )
-        self.process_group = process_group
-
-
-class SyncBatchNorm(_SyncBatchNorm, BatchNorm):
+class SyncBatchNorm(SyncMixin, BatchNorm):
     """Batch normalisation over the batches of all ranks; a drop-in for ``torch.nn.SyncBatchNorm``.
 
     In training, statistics are those of the concatenated batch of all ranks of ``process_group``, which need
@@ -129,17 +109,41 @@ class SyncBatchNorm(_SyncBatchNorm, BatchNorm):
         torch.Size([4, 16, 8, 8])
     """
 
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+    ):
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, bias=bias
+        )
+        self.process_group = process_group
 
-class SyncBatchNorm1d(_SyncBatchNorm, nn.BatchNorm1d):
+
+class SyncBatchNorm1d(SyncBatchNorm, nn.BatchNorm1d):
     """:class:`SyncBatchNorm` that is an ``nn.BatchNorm1d``: takes (batch, C) and (batch, C, length)."""
 
+    _check_input_dim = nn.BatchNorm1d._check_input_dim
 
-class SyncBatchNorm2d(_SyncBatchNorm, nn.BatchNorm2d):
+
+class SyncBatchNorm2d(SyncBatchNorm, nn.BatchNorm2d):
     """:class:`SyncBatchNorm` that is an ``nn.BatchNorm2d``: takes (batch, C, height, width)."""
 
+    _check_input_dim = nn.BatchNorm2d._check_input_dim
 
-class SyncBatchNorm3d(_SyncBatchNorm, nn.BatchNorm3d):
+
+class SyncBatchNorm3d(SyncBatchNorm, nn.BatchNorm3d):
     """:class:`SyncBatchNorm` that is an ``nn.BatchNorm3d``: takes (batch, C, depth, height, width)."""
+
+    _check_input_dim = nn.BatchNorm3d._check_input_dim
 
 
 _seen_outside_data_parallel: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
@@ -157,18 +161,19 @@ def warn_under_data_parallel(module: nn.Module) -> bool:
     _seen_outside_data_parallel.add(module)
     if in_replica or _called_by_data_parallel():
         warnings.warn(
-            "a syncnorm layer runs inside nn.DataParallel, whose replicas cannot be synchronised: each uses "
-            "the statistics of its own part of the batch. Use DistributedDataParallel, one process a GPU",
-            stacklevel=3,
+            "a syncnorm layer runs inside nn.DataParallel, whose replicas, one a GPU, cannot be synchronised: each "
+            "uses the statistics of its own part of the batch. Use DistributedDataParallel, one process a GPU",
+            stacklevel=2,
         )
     return in_replica
 
 
 def _called_by_data_parallel() -> bool:
     # Without several GPUs nn.DataParallel calls the module itself, and only the stack tells.
+    # By code alone: asking a frame for its locals would keep them alive, the first batch among them.
     frame = sys._getframe(1)
     while frame is not None:
-        if isinstance(frame.f_locals.get("self"), nn.DataParallel):
+        if frame.f_code is nn.DataParallel.forward.__code__:
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False

@@ -29,6 +29,8 @@ def merge(mean_WC: Tensor, invstd_WC: Tensor, count_W1: Tensor, eps: float) -> t
     Returns:
         ``(mean (C), biased variance (C), count ())``, all fp64; zero mean and variance where all W are empty.
 
+    The variance is right to fp32 rounding of (variance + eps), because that is what ``invstd`` carries.
+
     Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances"
     (1979), in the form for W sets at once.
     """
@@ -62,14 +64,14 @@ def update_running_(
         mean: (C), of the whole batch.
         var: (C), biased.
         count: (), values a channel in the whole batch.
-        momentum: weight of the new batch; ``None`` for the cumulative average, 1 / num_batches_tracked.
+        momentum: weight of the new batch; ``None`` for the cumulative average, 1 / num_batches_tracked, which
+            must be given then.
     """
     seen = count > 0
     if num_batches_tracked is not None:
         num_batches_tracked.add_(seen)
     if momentum is None:
-        if num_batches_tracked is None:
-            raise ValueError("momentum=None averages over num_batches_tracked, which was not given")
+        assert num_batches_tracked is not None
         momentum = num_batches_tracked.clamp(min=1).double().reciprocal()
     factor = seen * momentum
     _blend_(running_mean, mean, factor)

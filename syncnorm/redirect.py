@@ -11,55 +11,86 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from syncnorm import functional
+from syncnorm.baselines import check_instances
 from syncnorm.modules import Synced, warn_under_data_parallel
 
 Norm = Callable[..., Tensor]  # called like F.batch_norm
 
 
 class RedirectBatchNorm(TorchFunctionMode):
-    """While active, ``F.batch_norm`` and ``torch.batch_norm`` are ``norm``, which takes F.batch_norm's arguments."""
+    """While active, a layer's calls of ``F.batch_norm`` or ``torch.batch_norm`` are calls of ``norm``.
 
-    def __init__(self, norm: Norm):
+    A call with the running statistics of another module, a child's, is let through.
+    """
+
+    def __init__(self, layer: nn.Module, norm: Norm):
         super().__init__()
+        self.layer = layer
         self.norm = norm
         self.calls = 0
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Sends the two functions to ``norm``; all others run as they are."""
-        if func is F.batch_norm:
-            self.calls += 1
-            return self.norm(*args, **(kwargs or {}))
+        """Sends the layer's own call to ``norm``; all others run as they are."""
+        kwargs = kwargs or {}
         if func is torch.batch_norm:
-            self.calls += 1
-            x, weight, bias, mean, var, training, momentum, eps, _cudnn = args
-            return self.norm(x, mean, var, weight, bias, training, momentum, eps)
-        return func(*args, **(kwargs or {}))
+            args, kwargs = _in_order_of_functional(*args, **kwargs), {}
+        elif func is not F.batch_norm:
+            return func(*args, **kwargs)
+        running_mean = kwargs.get("running_mean", args[1] if len(args) > 1 else None)
+        if running_mean is not None and running_mean is not self.layer.running_mean:
+            return F.batch_norm(*args, **kwargs)
+        self.calls += 1
+        return self.norm(*args, **kwargs)
+
+
+def _in_order_of_functional(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> tuple[Any, ...]:
+    """The arguments of ``torch.batch_norm`` as ``F.batch_norm`` takes them."""
+    return input, running_mean, running_var, weight, bias, training, momentum, eps
 
 
 class SyncCallsMixin(Synced):
     """Syncs what the forward of the class after it passes to ``F.batch_norm`` in training."""
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """The layer's own forward; see ``syncnorm.functional.sync_batch_norm`` for errors and collectives."""
+    def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward; see ``syncnorm.functional.sync_batch_norm`` for errors and collectives.
+
+        ``num_batches_tracked`` is counted by the layer's own forward, so also for a batch that is empty on all ranks.
+        """
         if warn_under_data_parallel(self) or not self.training:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(input, *args, **kwargs)  # type: ignore[misc]
         group = self.process_group
 
         def norm(*args: Any, **kwargs: Any) -> Tensor:
             return functional.sync_batch_norm(*args, **kwargs, process_group=group)
 
-        with RedirectBatchNorm(norm) as mode:
-            output = super().forward(*args, **kwargs)  # type: ignore[misc]
+        tracked = None if self.num_batches_tracked is None else self.num_batches_tracked.clone()
+        try:
+            with RedirectBatchNorm(self, norm) as mode:
+                output = super().forward(input, *args, **kwargs)  # type: ignore[misc]
+        except Exception:
+            if tracked is not None:  # counted before the input was judged
+                self.num_batches_tracked.copy_(tracked)
+            raise
         if mode.calls == 0:
             warnings.warn(
-                f"{type(self)._plain_class.__name__} did not call F.batch_norm in training, so syncnorm could "
-                f"not synchronise it: its statistics are its own",
+                f"{type(self).__name__} did not call F.batch_norm in training, so syncnorm could not synchronise "
+                f"it: its statistics are its own",
                 stacklevel=2,
             )
         return output
@@ -83,7 +114,8 @@ class GroupCallsMixin:
             momentum: float = 0.1,
             eps: float = 1e-5,
         ) -> Tensor:
+            check_instances(x, self._num_groups)
             return F.group_norm(x, self._num_groups, weight, bias, eps)
 
-        with RedirectBatchNorm(norm):
+        with RedirectBatchNorm(self, norm):
             return super().forward(*args, **kwargs)  # type: ignore[misc]

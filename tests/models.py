@@ -1,5 +1,7 @@
 """Layers and models that tests convert; importable by ranks."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,6 +44,74 @@ class BatchNormTorchCall(nn.BatchNorm2d):
 
 def normalised(bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
     return torch.batch_norm(x, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.training, 0.1, bn.eps, False)
+
+
+class BatchNormAliased(nn.BatchNorm2d):
+    """Calls ``F.batch_norm`` under another name, through a partial."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return normalise(
+            x, self.running_mean, self.running_var, bias=self.bias, weight=self.weight, training=self.training
+        )
+
+
+normalise = functools.partial(F.batch_norm, eps=1e-5)
+
+
+class BatchNormKeywords(nn.BatchNorm2d):
+    """Calls ``torch.batch_norm`` by keyword."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.batch_norm(
+            x,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            training=self.training,
+            momentum=0.1,
+            eps=self.eps,
+            cudnn_enabled=False,
+        )
+
+
+class Frozen(nn.Module):
+    """A batch norm with constants."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = torch.full((x.size(1),), 3.0, dtype=x.dtype)
+        return F.batch_norm(x, mean, mean + 1)
+
+
+class BatchNormWithFrozenChild(nn.BatchNorm2d):
+    """Its activation normalises too, with statistics of its own."""
+
+    def __init__(self, num_features: int):
+        super().__init__(num_features)
+        self.act = Frozen()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+
+class BatchNormOwnPickle(nn.BatchNorm2d):
+    """Pickles by its constructor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.num_features,), self.__dict__
+
+
+class BatchNormWithGroup(nn.BatchNorm2d):
+    """Has an attribute of the name that synced layers use."""
+
+    process_group = "none"
+
+    def __init__(self, num_features: int):
+        super().__init__(num_features)
+        self.process_group = "mine"
 
 
 class BatchNormNamed(nn.BatchNorm2d):

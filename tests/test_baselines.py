@@ -108,6 +108,21 @@ def test_a_subclass_with_its_own_forward_runs_it_with_the_other_norm(train):
     assert "_num_groups" not in vars(model[0])
 
 
+def test_a_child_with_its_own_statistics_keeps_them():
+    model = models.BatchNormWithFrozenChild(6)
+    want = model.act(F.group_norm(X.float(), 3, model.weight, model.bias, model.eps))
+    torch.testing.assert_close(syncnorm.convert(model, to="group", num_groups=3)(X.float()), want)
+
+
+def test_instance_norm_of_one_value_in_a_subclass_is_refused():
+    class WithRelu(nn.BatchNorm1d):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    with pytest.raises(InputError, match="needs spatial dimensions"):
+        syncnorm.convert(WithRelu(4), to="instance")(torch.randn(2, 4))
+
+
 def test_groups_that_do_not_divide_are_named_before_anything_changes():
     model = nn.Sequential(nn.BatchNorm2d(8), nn.Sequential(nn.BatchNorm2d(12)))
     with pytest.raises(InputError) as caught:

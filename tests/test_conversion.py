@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.utils.parametrize as parametrize
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import syncnorm
+from syncnorm import classes
 from syncnorm.errors import InputError
 from syncnorm.modules import Synced
 from syncnorm.testing import assert_close, assert_matches_single_process, run_ranks
@@ -27,6 +29,11 @@ SUBCLASSES = [
     models.BatchNormAct,
     models.BatchNormPlusOne,
     models.BatchNormTorchCall,
+    models.BatchNormAliased,
+    models.BatchNormKeywords,
+    models.BatchNormWithFrozenChild,
+    models.BatchNormOwnPickle,
+    models.BatchNormWithGroup,
     models.BatchNormNamed,
 ]
 
@@ -127,7 +134,7 @@ def test_what_cannot_be_converted_is_left_alone_and_named():
     assert str(syncnorm.describe(model)).splitlines() == [
         "layer  class                  synced  group    note",
         "0      SyncBatchNorm2d        yes     default",
-        "1      OwnArithmetic          no      -        left alone: its own forward does not call F.batch_norm",
+        f"1      OwnArithmetic          no      -        left alone: {classes.NO_CALL}",
         "2      RecursiveScriptModule  no      -        left alone: TorchScript, convert before torch.jit.script",
         "3      GroupNorm              no      -        no batch statistics to sync",
     ]
@@ -214,7 +221,7 @@ def own_in_training() -> list[str]:
 def test_a_subclass_that_does_not_call_batch_norm_in_training_says_so():
     for messages in run_ranks(own_in_training):
         assert len(messages) == 1
-        assert messages[0].startswith("OwnInTraining did not call F.batch_norm in training")
+        assert messages[0].startswith("SyncOwnInTraining did not call F.batch_norm in training")
 
 
 def after_ddp(order: str) -> list[Tensor]:
@@ -274,3 +281,55 @@ def test_a_copy_shares_the_group_and_a_pickle_asks_for_it():
         assert "saved with a process group (ranks [0, 1])" in message
         assert "syncnorm.convert(model, process_group=...)" in message
         assert group == "ranks [0, 1]"
+
+
+@pytest.mark.parametrize("cls", [nn.BatchNorm2d, models.BatchNormAct])
+def test_a_forward_replaced_on_the_instance_is_not_called_synced(cls):
+    model = nn.Sequential(cls(3))
+    add_hook_to_module(model[0], ModelHook())
+    for to in ("sync", "group"):
+        with pytest.warns(UserWarning, match=r"0: its forward was replaced on the instance"):
+            syncnorm.convert(model, to=to, **({"num_groups": 3} if to == "group" else {}))
+        assert type(model[0]) is cls
+    assert "its forward was replaced" in syncnorm.describe(model)[0].note
+
+    model = syncnorm.convert(nn.Sequential(cls(3)))
+    add_hook_to_module(model[0], ModelHook())
+    with pytest.warns(UserWarning, match=r"syncnorm.revert left 1 layer.* its forward was replaced"):
+        syncnorm.revert(model)
+    assert syncnorm.describe(model)[0].synced
+    remove_hook_from_module(model[0])
+    assert type(syncnorm.revert(model)[0]) is cls
+
+
+def test_all_norms_lead_to_all_norms():
+    for cls in (nn.BatchNorm2d, models.BatchNormAct):
+        model = nn.Sequential(cls(4))
+        syncnorm.convert(syncnorm.convert(model), to="layer")
+        assert not syncnorm.describe(model)[0].synced
+        if cls is models.BatchNormAct:  # the very layer, whose way back is open
+            syncnorm.convert(model)
+            assert syncnorm.describe(model)[0].synced
+            assert "_num_groups" not in vars(model[0])
+            assert type(syncnorm.convert(model, to="batch")[0]) is cls
+
+
+def test_fx_before_converting():
+    graph = torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+    assert syncnorm.describe(syncnorm.convert(graph))[0].synced
+    assert graph(torch.randn(2, 3, 4, 4)).shape == (2, 4, 4, 4)
+
+
+def destroyed_group() -> tuple[str, str]:
+    group = dist.new_group([0, 1])
+    layer = syncnorm.convert(nn.BatchNorm1d(2), process_group=group)
+    dist.destroy_process_group(group)
+    with pytest.raises(syncnorm.SyncNormError) as caught:
+        layer(torch.randn(2, 2))
+    return str(caught.value), syncnorm.describe(layer)[0].group
+
+
+def test_a_destroyed_group_is_named():
+    for rank, (message, group) in enumerate(run_ranks(destroyed_group)):
+        assert message.startswith(f"rank {rank}: the process group of this layer was destroyed. Bind it to another")
+        assert group == "destroyed"

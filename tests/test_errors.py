@@ -2,6 +2,7 @@
 
 import re
 
+import models
 import pytest
 import torch
 import torch.distributed as dist
@@ -150,3 +151,13 @@ def twice(x: Tensor) -> None:
 def test_double_backward_is_refused_rather_than_wrong():
     with pytest.raises(RankError, match="once_differentiable"):
         run_ranks(twice, args=(torch.randn(3, 2),))
+
+
+def own_forward_with_bad_input() -> tuple[str, bool]:
+    layer = syncnorm.convert(models.BatchNormAct(3))
+    return feed(layer, torch.randn(2, 5, 4, 4))
+
+
+def test_bad_input_to_a_layer_with_its_own_forward():
+    for _, untouched in run_ranks(own_forward_with_bad_input, timeout=20):
+        assert untouched

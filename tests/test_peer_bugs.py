@@ -1,5 +1,8 @@
 """Bugs that other synchronised batch norms had, each by the number of its thread."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -101,3 +104,68 @@ def test_expanded_gradient_of_a_mean():
     for layout in ("contiguous", "channels_last"):
         check(Case((3, 2), layout=layout, dy_layout="expanded"))
         assert laid_out(torch.ones(2, 3, 4, 5), "expanded").stride()[-1] == 0
+
+
+def one_input_without_gradient() -> tuple[list[float], Tensor | None]:
+    """Rank 1 is empty and its input needs no gradient, as in a detection head without proposals."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, requires_grad=True)
+    layer = syncnorm.SyncBatchNorm(3)
+    layer(x if dist.get_rank() == 0 else x.detach()[:0]).pow(3).sum().backward()
+    next_collective = torch.ones(6)  # as long as the packed sums: it would pair with them
+    dist.all_reduce(next_collective)
+    return next_collective.tolist(), x.grad
+
+
+def test_a_rank_whose_input_needs_no_gradient_takes_part_in_the_backward():
+    """It left the all_reduce out, and its next collective was added to the other rank's sums."""
+    (first, dx), (second, _) = run_ranks(one_input_without_gradient, timeout=20)
+    assert first == second == [2.0] * 6
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
+    F.batch_norm(x, None, None, training=True).pow(3).sum().backward()
+    assert_close(dx, x.grad, torch.float32)
+
+
+def frozen_parameters(frozen: tuple[str, ...]) -> dict[str, Tensor | None]:
+    case = Case((3, 2))
+    x, dy = (t[dist.get_rank()] for t in case.batch(0))
+    layer = case.layer()
+    for name in frozen:
+        getattr(layer, name).requires_grad_(False)
+    y = layer(x.requires_grad_())
+    with torch.no_grad():
+        layer.bias.add_(1)  # its value is no part of the backward
+    y.backward(dy)
+    return {"x": x.grad, "weight": layer.weight.grad, "bias": layer.bias.grad}
+
+
+@pytest.mark.parametrize("frozen", [("weight",), ("bias",), ("weight", "bias")], ids=str)
+def test_frozen_parameters(frozen):
+    case = Case((3, 2))
+    layer = case.layer()
+    want = batch_norm_oracle(*case.batch(0), layer.weight, layer.bias)
+    for rank, grads in enumerate(run_ranks(frozen_parameters, 2, (frozen,))):
+        assert all((grads[name] is None) == (name in frozen) for name in ("weight", "bias"))
+        assert_close(grads["x"], want.grad_inputs[rank], torch.float32)
+
+
+def test_the_first_batch_is_not_kept_alive():
+    """Reading a frame's locals, to look for nn.DataParallel among the callers, kept all of them."""
+
+    def train(layer: nn.Module) -> bool:
+        x = torch.randn(1000, 3)
+        alive = weakref.ref(x)
+        layer(x)
+        del x
+        gc.collect()
+        return alive() is not None
+
+    assert not train(nn.BatchNorm1d(3))
+    assert not train(syncnorm.convert(nn.BatchNorm1d(3)))
+
+
+def test_cumulative_average_without_running_statistics():
+    """There is nothing to average, and so nothing to ask for."""
+    layer = syncnorm.SyncBatchNorm(3, momentum=None, track_running_stats=False)
+    assert layer(torch.randn(4, 3)).shape == (4, 3)
+    check(Case((2, 3), momentum=None, track=False))

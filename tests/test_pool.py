@@ -47,7 +47,7 @@ def test_fifty_calls_are_quick():
     start = time.monotonic()
     for _ in range(50):
         assert run_ranks(pid, 2) == pids
-    assert time.monotonic() - start < 10  # about 1 s on an idle machine; spawning each time takes 100 s
+    assert time.monotonic() - start < 40  # some 2 s on an idle machine; spawning each time takes over 100
 
 
 def surroundings():

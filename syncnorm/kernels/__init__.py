@@ -5,7 +5,7 @@ Each device's module has the same four functions. ``x`` and ``dy`` are dense in 
 
 - ``local_moments(x, eps) -> mean, invstd``: of this rank's values
 - ``normalise(x, mean, invstd, weight, bias, eps) -> y``: y in x's dtype and memory format
-- ``reduce_grad(dy, x, mean, invstd, weight) -> sum_dy, sum_dy_xmu``: over this rank's values
+- ``reduce_grad(dy, x, mean, invstd) -> sum_dy, sum_dy_xmu``: over this rank's values
 - ``apply_grad(dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count) -> dx``: dx like x; the sums and the
   count () are those of all ranks
 """

@@ -20,11 +20,9 @@ def normalise(
     return torch.batch_norm_elemt(x, _as(weight, mean), _as(bias, mean), mean, invstd, eps)
 
 
-def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
     """``sum(dy)`` and ``sum(dy * (x - mean))``, each (C), in one pass."""
-    sum_dy, sum_dy_xmu, _, _ = torch.batch_norm_backward_reduce(
-        dy, x, mean, invstd, _as(weight, mean), True, False, False
-    )
+    sum_dy, sum_dy_xmu, _, _ = torch.batch_norm_backward_reduce(dy, x, mean, invstd, None, True, False, False)
     return sum_dy, sum_dy_xmu
 
 
@@ -39,9 +37,10 @@ def apply_grad(
     count: Tensor,
 ) -> Tensor:
     """``weight * invstd * (dy - sum_dy / N - (x - mean) * invstd^2 * sum_dy_xmu / N)`` in one pass."""
-    # The kernel divides by the sum of a vector of counts, one a rank; the sum itself is such a vector.
+    # The kernel divides by the sum of int32 counts, which 2**31 values a channel would overflow: divide here.
+    one = torch.ones(1, dtype=torch.int32, device=x.device)
     return torch.batch_norm_backward_elemt(
-        dy, x, mean, invstd, _as(weight, mean), sum_dy, sum_dy_xmu, count.to(torch.int32).view(1)
+        dy, x, mean, invstd, _as(weight, mean), sum_dy / count, sum_dy_xmu / count, one
     )
 
 

@@ -71,6 +71,8 @@ def _serve(task: Task, connection: Connection) -> None:
     # A rank that is done early keeps its sockets open for those that still use them.
     connection.recv_bytes()
     _leave_group()
+    if _out_of_step:
+        os._exit(1)  # the caller starts another in its place
     connection.send_bytes(IDLE)
 
 
@@ -79,13 +81,7 @@ def _run(task: Task) -> Returned | Raised:
         _take_surroundings(task)
         import_modules(task.modules)
         fn, args = pickle.loads(task.call)
-        dist.init_process_group(
-            "gloo",
-            store=dist.FileStore(task.store, task.world_size),  # type: ignore[attr-defined]
-            rank=task.rank,
-            world_size=task.world_size,
-            timeout=timedelta(seconds=task.timeout + GROUP_TIMEOUT_MARGIN),
-        )
+        _join_group(task)
         return Returned(_dump_result(fn(*args), task.rank))
     except BaseException as error:  # SystemExit and pytest's outcomes too: the rank has to live on
         at = time.monotonic()
@@ -97,6 +93,24 @@ def _run(task: Task) -> Returned | Raised:
             exception=_dump_exception(error),
             at=at,
         )
+
+
+_out_of_step = False
+
+
+def _join_group(task: Task) -> None:
+    global _out_of_step
+    # torch names a group by a count of them, which only destroy_process_group sets back. After a failed attempt,
+    # because a peer raised and left at once, this process would wait for ever under another name than the others.
+    _out_of_step = True
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(task.store, task.world_size),  # type: ignore[attr-defined]
+        rank=task.rank,
+        world_size=task.world_size,
+        timeout=timedelta(seconds=task.timeout + GROUP_TIMEOUT_MARGIN),
+    )
+    _out_of_step = False
 
 
 def _take_surroundings(task: Task) -> None:
