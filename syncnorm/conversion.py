@@ -239,12 +239,12 @@ def _to_baseline(model: M, kind: str, num_groups: int) -> M:
     for name, module, obstacle in _batch_norms(model):
         if obstacle is not None:
             skipped[name] = obstacle
-        elif isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+        elif isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
             skipped[name] = "lazy, and has not seen an input yet"
         elif classes.has_own_forward(type(module)) and not classes.calls_batch_norm(type(module)):
             skipped[name] = classes.NO_CALL
         else:
-            groups_of[module] = baselines.groups_for(kind, module.num_features, num_groups, name)
+            groups_of[module] = baselines.groups_for(kind, module.num_features, num_groups, name)  # type: ignore[arg-type]
 
     replaced: dict[nn.Module, nn.Module] = {}
     for module, count in groups_of.items():
