@@ -231,3 +231,34 @@ def device_mesh() -> Tensor:
 
 def test_a_device_mesh_is_a_group():
     assert [m[0].item() for m in run_ranks(device_mesh)] == [0.5, 0.5]
+
+
+def autocast_step(rows: tuple[int, ...]) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    conv, layer = nn.Conv2d(3, 4, 3), syncnorm.SyncBatchNorm2d(4, momentum=1.0)
+    x = torch.randn(sum(rows), 3, 8, 8).split(rows)[dist.get_rank()]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        h = conv(x)
+        y = layer(h)
+    h.retain_grad()
+    y.backward(torch.randn(sum(rows), *y.shape[1:]).bfloat16().split(rows)[dist.get_rank()])
+    assert h.grad is not None
+    assert conv.weight.grad.dtype == torch.float32
+    return {"h": h.detach(), "y": y.detach(), "dh": h.grad, "var": layer.running_var}
+
+
+def test_autocast_takes_half_precision_in_and_keeps_statistics_in_fp32():
+    rows = (3, 2)
+    ranks = run_ranks(autocast_step, 2, (rows,))
+    torch.manual_seed(1)
+    nn.Conv2d(3, 4, 3)
+    torch.randn(5, 3, 8, 8)
+    dy = torch.randn(5, 4, 6, 6).bfloat16().split(rows)
+    want = batch_norm_oracle(
+        [r["h"] for r in ranks], dy, running_mean=torch.zeros(4), running_var=torch.ones(4), momentum=1.0
+    )
+    for rank, got in enumerate(ranks):
+        assert got["h"].dtype == got["y"].dtype == got["dh"].dtype == torch.bfloat16
+        assert_close(got["y"], want.outputs[rank], torch.bfloat16)
+        assert_close(got["dh"], want.grad_inputs[rank], torch.bfloat16)
+        assert_close(got["var"], want.running_var, torch.float32)

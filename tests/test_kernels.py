@@ -1,0 +1,42 @@
+"""The passes one by one, on one process."""
+
+import pytest
+import torch
+
+from syncnorm import kernels
+from syncnorm.kernels import cpu
+
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("offset", [0.0, 1e2, 1e4, 1e5])
+def test_local_moments_are_right_to_the_last_place(layout, offset):
+    """Also far from zero: the second pass gives back what the first one's sum had rounded away."""
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(8, 16, 40, 40, generator=generator, dtype=torch.float64) + offset).float()
+    x = x.contiguous(memory_format=FORMATS[layout])
+    var, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    got_mean, got_invstd = cpu.local_moments(x, 1e-5)
+    half_a_place = max(offset, 1.0) * torch.finfo(torch.float32).eps / 2
+    torch.testing.assert_close(got_mean.double(), mean, rtol=0, atol=half_a_place)
+    torch.testing.assert_close(got_invstd.double(), torch.rsqrt(var + 1e-5), rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_half_precision_has_statistics_in_fp32(dtype):
+    mean, invstd = cpu.local_moments(torch.randn(4, 3, 5).to(dtype), 1e-5)
+    assert mean.dtype == invstd.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def test_dense_copies_only_what_has_gaps_and_mends_odd_strides():
+    x = torch.randn(4, 3, 5, 6)
+    for fmt in FORMATS.values():
+        same = x.contiguous(memory_format=fmt)
+        assert kernels.dense(same, kernels.memory_format(same)).data_ptr() == same.data_ptr()
+    odd = torch.randn(2, 1, 2, 1).transpose(0, 3)  # (1, 1, 2, 2), channels_last by its strides
+    mended = kernels.dense(odd, kernels.memory_format(odd))
+    assert torch.equal(mended, odd)
+    assert mended.stride() == torch.empty(odd.shape).contiguous(memory_format=kernels.memory_format(odd)).stride()
+    assert kernels.for_device(torch.device("cpu")) is cpu
+    assert kernels.for_device(torch.device("cuda")) is not cpu
