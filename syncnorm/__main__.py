@@ -1,7 +1,8 @@
 """``python -m syncnorm`` and the ``syncnorm`` script."""
 
-import os
 import sys
+
+from syncnorm.launcher import speaks
 
 # Import name -> the extra that brings it.
 _EXTRAS = {"click": "compare", "rich": "compare", "sklearn": "compare"}
@@ -17,7 +18,7 @@ def main() -> int:
         missing = (error.name or "").partition(".")[0]
         if missing not in _EXTRAS:
             raise
-        if os.environ.get("RANK", "0") == "0":
+        if speaks():
             extra = _EXTRAS[missing]
             print(f'syncnorm: needs {missing}: pip install "syncnorm[{extra}]"', file=sys.stderr)
         return 2

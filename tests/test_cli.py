@@ -24,10 +24,12 @@ def call(monkeypatch, capsys):
     return call_main
 
 
-def _start(*command):
+def _start(*command, stdout=subprocess.PIPE):
     environ = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=100, env=environ)
+    return subprocess.run(
+        [sys.executable, *command], stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=100, env=environ
+    )
 
 
 def _torchrun(*arguments):
@@ -42,7 +44,9 @@ BAD = [
     (["--steps", "many"], "Invalid value for '--steps': 'many' is not a valid integer"),
     (["--batch-per-rank", "5000"], "a global batch of 10000, more than the 1347 training images"),
     (["--ranks", "-2"], "compare needs at least 2 ranks, got -2"),
-    (["--json", "/no/such/folder/x.json"], "/no/such/folder is no folder that can be written to"),
+    (["--json", "/no/such/folder/x.json"], "cannot write /no/such/folder/x.json: No such file or directory"),
+    (["--json", ""], "cannot write .: Is a directory"),
+    (["--seed", str(2**64)], f"seed must be less than 2**63, got {2**64}"),
     (["--frobnicate"], "No such option"),
 ]
 
@@ -58,14 +62,49 @@ def test_bad_arguments_cost_one_line_and_exit_2(call, arguments, message):
 
 @pytest.mark.parametrize(("arguments", "message"), BAD)
 def test_bad_arguments_under_a_launcher_are_told_by_rank_0_alone(call, monkeypatch, arguments, message):
-    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
+    launched(monkeypatch, RANK="1", LOCAL_RANK="1", WORLD_SIZE="2")
+    pauses = []
+    monkeypatch.setattr("time.sleep", pauses.append)  # so that rank 0 has spoken before the launcher ends it
     assert call("compare", *arguments) == (2, "", "")
+    assert len(pauses) == 1
+
+
+def launched(monkeypatch, **environ):
+    for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", **environ}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "x"}, "RANK='0' and WORLD_SIZE='x' must be numbers"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK=0 and WORLD_SIZE=2 are set, but MASTER_ADDR and MASTER_PORT not"),
+    ],
+)
+def test_half_an_environment_of_a_launcher(call, monkeypatch, environ, message):
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    code, out, err = call("compare")
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_the_json_outlives_a_broken_stdout(tmp_path):
+    file = tmp_path / "out.json"
+    with open("/dev/full", "w") as full:
+        done = _start("-m", "syncnorm", "compare", "--arms", "ddp", *SHORT, "--json", str(file), stdout=full)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "syncnorm: [Errno 28] No space left on device"
+    assert "Traceback" not in done.stderr
+    assert json.loads(file.read_text())["arms"]
 
 
 def test_a_launcher_that_started_one_rank_is_told_what_to_do(call, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "1")
+    launched(monkeypatch, RANK="0", WORLD_SIZE="1")
     code, _, err = call("compare")
     assert code == 2
     assert (
@@ -74,8 +113,7 @@ def test_a_launcher_that_started_one_rank_is_told_what_to_do(call, monkeypatch):
 
 
 def test_ranks_that_contradict_the_launcher(call, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    launched(monkeypatch, RANK="0", WORLD_SIZE="2")
     code, _, err = call("compare", "--ranks", "3")
     assert code == 2
     assert "asked for 3 ranks, but the launcher started 2" in err

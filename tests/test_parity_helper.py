@@ -185,6 +185,23 @@ def test_the_first_difference_is_named(broken, says):
         assert_matches_single_process(partial(Broken, broken), torch.randn(6, 5) * 2 + 1)
 
 
+class WithUnused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.left = nn.BatchNorm2d(3), nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+def with_unused():
+    return WithUnused()
+
+
+def test_unused_parameters_as_in_ddp():
+    assert_matches_single_process(with_unused, IMAGES[:, :3], steps=2, find_unused_parameters=True)
+
+
 def test_errors_of_the_model_are_told():
     with pytest.raises(InputError, match=r"a row for each of the 6 rows .* got shape \(\)"):
         assert_matches_single_process(partial(Broken, "row"), torch.randn(6, 5))
@@ -201,6 +218,13 @@ def test_errors_of_the_model_are_told():
         ({"steps": 2, "inputs": [IMAGES]}, "got 1 batches for steps=2"),
         ({"build_model": list}, "return an nn.Module, got list"),
         ({"build_model": lambda: small_net()}, "lambda"),
+        ({"world_size": 0}, "world_size has to be 1 or more, got 0"),
+        ({"splits": [3.0, 3.0]}, r"2 row counts .* got \[3.0, 3.0\]"),
+        ({"inputs": torch.tensor(1.0)}, r"tensors of one row or more, got shape \(\)"),
+        ({"inputs": IMAGES[:0]}, "tensors of one row or more"),
+        ({"inputs": "abc"}, "tensors of one row or more, got str"),
+        ({"build_model": partial(nn.LazyBatchNorm2d)}, "lazy layers"),
+        ({"build_model": with_unused}, "left.bias, left.weight got no gradient: DDP needs find_unused_parameters"),
     ],
 )
 def test_mistakes_are_told(arguments, says):

@@ -309,8 +309,11 @@ def test_mistakes_are_told_before_anything_starts():
         run_ranks(pid, 0)
     with pytest.raises(InputError, match="args as a tuple, got int"):
         run_ranks(echo, args=3)
-    with pytest.raises(InputError, match="positive timeout"):
-        run_ranks(pid, timeout=0)
+    for timeout in (0, None, float("inf")):
+        with pytest.raises(InputError, match="positive timeout"):
+            run_ranks(pid, timeout=timeout)
+    with pytest.raises(InputError, match="needs a function, got int"):
+        run_ranks(5)
     from syncnorm.testing import pool
 
     assert pool._kept is None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 import click
 from rich.console import Console
 
 from syncnorm import SyncNormError, __version__
 from syncnorm.cli.compare import compare
+from syncnorm.launcher import speaks
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -39,6 +41,11 @@ def main() -> int:
     except SyncNormError as error:
         _say(f"syncnorm: {error}")
         return 1
+    except OSError as error:
+        # Most likely stdout: whoever read it has gone. What is left in its buffer would fail again at exit.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, lives as long as the process
+        _say(f"syncnorm: {error}")
+        return 1
     except (click.Abort, KeyboardInterrupt):
         # The rank that drew the progress bar was ended, and left the cursor hidden.
         Console(stderr=True).show_cursor()
@@ -49,8 +56,11 @@ def main() -> int:
 
 
 def _say(message: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    if speaks():
         print(message, file=sys.stderr)
+    else:
+        # A launcher ends all ranks as soon as one has failed: let rank 0 speak first.
+        time.sleep(2)
 
 
 def _one_line(message: str) -> str:

@@ -10,6 +10,7 @@ import click
 from syncnorm.compare import ARMS, run
 from syncnorm.compare.runner import DEFAULT_BATCH_PER_RANK, DEFAULT_PARITY_STEPS, DEFAULT_RANKS, DEFAULT_STEPS
 from syncnorm.errors import InputError
+from syncnorm.launcher import speaks
 from syncnorm.report.progress import progress_on_stderr
 from syncnorm.report.records_json import write_json
 from syncnorm.report.terminal import print_comparison
@@ -76,16 +77,21 @@ def compare(
         )
     except InputError as error:
         raise click.UsageError(str(error)) from error
-    if os.environ.get("RANK", "0") == "0":
-        print_comparison(comparison)
-        if json_file is not None:
+    if speaks():
+        if json_file is not None:  # first: printing fails where nobody reads on
             write_json(comparison, json_file)
+        print_comparison(comparison)
 
 
 def _check_writable(json_file: Path | None) -> None:
-    # Before the training, not after it. Only rank 0's node writes, so only its ranks look.
+    # Before the training, not after it, and by trying. Only rank 0's node writes, so only its ranks look.
     on_first_node = os.environ.get("RANK", "0") == os.environ.get("LOCAL_RANK", "0")
-    if json_file is not None and on_first_node and not os.access(json_file.absolute().parent, os.W_OK):
-        raise click.UsageError(
-            f"cannot write {json_file}: {json_file.absolute().parent} is no folder that can be written to"
-        )
+    if json_file is None or not on_first_node:
+        return
+    existed = json_file.exists()
+    try:
+        json_file.open("a").close()
+        if not existed:
+            json_file.unlink(missing_ok=True)
+    except OSError as error:
+        raise click.UsageError(f"cannot write {json_file}: {error.strerror}") from error

@@ -56,13 +56,6 @@ class Ranks:
         )
 
 
-def launched_world_size() -> int | None:
-    """Ranks that torchrun, ``accelerate launch`` or another launcher started; ``None`` without a launcher."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
-    return None
-
-
 @contextmanager
 def initialised_ranks(device: torch.device) -> Iterator[Ranks]:
     """`Ranks` of the process group that exists already. Collective: all ranks, one ``new_group``."""

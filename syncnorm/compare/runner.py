@@ -11,10 +11,11 @@ import torch
 from syncnorm.compare.arms import ARMS, SINGLE
 from syncnorm.compare.data import load_digits
 from syncnorm.compare.progress import ProgressFactory, silent
-from syncnorm.compare.ranks import initialised_ranks, launched_ranks, launched_world_size
+from syncnorm.compare.ranks import initialised_ranks, launched_ranks
 from syncnorm.compare.records import Comparison, Settings
 from syncnorm.compare.session import compare_on_rank
 from syncnorm.errors import InputError
+from syncnorm.launcher import launched_world_size
 from syncnorm.testing import run_ranks
 
 DEFAULT_RANKS = 2
@@ -94,6 +95,8 @@ def _settings(
     for name, value, least in (("batch_per_rank", batch_per_rank, 1), ("steps", steps, 1), ("seed", seed, 0)):
         if value < least:
             raise InputError(f"{name} must be at least {least}, got {value}")
+    if seed >= 2**63:
+        raise InputError(f"seed must be less than 2**63, got {seed}")
     parity_steps = min(DEFAULT_PARITY_STEPS, steps) if parity_steps is None else parity_steps
     if not 1 <= parity_steps <= steps:
         raise InputError(f"parity_steps must be between 1 and steps ({steps}), got {parity_steps}")

@@ -13,15 +13,18 @@ from syncnorm.compare.records import ArmResult, Comparison, Gap, Parity
 # fp32 carries 1.2e-7 of relative precision; sums over a batch in another order lose a digit of it. What an
 # arm computes differently shows up above 1e-3.
 ROUNDING = 1e-5
-# Longer lines of text are hard to read. The tables themselves fit a terminal of 80.
+# Longer lines of text are hard to read.
 WIDTH = 100
+# What the tables need.
+TABLE_WIDTH = 80
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
-    """Prints tables and legend, at most 100 columns wide; plain text where stdout is no terminal."""
+    """Prints tables and legend, 80 to 100 columns wide; plain text where stdout is no terminal."""
     if console is None:
         console = Console(highlight=False)
-        console.width = WIDTH if not console.is_terminal else min(WIDTH, console.width)
+        # Wider than a narrow terminal if need be: it wraps lines, where a table that fits would cut the figures.
+        console.width = WIDTH if not console.is_terminal else min(WIDTH, max(TABLE_WIDTH, console.width))
     console.print(render(comparison))
 
 

@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from syncnorm.errors import InputError
+from syncnorm.testing._transport import pickle_call
 from syncnorm.testing.oracle import TOLERANCES
 from syncnorm.testing.pool import run_ranks
 
@@ -37,6 +39,7 @@ def assert_matches_single_process(
     rtol: float | None = None,
     atol: float | None = None,
     timeout: float = 60,
+    find_unused_parameters: bool = False,
 ) -> None:
     """Check that training on several ranks gives what training on the whole batch in one process gives.
 
@@ -60,6 +63,7 @@ def assert_matches_single_process(
             :data:`syncnorm.testing.TOLERANCES`.
         atol: Allowed error relative to the largest value of the same kind (to 1 for buffers), by default likewise.
         timeout: Seconds for the ranks.
+        find_unused_parameters: As in DistributedDataParallel, for a model that leaves parameters out.
 
     Raises:
         AssertionError: Something differs. The message names the first difference: step, rank, layer, error.
@@ -71,6 +75,9 @@ def assert_matches_single_process(
         >>> model = functools.partial(nn.BatchNorm1d, 4)
         >>> assert_matches_single_process(model, torch.randn(6, 4), splits=[5, 1])
     """
+    if world_size < 1:
+        raise InputError(f"world_size has to be 1 or more, got {world_size}")
+    pickle_call(build_model, ())  # before the training here, rather than after it
     batches = _batches(inputs, steps)
     rows = [_rows(batch, world_size, splits) for batch in batches]
     with torch.random.fork_rng(devices=[]):
@@ -78,9 +85,15 @@ def assert_matches_single_process(
         model = build_model()
     if not isinstance(model, nn.Module):
         raise InputError(f"build_model has to return an nn.Module, got {type(model).__name__}")
+    if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        raise InputError("the model has lazy layers that have not seen an input: give them one in build_model")
     state = copy.deepcopy(model.state_dict())
     expected, cotangents = _single_process(model, batches, lr)
-    arguments = (build_model, state, batches, cotangents, rows, lr)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    unused = sorted(trained - expected[0]["parameter gradient"].keys())
+    if unused and len(unused) < len(trained) and not find_unused_parameters:
+        raise InputError(f"{', '.join(unused)} got no gradient: DDP needs find_unused_parameters=True for that")
+    arguments = (build_model, state, batches, cotangents, rows, lr, find_unused_parameters)
     ranks = run_ranks(_train_rank, world_size, arguments, timeout)
     differences = [
         difference
@@ -97,6 +110,10 @@ def _batches(inputs: Tensor | Sequence[Tensor], steps: int) -> list[Tensor]:
     if steps < 1:
         raise InputError(f"steps has to be 1 or more, got {steps}")
     batches = [inputs] * steps if isinstance(inputs, Tensor) else list(inputs)
+    for batch in batches:
+        if not isinstance(batch, Tensor) or batch.dim() == 0 or len(batch) == 0:
+            got = f"shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+            raise InputError(f"inputs has to be tensors of one row or more, got {got}")
     if len(batches) != steps:
         raise InputError(f"got {len(batches)} batches for steps={steps}: give one for each step, or a tensor for all")
     return [batch.detach() for batch in batches]
@@ -106,7 +123,8 @@ def _rows(batch: Tensor, world_size: int, splits: Sequence[int] | None) -> list[
     if splits is None:
         each, left = divmod(len(batch), world_size)
         return [each + (rank < left) for rank in range(world_size)]
-    if len(splits) != world_size or min(splits) < 0 or sum(splits) != len(batch):
+    whole = all(isinstance(count, int) for count in splits)
+    if not whole or len(splits) != world_size or min(splits) < 0 or sum(splits) != len(batch):
         raise InputError(
             f"splits has to hold {world_size} row counts that add up to the batch of {len(batch)}, got {splits}"
         )
@@ -138,6 +156,7 @@ def _train_rank(
     cotangents: list[Tensor],
     rows: list[list[int]],
     lr: float,
+    find_unused_parameters: bool,
 ) -> list[_Step]:
     from syncnorm.conversion import convert
 
@@ -148,7 +167,11 @@ def _train_rank(
     model = convert(model)
     trains = any(parameter.requires_grad for parameter in model.parameters())
     # Buffers are compared, so DDP should not make them equal.
-    wrapped = DistributedDataParallel(model, forward_sync_buffers=False) if trains else model
+    wrapped = model
+    if trains:
+        wrapped = DistributedDataParallel(
+            model, forward_sync_buffers=False, find_unused_parameters=find_unused_parameters
+        )
     steps = []
     for batch, cotangent, counts in zip(batches, cotangents, rows, strict=True):
         mine = torch.split(cotangent, counts)[rank]

@@ -4,6 +4,7 @@ Spawning two ranks that import torch takes some seconds; a kept rank joins a fre
 milliseconds. The rendezvous is a file, so that test runs side by side cannot take each other's ports.
 """
 
+import math
 import os
 import pickle
 from collections.abc import Callable
@@ -79,8 +80,10 @@ def run_ranks(
         raise InputError(f"run_ranks needs a world_size of 1 or more, got {world_size!r}.")
     if not isinstance(args, tuple):
         raise InputError(f"run_ranks needs args as a tuple, got {type(args).__name__}; write args=(x,) for one x.")
-    if not timeout > 0:
+    if not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
         raise InputError(f"run_ranks needs a positive timeout in seconds, got {timeout!r}.")
+    if not callable(fn):
+        raise InputError(f"run_ranks needs a function, got {type(fn).__name__}.")
     modules, call = pickle_call(fn, args)
     return _results(_pool().run(world_size, modules, call, timeout), world_size)
 
