@@ -3,7 +3,7 @@
 The only file of the package that communicates tensors.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -41,19 +41,19 @@ def gather_moments(
     return gathered[:, :channels], gathered[:, channels:-1], gathered[:, -1:]
 
 
-def reduce_gradient_sums(sum_dy: Tensor, sum_dy_xmu: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Sums over all ranks, from one all_reduce of the packed ``[sum_dy (C), sum_dy_xmu (C)]``.
+def reduce_sums(sums: Sequence[Tensor], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
+    """Each of ``sums`` over all ranks, from one all_reduce of them packed.
+
+    In the backward these are ``[sum_dy (C), sum_dy_xmu (C)]``.
 
     Args:
-        sum_dy: (C), sum of the output's gradient on this rank.
-        sum_dy_xmu: (C), sum of the output's gradient times (x - mean) on this rank.
+        sums: vectors of one length and dtype, the same number on all ranks.
         group: all of its ranks must call.
     """
-    packed = torch.cat([sum_dy, sum_dy_xmu])
+    packed = torch.cat(tuple(sums))
     with _explained("all_reduce of the gradient sums", group):
         dist.all_reduce(packed, group=group)
-    total_dy, total_dy_xmu = packed.chunk(2)
-    return total_dy, total_dy_xmu
+    return packed.chunk(len(sums))
 
 
 @contextmanager

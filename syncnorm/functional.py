@@ -1,7 +1,7 @@
 """Batch normalisation over the batch of all ranks.
 
 Read from top to bottom: what a user calls, the forward (local moments, one gather, merge, normalise), the
-backward (reduce, one all_reduce, apply), the checks.
+backward (reduce, one all_reduce, apply), whose own derivative is in ``double_backward``.
 
 Shapes: C = channels, W = ranks of the group, N = values a channel over all ranks.
 Source: Ioffe and Szegedy, "Batch Normalization" (2015), algorithm 1 and the derivatives after it.
@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from syncnorm import collectives, groups, kernels, moments
-from syncnorm.errors import InputError, SyncNormError
+from syncnorm.checks import check_count, check_input, check_mask, check_vectors, shape, where
+from syncnorm.double_backward import double_backward
+from syncnorm.errors import InputError
 
 
 def sync_batch_norm(
@@ -58,8 +60,8 @@ def sync_batch_norm(
         SyncNormError: a collective failed, because another rank did.
 
     Collective: in training all ranks of the group must call, in the same order of layers: one all_gather of
-        2C + 1 numbers, and in the backward one all_reduce of 2C. A rank takes part in the backward if its input,
-        weight or bias needs a gradient, so let them need the same on all ranks.
+        2C + 1 numbers, in the backward one all_reduce of 2C, in a double backward one of 5C. A rank takes part in
+        a backward if its input, weight or bias needs a gradient, so let them need the same on all ranks.
 
     Example:
         >>> x = torch.randn(8, 3, 4, 4)
@@ -91,10 +93,10 @@ def sync_batch_norm(
 class _SyncBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: dist.ProcessGroup
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: dist.ProcessGroup
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        passes = kernels.for_device(x.device)
-        x = kernels.dense(x, kernels.memory_format(x))
+        passes = kernels.for_device(input.device)
+        x = kernels.dense(input, kernels.memory_format(input))
         local_count = x.numel() // x.size(1)
 
         if local_count > 0:
@@ -108,7 +110,8 @@ class _SyncBatchNorm(torch.autograd.Function):
         mean, invstd = mean.to(local_mean.dtype), torch.rsqrt(var + eps).to(local_mean.dtype)
 
         y = passes.normalise(x, mean, invstd, weight, bias, eps) if local_count > 0 else torch.empty_like(x)
-        ctx.save_for_backward(x, weight, mean, invstd, count)
+        # the input and not x, which may be a copy: a second derivative has to find its way back
+        ctx.save_for_backward(input, weight, mean, invstd, count)
         ctx.group = group
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.mark_non_differentiable(mean, var, count)
@@ -116,30 +119,62 @@ class _SyncBatchNorm(torch.autograd.Function):
         return y, mean, var, count
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        x, weight, mean, invstd, count = ctx.saved_tensors
-        passes = kernels.for_device(x.device)
+        input, *saved = ctx.saved_tensors
         if dy is None:
-            dy = torch.zeros_like(x)  # the other ranks are waiting all the same
-        dy = kernels.dense(dy, kernels.memory_format(x))
+            dy = torch.zeros_like(input)  # the other ranks are waiting all the same
+        # A function of its own, so that with create_graph=True it has a derivative in turn.
+        gradients = _SyncBatchNormBackward.apply(  # type: ignore[no-untyped-call]
+            dy, input, *saved, ctx.group, ctx.bias_dtype, ctx.needs_input_grad
+        )
+        return *gradients, None, None
+
+
+class _SyncBatchNormBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        dy: Tensor,
+        input: Tensor,
+        weight: Tensor | None,
+        mean: Tensor,
+        invstd: Tensor,
+        count: Tensor,
+        group: dist.ProcessGroup,
+        bias_dtype: torch.dtype | None,
+        needed: tuple[bool, ...],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        passes = kernels.for_device(input.device)
+        x = kernels.dense(input, kernels.memory_format(input))
+        dense_dy = kernels.dense(dy, kernels.memory_format(x))
 
         if x.numel() > 0:
-            sum_dy, sum_dy_xmu = passes.reduce_grad(dy, x, mean, invstd)
+            sum_dy, sum_dy_xmu = passes.reduce_grad(dense_dy, x, mean, invstd)
         else:
             sum_dy, sum_dy_xmu = torch.zeros_like(mean), torch.zeros_like(mean)
         # Local on purpose: DDP averages the gradients of parameters over ranks.
-        d_weight = (sum_dy_xmu * invstd).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        d_bias = sum_dy.to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+        d_weight = (sum_dy_xmu * invstd).to(weight.dtype) if weight is not None and needed[1] else None
+        d_bias = sum_dy.to(bias_dtype) if needed[2] else None
 
         # Also where this rank's own input needs no gradient, as that of an empty rank may: the others wait.
-        sum_dy, sum_dy_xmu = collectives.reduce_gradient_sums(sum_dy, sum_dy_xmu, ctx.group)
+        sum_dy, sum_dy_xmu = collectives.reduce_sums([sum_dy, sum_dy_xmu], group)
         dx = None
-        if ctx.needs_input_grad[0] and x.numel() > 0:
-            dx = passes.apply_grad(dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count)
-        elif ctx.needs_input_grad[0]:
+        if needed[0] and x.numel() > 0:
+            dx = passes.apply_grad(dense_dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count)
+        elif needed[0]:
             dx = torch.empty_like(x)
-        return dx, d_weight, d_bias, None, None
+        ctx.save_for_backward(dy, input, weight, mean, invstd, count, sum_dy, sum_dy_xmu)
+        ctx.group = group
+        return dx, d_weight, d_bias
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, v: Tensor | None, u: Tensor | None, t: Tensor | None) -> tuple[Tensor | None, ...]:
+        dy, x, weight, mean, invstd, count, sum_dy, sum_dy_xmu = ctx.saved_tensors
+        d_dy, d_x, d_weight = double_backward(
+            dy, x, weight, mean, invstd, count, sum_dy, sum_dy_xmu, v, u, t, ctx.group
+        )
+        return d_dy, d_x, d_weight, *(None,) * 6
 
 
 def _local_batch_norm(
@@ -165,91 +200,3 @@ def _local_batch_norm(
     return F.batch_norm(
         input, running_mean, running_var, weight, bias, training, 0.0 if momentum is None else momentum, eps
     )
-
-
-def check_input(input: Tensor, channels: int | None = None) -> None:
-    """Refuses what no rank could normalise.
-
-    Args:
-        input: to be (batch, C, *spatial), floating.
-        channels: the C to expect; None for any.
-
-    Raises:
-        InputError: with this rank, what was got and what was expected.
-    """
-    if input.dim() < 2:
-        raise InputError(f"{where()}expected at least 2 dimensions (batch, channels, ...), got {shape(input)}")
-    if not input.is_floating_point():
-        raise InputError(f"{where()}expected a floating-point input, got {input.dtype}; convert it first")
-    if input.size(1) == 0 or input.size(1) != (channels or input.size(1)):
-        raise InputError(
-            f"{where()}expected {channels or 'some'} channels in dimension 1, "
-            f"got {input.size(1)}: input of {shape(input)}"
-        )
-
-
-def check_vectors(input: Tensor, **vectors: Tensor | None) -> None:
-    """Refuses parameters and buffers that do not have one value a channel of ``input``.
-
-    Raises:
-        InputError: with the name of the first such vector.
-    """
-    for name, vector in vectors.items():
-        if vector is not None and vector.shape != (input.size(1),):
-            raise InputError(
-                f"{where()}expected {name} to have one value for each of {input.size(1)} channels "
-                f"(input of {shape(input)}), got {shape(vector)}"
-            )
-    if (vectors["running_mean"] is None) != (vectors["running_var"] is None):
-        raise InputError("running_mean and running_var come together: one is None, the other is not")
-
-
-def check_mask(input: Tensor, mask: Tensor | None) -> None:
-    """Refuses a mask of the wrong kind, and for now any other.
-
-    Raises:
-        InputError: not boolean, or not broadcastable to (batch, *spatial).
-        SyncNormError: a good mask: this version cannot use it.
-    """
-    if mask is None:
-        return
-    expected = (input.size(0), *input.shape[2:])
-    fits = mask.dim() <= len(expected) and all(
-        m in (1, n) for m, n in zip(reversed(mask.shape), reversed(expected), strict=False)
-    )
-    if mask.dtype != torch.bool or not fits:
-        raise InputError(
-            f"{where()}expected a boolean mask that broadcasts to (batch, *spatial) = {expected}, "
-            f"got {mask.dtype} of {shape(mask)}"
-        )
-    raise SyncNormError("masked statistics are not supported yet: call the layer without mask")
-
-
-def check_count(count: Tensor, local_count: int) -> None:
-    """Refuses a global batch of one value a channel, on all ranks alike.
-
-    All ranks empty is no error: there is nothing to normalise, and nothing is.
-
-    Raises:
-        InputError: the whole batch has one value a channel.
-    """
-    # A rank that holds two values knows the answer without asking a GPU for it. Where the total is one, no
-    # rank holds two, so all of them look.
-    capturing = count.is_cuda and torch.cuda.is_current_stream_capturing()
-    if local_count < 2 and not capturing and int(count) == 1:
-        raise InputError(
-            f"{where()}expected more than 1 value per channel over all ranks in training, got 1 "
-            f"({local_count} of them on this rank)"
-        )
-
-
-def where() -> str:
-    """``"rank 3: "`` for the head of a message, or nothing outside distributed runs."""
-    if dist.is_initialized():
-        return f"rank {dist.get_rank()}: "
-    return ""
-
-
-def shape(tensor: Tensor) -> str:
-    """A shape as users write it."""
-    return f"shape {tuple(tensor.shape)}"

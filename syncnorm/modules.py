@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncnorm import functional, groups
+from syncnorm import checks, functional, groups
 
 
 class Synced:
@@ -50,8 +50,8 @@ class SyncMixin(Synced):
         self._check_input_dim(input)
         # what the layer holds, not what it was built with: pruning shortens the one and not the other
         channels = self.num_features if self.running_mean is None else self.running_mean.numel()
-        functional.check_input(input, channels)
-        functional.check_mask(input, mask)
+        checks.check_input(input, channels)
+        checks.check_mask(input, mask)
         in_replica = warn_under_data_parallel(self)
         if not self.training or in_replica:
             return super().forward(input)  # type: ignore[misc,no-any-return]
@@ -74,7 +74,7 @@ class BatchNorm(_BatchNorm):
     """``nn.BatchNorm`` for input of any dimension; what a :class:`SyncBatchNorm` is without the syncing."""
 
     def _check_input_dim(self, input: Tensor) -> None:
-        pass  # functional.check_input judges it; F.batch_norm does in evaluation
+        pass  # checks.check_input judges it; F.batch_norm does in evaluation
 
 
 class SyncBatchNorm(SyncMixin, BatchNorm):

@@ -141,18 +141,6 @@ def test_the_other_ranks_learn_of_an_error():
     )
 
 
-def twice(x: Tensor) -> None:
-    layer = syncnorm.SyncBatchNorm(2)
-    x = x.requires_grad_()
-    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    dx.square().sum().backward()
-
-
-def test_double_backward_is_refused_rather_than_wrong():
-    with pytest.raises(RankError, match="once_differentiable"):
-        run_ranks(twice, args=(torch.randn(3, 2),))
-
-
 def own_forward_with_bad_input() -> tuple[str, bool]:
     layer = syncnorm.convert(models.BatchNormAct(3))
     return feed(layer, torch.randn(2, 5, 4, 4))

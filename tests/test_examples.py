@@ -42,6 +42,12 @@ def test_train_ddp_learns_and_resumes(tmp_path):
     assert tracked(tmp_path / "digits.pt") == {2 * 187}
 
 
+def test_gradient_penalty_pulls_the_gradients_to_one(tmp_path):
+    lines = torchrun(str(ROOT / "examples" / "gradient_penalty.py"), cwd=tmp_path).splitlines()
+    norms = [float(line.split()[-1]) for line in lines]
+    assert abs(norms[-1] - 1) < abs(norms[0] - 1) / 2
+
+
 def test_readme_examples_run(tmp_path):
     """Its Python blocks, as written; a test in a block runs under pytest with the plugin's fixtures."""
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)):
