@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncnorm.errors import InputError, SyncNormError
+from syncnorm.errors import InputError
 
 
 def check_input(input: Tensor, channels: int | None = None) -> None:
@@ -45,11 +45,10 @@ def check_vectors(input: Tensor, **vectors: Tensor | None) -> None:
 
 
 def check_mask(input: Tensor, mask: Tensor | None) -> None:
-    """Refuses a mask of the wrong kind, and for now any other.
+    """Refuses a mask of the wrong kind.
 
     Raises:
         InputError: not boolean, or not broadcastable to (batch, *spatial).
-        SyncNormError: a good mask: this version cannot use it.
     """
     if mask is None:
         return
@@ -62,10 +61,9 @@ def check_mask(input: Tensor, mask: Tensor | None) -> None:
             f"{where()}expected a boolean mask that broadcasts to (batch, *spatial) = {expected}, "
             f"got {mask.dtype} of {shape(mask)}"
         )
-    raise SyncNormError("masked statistics are not supported yet: call the layer without mask")
 
 
-def check_count(count: Tensor, local_count: int) -> None:
+def check_count(count: Tensor, local_count: int | Tensor) -> None:
     """Refuses a global batch of one value a channel, on all ranks alike.
 
     All ranks empty is no error: there is nothing to normalise, and nothing is.
@@ -75,6 +73,10 @@ def check_count(count: Tensor, local_count: int) -> None:
     """
     # A rank that holds two values knows the answer without asking a GPU for it. Where the total is one, no
     # rank holds two, so all of them look.
+    if isinstance(local_count, Tensor):  # of a mask: only the device knows
+        if local_count.is_cuda:
+            return
+        local_count = int(local_count)
     capturing = count.is_cuda and torch.cuda.is_current_stream_capturing()
     if local_count < 2 and not capturing and int(count) == 1:
         raise InputError(

@@ -27,7 +27,7 @@ def double_backward(
     v: Tensor | None,
     u: Tensor | None,
     t: Tensor | None,
-    group: dist.ProcessGroup,
+    group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Derivatives with respect to dy, x and weight, in the dtypes of these.
 
@@ -43,7 +43,7 @@ def double_backward(
         v: like x, the cotangent of dx, or None for zero.
         u: (C), that of this rank's dw.
         t: (C), that of this rank's db.
-        group: all of its ranks must call.
+        group: all of its ranks must call; None is this process alone.
 
     Collective: one all_reduce of 5C.
     """

@@ -19,6 +19,7 @@ from syncnorm import collectives, groups, kernels, moments
 from syncnorm.checks import check_count, check_input, check_mask, check_vectors, shape, where
 from syncnorm.double_backward import double_backward
 from syncnorm.errors import InputError
+from syncnorm.kernels.cpu import masked_moments
 
 
 def sync_batch_norm(
@@ -48,7 +49,8 @@ def sync_batch_norm(
         eps: added to the biased variance.
         process_group: a ProcessGroup or 1-D DeviceMesh. None is the default group; without one, or in a group
             of one rank, this is ``F.batch_norm``.
-        mask: not supported yet; anything but None is an error.
+        mask: boolean, broadcastable to (batch, *spatial), True where a position counts. What the others hold is
+            ignored, and output and gradient are zero there. Ranks may have different numbers, or none.
         num_batches_tracked: int64 scalar, one more in training unless all ranks are empty.
 
     Returns:
@@ -56,7 +58,8 @@ def sync_batch_norm(
 
     Raises:
         InputError: a wrong shape, dtype or option, before any communication; fewer than two values a channel
-            over all ranks; a rank outside the group. Running statistics are as they were.
+            over all ranks (not looked for with a mask on a GPU, where the host would have to wait); a rank
+            outside the group. Running statistics are as they were.
         SyncNormError: a collective failed, because another rank did.
 
     Collective: in training all ranks of the group must call, in the same order of layers: one all_gather of
@@ -72,34 +75,69 @@ def sync_batch_norm(
     check_input(input)
     check_vectors(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     check_mask(input, mask)
+    group = groups.synced_group(groups.resolve(process_group)) if training else None
+    return batch_norm_over(
+        group, input, running_mean, running_var, weight, bias, training, momentum, eps, mask, num_batches_tracked
+    )
+
+
+def batch_norm_over(
+    group: dist.ProcessGroup | None,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    mask: Tensor | None,
+    num_batches_tracked: Tensor | None,
+) -> Tensor:
+    """:func:`sync_batch_norm` of checked arguments, over a group of two ranks or more; None is this process alone."""
     if running_mean is None:
         num_batches_tracked = None  # counts what the running statistics have seen
     elif training and momentum is None and num_batches_tracked is None:
         raise InputError("momentum=None averages over num_batches_tracked, which was not given")
-    group = groups.synced_group(groups.resolve(process_group)) if training else None
-    if group is None:
-        return _local_batch_norm(
+    padding = None
+    if mask is not None:
+        padding = ~mask.expand(input.size(0), *input.shape[2:]).unsqueeze(1)
+        # Nothing of what padding holds goes in, NaN included, and no gradient comes out.
+        input = input.masked_fill(padding, 0)
+    if not training or (group is None and padding is None):
+        output = _local_batch_norm(
             input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked
         )
-    if eps <= 0:
-        raise InputError(f"eps must be positive in training, got {eps}")
-    output: Tensor
-    output, mean, var, count = _SyncBatchNorm.apply(input, weight, bias, eps, group)  # type: ignore[no-untyped-call]
-    if running_mean is not None and running_var is not None:
-        moments.update_running_(running_mean, running_var, num_batches_tracked, mean, var, count, momentum)
-    return output
+    else:
+        if eps <= 0:
+            raise InputError(f"eps must be positive in training, got {eps}")
+        output, mean, var, count = _SyncBatchNorm.apply(  # type: ignore[no-untyped-call]
+            input, weight, bias, eps, group, padding
+        )
+        if running_mean is not None and running_var is not None:
+            moments.update_running_(running_mean, running_var, num_batches_tracked, mean, var, count, momentum)
+    return output if padding is None else output.masked_fill(padding, 0)
 
 
 class _SyncBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: dist.ProcessGroup
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        group: dist.ProcessGroup | None,
+        padding: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        # Padding, zero in the input and in dy, changes no sum but those of the local moments.
         passes = kernels.for_device(input.device)
         x = kernels.dense(input, kernels.memory_format(input))
-        local_count = x.numel() // x.size(1)
+        local_count: int | Tensor = x.numel() // x.size(1)
 
-        if local_count > 0:
+        if padding is not None and x.numel() > 0:
+            local_mean, local_invstd, local_count = masked_moments(x, eps, padding)
+        elif x.numel() > 0:
             local_mean, local_invstd = passes.local_moments(x, eps)
         else:  # an empty rank still takes part; its count takes its moments out of the merge
             local_mean = torch.zeros(x.size(1), dtype=moments.statistics_dtype(x.dtype), device=x.device)
@@ -109,7 +147,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         check_count(count, local_count)
         mean, invstd = mean.to(local_mean.dtype), torch.rsqrt(var + eps).to(local_mean.dtype)
 
-        y = passes.normalise(x, mean, invstd, weight, bias, eps) if local_count > 0 else torch.empty_like(x)
+        y = passes.normalise(x, mean, invstd, weight, bias, eps) if x.numel() > 0 else torch.empty_like(x)
         # the input and not x, which may be a copy: a second derivative has to find its way back
         ctx.save_for_backward(input, weight, mean, invstd, count)
         ctx.group = group
@@ -127,7 +165,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         gradients = _SyncBatchNormBackward.apply(  # type: ignore[no-untyped-call]
             dy, input, *saved, ctx.group, ctx.bias_dtype, ctx.needs_input_grad
         )
-        return *gradients, None, None
+        return *gradients, None, None, None
 
 
 class _SyncBatchNormBackward(torch.autograd.Function):
@@ -140,7 +178,7 @@ class _SyncBatchNormBackward(torch.autograd.Function):
         mean: Tensor,
         invstd: Tensor,
         count: Tensor,
-        group: dist.ProcessGroup,
+        group: dist.ProcessGroup | None,
         bias_dtype: torch.dtype | None,
         needed: tuple[bool, ...],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

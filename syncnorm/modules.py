@@ -40,7 +40,8 @@ class SyncMixin(Synced):
 
         Args:
             input: (batch, num_features, *spatial), floating; the batch may differ by rank and may be 0.
-            mask: not supported yet; anything but None is an error.
+            mask: boolean, broadcastable to (batch, *spatial), True where a position counts; output and gradient
+                are zero elsewhere.
 
         Raises:
             InputError: what ``syncnorm.functional.sync_batch_norm`` refuses; buffers are as they were.
@@ -53,20 +54,22 @@ class SyncMixin(Synced):
         checks.check_input(input, channels)
         checks.check_mask(input, mask)
         in_replica = warn_under_data_parallel(self)
-        if not self.training or in_replica:
+        if mask is None and (not self.training or in_replica):
             return super().forward(input)  # type: ignore[misc,no-any-return]
-        tracking = self.track_running_stats
-        return functional.sync_batch_norm(
+        training = self.training or self.running_mean is None
+        buffers = self.track_running_stats or not self.training
+        return functional.batch_norm_over(
+            groups.synced_group(self.process_group) if self.training and not in_replica else None,
             input,
-            self.running_mean if tracking else None,
-            self.running_var if tracking else None,
+            self.running_mean if buffers else None,
+            self.running_var if buffers else None,
             self.weight,
             self.bias,
-            True,
+            training,
             self.momentum,
             self.eps,
-            process_group=self.process_group,
-            num_batches_tracked=self.num_batches_tracked if tracking else None,
+            mask,
+            self.num_batches_tracked if buffers else None,
         )
 
 

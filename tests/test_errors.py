@@ -96,11 +96,6 @@ def test_mask_of_the_wrong_kind(mask):
     assert untouched
 
 
-def test_a_good_mask_is_not_ignored():
-    with pytest.raises(syncnorm.SyncNormError, match="not supported yet"):
-        syncnorm.SyncBatchNorm(3)(torch.randn(2, 3, 4), mask=torch.ones(2, 4, dtype=torch.bool))
-
-
 def test_vectors_of_the_wrong_length():
     x, three, four = torch.randn(2, 3), torch.zeros(3), torch.zeros(4)
     with pytest.raises(InputError, match=re.escape("expected weight to have one value for each of 3 channels")):

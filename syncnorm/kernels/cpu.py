@@ -27,6 +27,27 @@ def local_moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return mean + residual, torch.rsqrt(var + eps)
 
 
+def masked_moments(x: Tensor, eps: float, padding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`local_moments` of the positions that are no padding, and their count; on any device.
+
+    Args:
+        x: (batch, C, *spatial), zero where ``padding`` is True.
+        eps: as there.
+        padding: (batch, 1, *spatial), boolean.
+
+    Returns:
+        ``(mean (C), invstd (C), count ())``; finite where the count is zero.
+    """
+    dims = [d for d in range(x.dim()) if d != 1]
+    valid = padding.logical_not().sum()
+    count = valid.clamp(min=1)
+    mean = x.sum(dims, dtype=statistics_dtype(x.dtype)) / count
+    centred = (x - _per_channel(mean, x)).masked_fill_(padding, 0)
+    residual = centred.sum(dims) / count
+    var = centred.square_().sum(dims) / count - residual.square()
+    return mean + residual, torch.rsqrt(var + eps), valid
+
+
 def normalise(
     x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
