@@ -11,20 +11,8 @@ from syncnorm.moments import statistics_dtype
 
 
 def local_moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and invstd, each (C), of one rank's values.
-
-    The corrected two-pass algorithm. E[x^2] - E[x]^2 would lose everything where the mean is far above the
-    standard deviation. ``sum`` adds up in a cascade, so the error does not grow with the count.
-
-    Source: Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983), equation 1.7.
-    """
-    dims = [d for d in range(x.dim()) if d != 1]
-    count = x.numel() // x.size(1)
-    mean = x.sum(dims, dtype=statistics_dtype(x.dtype)) / count
-    centred = x - _per_channel(mean, x)
-    residual = centred.sum(dims) / count
-    var = centred.square_().sum(dims) / count - residual.square()
-    return mean + residual, torch.rsqrt(var + eps)
+    """Mean and invstd, each (C), of one rank's values."""
+    return _moments(x, eps, x.numel() // x.size(1), None)
 
 
 def masked_moments(x: Tensor, eps: float, padding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,14 +26,26 @@ def masked_moments(x: Tensor, eps: float, padding: Tensor) -> tuple[Tensor, Tens
     Returns:
         ``(mean (C), invstd (C), count ())``; finite where the count is zero.
     """
-    dims = [d for d in range(x.dim()) if d != 1]
     valid = padding.logical_not().sum()
-    count = valid.clamp(min=1)
+    return *_moments(x, eps, valid.clamp(min=1), padding), valid
+
+
+def _moments(x: Tensor, eps: float, count: int | Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The corrected two-pass algorithm.
+
+    E[x^2] - E[x]^2 would lose everything where the mean is far above the standard deviation. ``sum`` adds up in a
+    cascade, so the error does not grow with the count.
+
+    Source: Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983), equation 1.7.
+    """
+    dims = [d for d in range(x.dim()) if d != 1]
     mean = x.sum(dims, dtype=statistics_dtype(x.dtype)) / count
-    centred = (x - _per_channel(mean, x)).masked_fill_(padding, 0)
+    centred = x - _per_channel(mean, x)
+    if padding is not None:
+        centred.masked_fill_(padding, 0)
     residual = centred.sum(dims) / count
     var = centred.square_().sum(dims) / count - residual.square()
-    return mean + residual, torch.rsqrt(var + eps), valid
+    return mean + residual, torch.rsqrt(var + eps)
 
 
 def normalise(
