@@ -103,13 +103,17 @@ def _join_group(task: Task) -> None:
     # torch names a group by a count of them, which only destroy_process_group sets back. After a failed attempt,
     # because a peer raised and left at once, this process would wait for ever under another name than the others.
     _out_of_step = True
+    store = dist.FileStore(task.store, task.world_size)  # type: ignore[attr-defined]
     dist.init_process_group(
         "gloo",
-        store=dist.FileStore(task.store, task.world_size),  # type: ignore[attr-defined]
+        store=store,
         rank=task.rank,
         world_size=task.world_size,
         timeout=timedelta(seconds=task.timeout + GROUP_TIMEOUT_MARGIN),
     )
+    # A rank that raises at once would close its sockets on one that is still connecting to others.
+    store.set(f"joined{task.rank}", "1")
+    store.wait([f"joined{rank}" for rank in range(task.world_size)])
     _out_of_step = False
 
 
