@@ -75,6 +75,9 @@ def convert(
         group = groups.subgroup(group_size)
     for module, cls in planned.items():
         _set_synced(module, cls, group)
+    for name, module in model.named_modules():
+        if module in planned:
+            module._sync_name = name or type(module).__name__
     _warn_of(skipped)
     return model
 
@@ -203,6 +206,7 @@ def _is_converted(module: nn.Module) -> bool:
 
 def _set_plain(module: nn.Module) -> None:
     group = module.__dict__.pop("_sync_group", None)
+    module.__dict__.pop("_sync_name", None)
     module.__dict__.pop("_num_groups", None)
     _set_class(module, classes.plain_class(type(module)))
     if type(module) is nn.SyncBatchNorm:

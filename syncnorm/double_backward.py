@@ -28,6 +28,8 @@ def double_backward(
     u: Tensor | None,
     t: Tensor | None,
     group: dist.ProcessGroup | None,
+    layer: str,
+    number: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Derivatives with respect to dy, x and weight, in the dtypes of these.
 
@@ -44,6 +46,8 @@ def double_backward(
         u: (C), that of this rank's dw.
         t: (C), that of this rank's db.
         group: all of its ranks must call; None is this process alone.
+        layer: its name.
+        number: of the forward.
 
     Collective: one all_reduce of 5C.
     """
@@ -58,7 +62,8 @@ def double_backward(
     # u differs by rank, so what it weighs is summed after the weighing
     local = [local_v, local_vx, local_vdy, u * dy_.sum(dims), u * (dy_ * xhat).sum(dims)]
     mean_v, mean_vx, mean_vdy, mean_udy, mean_udyx = (
-        total / count for total in collectives.reduce_sums(local, group)
+        total / count
+        for total in collectives.reduce_sums(local, group, layer, number, collectives.Kind.DOUBLE_BACKWARD)
     )
     mean_dy, mean_dyx = sum_dy / count, sum_dy_xmu * s / count
 

@@ -7,6 +7,8 @@ Shapes: C = channels, W = ranks of the group, N = values a channel over all rank
 Source: Ioffe and Szegedy, "Batch Normalization" (2015), algorithm 1 and the derivatives after it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from syncnorm import collectives, groups, kernels, moments
+from syncnorm import collectives, groups, kernels, moments, recomputation
 from syncnorm.checks import check_count, check_input, check_mask, check_vectors, shape, where
 from syncnorm.double_backward import double_backward
 from syncnorm.errors import InputError
@@ -35,6 +37,7 @@ def sync_batch_norm(
     process_group: Any = None,
     mask: Tensor | None = None,
     num_batches_tracked: Tensor | None = None,
+    layer: str = "sync_batch_norm",
 ) -> Tensor:
     """``F.batch_norm`` over the batches of all ranks, as if they were one.
 
@@ -52,6 +55,7 @@ def sync_batch_norm(
         mask: boolean, broadcastable to (batch, *spatial), True where a position counts. What the others hold is
             ignored, and output and gradient are zero there. Ranks may have different numbers, or none.
         num_batches_tracked: int64 scalar, one more in training unless all ranks are empty.
+        layer: the name by which ranks tell one call from another, and errors name it.
 
     Returns:
         Like ``input``: same shape, dtype and memory format.
@@ -72,17 +76,41 @@ def sync_batch_norm(
         >>> y.mean().abs().item() < 1e-6
         True
     """
-    check_input(input)
-    check_vectors(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    check_mask(input, mask)
     group = groups.synced_group(groups.resolve(process_group)) if training else None
+    with refusing(group, input):
+        check_input(input)
+        check_vectors(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+        check_mask(input, mask)
     return batch_norm_over(
-        group, input, running_mean, running_var, weight, bias, training, momentum, eps, mask, num_batches_tracked
+        group,
+        layer,
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        mask,
+        num_batches_tracked,
     )
+
+
+@contextmanager
+def refusing(group: dist.ProcessGroup | None, input: Tensor) -> Iterator[None]:
+    """Passes an :class:`InputError` of the block on to the other ranks, who would wait for this one."""
+    try:
+        yield
+    except InputError as error:
+        if group is not None:
+            collectives.refuse(str(error), group, input.device)
+        raise
 
 
 def batch_norm_over(
     group: dist.ProcessGroup | None,
+    layer: str,
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -95,26 +123,32 @@ def batch_norm_over(
     num_batches_tracked: Tensor | None,
 ) -> Tensor:
     """:func:`sync_batch_norm` of checked arguments, over a group of two ranks or more; None is this process alone."""
-    if running_mean is None:
-        num_batches_tracked = None  # counts what the running statistics have seen
-    elif training and momentum is None and num_batches_tracked is None:
-        raise InputError("momentum=None averages over num_batches_tracked, which was not given")
+    if training and not groups.syncing():
+        group = running_mean = running_var = None
+    with refusing(group, input):
+        if running_mean is None:
+            num_batches_tracked = None  # counts what the running statistics have seen
+        elif training and momentum is None and num_batches_tracked is None:
+            raise InputError("momentum=None averages over num_batches_tracked, which was not given")
+        if training and eps <= 0 and (group is not None or mask is not None):
+            raise InputError(f"eps must be positive in training, got {eps}")
     padding = None
     if mask is not None:
         padding = ~mask.expand(input.size(0), *input.shape[2:]).unsqueeze(1)
         # Nothing of what padding holds goes in, NaN included, and no gradient comes out.
         input = input.masked_fill(padding, 0)
-    if not training or (group is None and padding is None):
+    segments = recomputation.owners() if training else []
+    # Recomputed, it may be outside of no_sync_stats, and has to know.
+    plain = group is None and padding is None and (groups.syncing() or not segments)
+    if plain or not training:
         output = _local_batch_norm(
             input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked
         )
     else:
-        if eps <= 0:
-            raise InputError(f"eps must be positive in training, got {eps}")
         output, mean, var, count = _SyncBatchNorm.apply(  # type: ignore[no-untyped-call]
-            input, weight, bias, eps, group, padding
+            input, weight, bias, eps, group, padding, layer, segments
         )
-        if running_mean is not None and running_var is not None:
+        if running_mean is not None and running_var is not None and var is not None:
             moments.update_running_(running_mean, running_var, num_batches_tracked, mean, var, count, momentum)
     return output if padding is None else output.masked_fill(padding, 0)
 
@@ -129,7 +163,9 @@ class _SyncBatchNorm(torch.autograd.Function):
         eps: float,
         group: dist.ProcessGroup | None,
         padding: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        layer: str,
+        segments: list[Any],
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         # Padding, zero in the input and in dy, changes no sum but those of the local moments.
         passes = kernels.for_device(input.device)
         x = kernels.dense(input, kernels.memory_format(input))
@@ -142,17 +178,15 @@ class _SyncBatchNorm(torch.autograd.Function):
         else:  # an empty rank still takes part; its count takes its moments out of the merge
             local_mean = torch.zeros(x.size(1), dtype=moments.statistics_dtype(x.dtype), device=x.device)
             local_invstd = torch.ones_like(local_mean)
-        gathered = collectives.gather_moments(local_mean, local_invstd, local_count, group)
-        mean, var, count = moments.merge(*gathered, eps)
-        check_count(count, local_count)
-        mean, invstd = mean.to(local_mean.dtype), torch.rsqrt(var + eps).to(local_mean.dtype)
+        whole, var = _of_all_ranks(local_mean, local_invstd, local_count, eps, group, layer, segments)
+        mean, invstd, count = whole.mean, whole.invstd, whole.count
 
         y = passes.normalise(x, mean, invstd, weight, bias, eps) if x.numel() > 0 else torch.empty_like(x)
         # the input and not x, which may be a copy: a second derivative has to find its way back
         ctx.save_for_backward(input, weight, mean, invstd, count)
-        ctx.group = group
+        ctx.group, ctx.layer, ctx.number = whole.group, layer, whole.number
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(mean, var, count)
+        ctx.mark_non_differentiable(*(statistic for statistic in (mean, var, count) if statistic is not None))
         ctx.set_materialize_grads(False)  # no zeros for the three that have no gradient
         return y, mean, var, count
 
@@ -163,9 +197,9 @@ class _SyncBatchNorm(torch.autograd.Function):
             dy = torch.zeros_like(input)  # the other ranks are waiting all the same
         # A function of its own, so that with create_graph=True it has a derivative in turn.
         gradients = _SyncBatchNormBackward.apply(  # type: ignore[no-untyped-call]
-            dy, input, *saved, ctx.group, ctx.bias_dtype, ctx.needs_input_grad
+            dy, input, *saved, ctx.group, ctx.layer, ctx.number, ctx.bias_dtype, ctx.needs_input_grad
         )
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None, None
 
 
 class _SyncBatchNormBackward(torch.autograd.Function):
@@ -179,6 +213,8 @@ class _SyncBatchNormBackward(torch.autograd.Function):
         invstd: Tensor,
         count: Tensor,
         group: dist.ProcessGroup | None,
+        layer: str,
+        number: int,
         bias_dtype: torch.dtype | None,
         needed: tuple[bool, ...],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -195,14 +231,14 @@ class _SyncBatchNormBackward(torch.autograd.Function):
         d_bias = sum_dy.to(bias_dtype) if needed[2] else None
 
         # Also where this rank's own input needs no gradient, as that of an empty rank may: the others wait.
-        sum_dy, sum_dy_xmu = collectives.reduce_sums([sum_dy, sum_dy_xmu], group)
+        sum_dy, sum_dy_xmu = collectives.reduce_sums([sum_dy, sum_dy_xmu], group, layer, number)
         dx = None
         if needed[0] and x.numel() > 0:
             dx = passes.apply_grad(dense_dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count)
         elif needed[0]:
             dx = torch.empty_like(x)
         ctx.save_for_backward(dy, input, weight, mean, invstd, count, sum_dy, sum_dy_xmu)
-        ctx.group = group
+        ctx.group, ctx.layer, ctx.number = group, layer, number
         return dx, d_weight, d_bias
 
     @staticmethod
@@ -210,9 +246,37 @@ class _SyncBatchNormBackward(torch.autograd.Function):
     def backward(ctx: Any, v: Tensor | None, u: Tensor | None, t: Tensor | None) -> tuple[Tensor | None, ...]:
         dy, x, weight, mean, invstd, count, sum_dy, sum_dy_xmu = ctx.saved_tensors
         d_dy, d_x, d_weight = double_backward(
-            dy, x, weight, mean, invstd, count, sum_dy, sum_dy_xmu, v, u, t, ctx.group
+            dy, x, weight, mean, invstd, count, sum_dy, sum_dy_xmu, v, u, t, ctx.group, ctx.layer, ctx.number
         )
-        return d_dy, d_x, d_weight, *(None,) * 6
+        return d_dy, d_x, d_weight, *(None,) * 8
+
+
+def _of_all_ranks(
+    local_mean: Tensor,
+    local_invstd: Tensor,
+    local_count: int | Tensor,
+    eps: float,
+    group: dist.ProcessGroup | None,
+    layer: str,
+    segments: list[Any],
+) -> tuple[recomputation.Gathered, Tensor | None]:
+    """The statistics of the whole batch, and its variance.
+
+    That is None where a checkpointed forward is computed again: the running statistics have had it.
+    """
+    again = recomputation.in_backward()
+    if again and group is not None:
+        known = recomputation.recall(layer, torch.stack([local_mean, local_invstd]), int(local_count))
+        if known is not None:
+            return known, None
+    gathered = collectives.gather_moments(local_mean, local_invstd, local_count, eps, group, layer)
+    mean, var, count = moments.merge(*gathered.moments, eps)
+    check_count(count, local_count)
+    mean, invstd = mean.to(local_mean.dtype), torch.rsqrt(var + eps).to(local_mean.dtype)
+    whole = recomputation.Gathered(mean, invstd, count, group, gathered.number)
+    if segments:
+        recomputation.keep(layer, whole, torch.stack([local_mean, local_invstd]), int(local_count), segments)
+    return whole, None if again and group is None else var
 
 
 def _local_batch_norm(
@@ -226,9 +290,11 @@ def _local_batch_norm(
     eps: float,
     num_batches_tracked: Tensor | None,
 ) -> Tensor:
-    """``F.batch_norm`` with the bookkeeping of ``nn.BatchNorm``'s forward."""
+    """``F.batch_norm`` with the bookkeeping of ``nn.BatchNorm``'s forward; none of it where that is run again."""
     if training:
         local_count = input.numel() // input.size(1)
+        if recomputation.in_backward() and running_mean is not None and running_var is not None:
+            running_mean, running_var, num_batches_tracked = running_mean.clone(), running_var.clone(), None
         if local_count == 1:
             raise InputError(f"{where()}expected more than 1 value per channel, got input of {shape(input)}")
         if num_batches_tracked is not None and local_count > 0:

@@ -2,6 +2,8 @@
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -14,6 +16,32 @@ BIND = (
 )
 
 _made: dict[int | str, dist.ProcessGroup] = {}
+_unsynced = 0  # contexts of no_sync_stats that are open
+
+
+@contextmanager
+def no_sync_stats() -> Iterator[None]:
+    """For a training-mode forward that only some ranks make: it communicates nothing.
+
+    Inside, synced layers normalise with the statistics of this rank's batch and leave the running statistics as
+    they are, so that they stay equal on all ranks. The backward of such a forward is local too. For all threads
+    of the process; not seen by code that ``torch.compile`` compiled outside of it.
+
+    Example:
+        >>> with no_sync_stats():
+        ...     pass  # losses = model(batch), on rank 0 alone
+    """
+    global _unsynced
+    _unsynced += 1
+    try:
+        yield
+    finally:
+        _unsynced -= 1
+
+
+def syncing() -> bool:
+    """False inside :func:`no_sync_stats`."""
+    return _unsynced == 0
 
 
 def resolve(group: Any) -> dist.ProcessGroup | None:
@@ -45,7 +73,7 @@ def synced_group(group: Any) -> dist.ProcessGroup | None:
         InputError: this rank is not a member of ``group``.
         SyncNormError: ``group`` was destroyed.
     """
-    if not dist.is_initialized():
+    if not dist.is_initialized() or not syncing():
         return None
     if group is None:
         group = dist.group.WORLD

@@ -10,14 +10,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncnorm import checks, functional, groups
+from syncnorm import checks, collectives, functional, groups
 
 
 class Synced:
     """What every synced layer has: the process group that it synchronises over."""
 
-    # A default on the class: an instance whose class was changed in place needs no attribute of its own.
+    # Defaults on the class: an instance whose class was changed in place needs no attributes of its own.
     _sync_group = groups.GroupHandle(None)
+    _sync_name: str | None = None
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -27,6 +28,17 @@ class Synced:
     @process_group.setter
     def process_group(self, group: Any) -> None:
         self._sync_group = groups.GroupHandle(groups.resolve(group))
+
+    def sync_name(self, group: dist.ProcessGroup | None) -> str:
+        """The name by which ranks compare this layer: where ``convert`` found it in the model.
+
+        A layer that was built synced gets one when it first runs, from the order in which layers did.
+        """
+        if self._sync_name is None:
+            if group is None:
+                return type(self).__name__
+            self._sync_name = f"{type(self).__name__} no. {collectives.peers_of(group).next_unnamed()}"
+        return self._sync_name
 
 
 class SyncMixin(Synced):
@@ -48,18 +60,21 @@ class SyncMixin(Synced):
 
         Collective: in training, all ranks of the group must call.
         """
-        self._check_input_dim(input)
+        group = groups.synced_group(self.process_group) if self.training else None
         # what the layer holds, not what it was built with: pruning shortens the one and not the other
         channels = self.num_features if self.running_mean is None else self.running_mean.numel()
-        checks.check_input(input, channels)
-        checks.check_mask(input, mask)
+        with functional.refusing(group, input):
+            self._check_input_dim(input)
+            checks.check_input(input, channels)
+            checks.check_mask(input, mask)
         in_replica = warn_under_data_parallel(self)
         if mask is None and (not self.training or in_replica):
             return super().forward(input)  # type: ignore[misc,no-any-return]
         training = self.training or self.running_mean is None
         buffers = self.track_running_stats or not self.training
         return functional.batch_norm_over(
-            groups.synced_group(self.process_group) if self.training and not in_replica else None,
+            None if in_replica else group,
+            self.sync_name(group),
             input,
             self.running_mean if buffers else None,
             self.running_var if buffers else None,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from syncnorm import functional
+from syncnorm import functional, groups, recomputation
 from syncnorm.baselines import check_instances
 from syncnorm.modules import Synced, warn_under_data_parallel
 
@@ -75,9 +75,10 @@ class SyncCallsMixin(Synced):
         if warn_under_data_parallel(self) or not self.training:
             return super().forward(input, *args, **kwargs)  # type: ignore[misc]
         group = self.process_group
+        name = self.sync_name(groups.synced_group(group))
 
         def norm(*args: Any, **kwargs: Any) -> Tensor:
-            return functional.sync_batch_norm(*args, **kwargs, process_group=group)
+            return functional.sync_batch_norm(*args, **kwargs, process_group=group, layer=name)
 
         tracked = None if self.num_batches_tracked is None else self.num_batches_tracked.clone()
         try:
@@ -87,6 +88,8 @@ class SyncCallsMixin(Synced):
             if tracked is not None:  # counted before the input was judged
                 self.num_batches_tracked.copy_(tracked)
             raise
+        if tracked is not None and (recomputation.in_backward() or not groups.syncing()):
+            self.num_batches_tracked.copy_(tracked)  # as the running statistics, it stays
         if mode.calls == 0:
             warnings.warn(
                 f"{type(self).__name__} did not call F.batch_norm in training, so syncnorm could not synchronise "

@@ -132,7 +132,7 @@ def _origin() -> str:
     frame = sys._getframe()
     while frame := frame.f_back:  # type: ignore[assignment]  # f_back is None at the bottom, which ends the loop
         module = frame.f_globals.get("__name__", "")
-        if module in _NORM_MODULES:
+        if module.startswith(_NORM_MODULES):
             return "norm"
     return "ddp"
 

@@ -1,0 +1,149 @@
+"""The two collectives of a synced layer: one gather in the forward, one sum in the backward.
+
+The only package that communicates tensors. On CPUs over gloo both are an ``exchange`` of frames that say what they
+are for; elsewhere they are ``direct``: an all_gather and an all_reduce of the group itself.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from syncnorm.collectives import direct
+from syncnorm.collectives.call import Call, Kind
+from syncnorm.collectives.direct import set_debug
+from syncnorm.collectives.exchange import Exchange
+
+__all__ = ["Kind", "Peers", "gather_moments", "peers_of", "reduce_sums", "set_debug"]
+
+
+@dataclass
+class Peers:
+    """What this process remembers of a group."""
+
+    forwards: Counter[str] = field(default_factory=Counter)  # by layer
+    exchange: Exchange | None = None
+    unnamed: int = 0  # layers that asked for a name
+    staged: bool = False  # tensors of GPUs travel as frames too: a rank that has joined cannot answer otherwise
+
+    def next_unnamed(self) -> int:
+        """1, 2, ... on all ranks of the group alike, if they ask in the same order."""
+        self.unnamed += 1
+        return self.unnamed
+
+
+class Gathered(NamedTuple):
+    """What :func:`gather_moments` returns."""
+
+    moments: tuple[Tensor, Tensor, Tensor]  # mean (W, C), invstd (W, C), count (W, 1)
+    number: int
+
+
+_peers: "weakref.WeakKeyDictionary[dist.ProcessGroup, Peers]" = weakref.WeakKeyDictionary()
+
+
+def peers_of(group: dist.ProcessGroup) -> Peers:
+    """The one record of ``group``."""
+    if group not in _peers:
+        _peers[group] = Peers()
+    return _peers[group]
+
+
+def exchange_of(group: dist.ProcessGroup, device: torch.device) -> Exchange | None:
+    """The exchange for tensors on ``device``; None where they travel by the group's own collectives.
+
+    Collective: at the first call for a group, all of its ranks, to connect.
+    """
+    peers = peers_of(group)
+    on_gloo = device.type == "cpu" and "cpu:gloo" in dist.get_backend_config(group)
+    if not (on_gloo or peers.staged):
+        return None
+    if peers.exchange is None:
+        peers.exchange = Exchange(group)
+    return peers.exchange
+
+
+def gather_moments(
+    mean: Tensor, invstd: Tensor, count: int | Tensor, eps: float, group: dist.ProcessGroup | None, layer: str
+) -> Gathered:
+    """Every rank's moments, from one gather of the packed ``[mean (C), invstd (C), count (1)]``.
+
+    Args:
+        mean: (C) of this rank.
+        invstd: (C) of this rank, same dtype.
+        count: values a channel on this rank; may be 0 and may differ by rank; a tensor () where a mask says it.
+        eps: inside ``invstd``; compared between ranks.
+        group: all of its ranks must call; None is this process alone.
+        layer: the name by which ranks compare and errors call it.
+
+    Returns:
+        ``(mean (W, C), invstd (W, C), count (W, 1))``, fp64, rows in rank order, the same bits on every rank; and
+        which forward of the layer over this group this is.
+
+    Raises:
+        SyncNormError: the ranks came for different things, or the collective failed.
+    """
+    channels = mean.numel()
+    if group is None:
+        counts = count.view(1, 1) if isinstance(count, Tensor) else mean.new_full((1, 1), count)
+        return Gathered((mean.double().unsqueeze(0), invstd.double().unsqueeze(0), counts.double()), 0)
+    peers = peers_of(group)
+    peers.forwards[layer] += 1
+    call = Call(Kind.FORWARD, layer, peers.forwards[layer], channels, mean.dtype, eps)
+    exchange = exchange_of(group, mean.device)
+    if exchange is None:
+        # full() and not tensor(): a fill is a kernel, a copy of host memory would synchronise a GPU.
+        packed = count.view(1).to(mean.dtype) if isinstance(count, Tensor) else mean.new_full((1,), count)
+        gathered = direct.gather(torch.cat([mean, invstd, packed]), group, call).double()
+        return Gathered((gathered[:, :channels], gathered[:, channels:-1], gathered[:, -1:]), call.number)
+    headers, received = exchange(call, torch.cat([mean, invstd]).cpu(), int(count))
+    counts = torch.tensor([[h.count] for h in headers], dtype=torch.float64)
+    gathered = received.double()
+    for row, header in zip(gathered, headers, strict=True):
+        if header.kind == Kind.JOINED:
+            row[channels:] = 1  # the invstd of an empty rank: finite
+    gathered, counts = gathered.to(mean.device), counts.to(mean.device)
+    return Gathered((gathered[:, :channels], gathered[:, channels:], counts), call.number)
+
+
+def reduce_sums(
+    sums: Sequence[Tensor], group: dist.ProcessGroup | None, layer: str, number: int, kind: Kind = Kind.BACKWARD
+) -> tuple[Tensor, ...]:
+    """Each of ``sums`` over all ranks, from one collective of them packed.
+
+    In the backward these are ``[sum_dy (C), sum_dy_xmu (C)]``. Over gloo every rank gets the others' sums and adds
+    them up itself: for a few KiB that takes less time than gloo's all_reduce.
+
+    Args:
+        sums: vectors of one length and dtype, the same number on all ranks.
+        group: all of its ranks must call; None is this process alone.
+        layer: as in :func:`gather_moments`.
+        number: what that one returned.
+        kind: what they are the sums of.
+
+    Raises:
+        SyncNormError: the ranks came for different things, or the collective failed.
+    """
+    if group is None:
+        return tuple(sums)
+    packed = torch.cat(tuple(sums))
+    call = Call(kind, layer, number, sums[0].numel(), packed.dtype)
+    exchange = exchange_of(group, packed.device)
+    if exchange is None:
+        packed = direct.reduce(packed, group, call)
+    else:
+        _, received = exchange(call, packed.cpu())
+        packed = received.sum(0, dtype=torch.float64).to(packed)
+    return packed.chunk(len(sums))
+
+
+def refuse(reason: str, group: dist.ProcessGroup, device: torch.device) -> None:
+    """Lets the other ranks raise ``reason`` where they wait for this one; nothing where frames do not travel."""
+    exchange = exchange_of(group, device)
+    if exchange is not None:
+        exchange.refuse(reason)

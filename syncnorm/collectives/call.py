@@ -1,0 +1,63 @@
+"""What a rank is about to do in a collective, in a form that ranks can compare."""
+
+import hashlib
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+
+
+class Kind(IntEnum):
+    """What a rank comes to a collective for."""
+
+    FORWARD = 1
+    BACKWARD = 2
+    DOUBLE_BACKWARD = 3
+    JOINED = 4  # its data has run out: it brings a count of zero, whatever the others do
+    REFUSED = 5  # its input was wrong: it brings the reason, and everyone raises
+
+
+@dataclass(frozen=True)
+class Call:
+    """One collective of one layer, as one rank sees it.
+
+    ``number`` counts the layer's forwards over its group from 1; a backward has that of its forward.
+    """
+
+    kind: Kind
+    layer: str = ""
+    number: int = 0
+    channels: int = 0
+    dtype: torch.dtype = torch.float32
+    eps: float = 0.0
+
+    def __str__(self) -> str:
+        if self.kind == Kind.JOINED:
+            return "has no more data (Join)"
+        what = self.kind.name.lower().replace("_", " ")
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"{what} {self.number} of {self.layer} ({self.channels} channels, {dtype} statistics, eps {self.eps:g})"
+        )
+
+    def key(self) -> int:
+        """63 bits that are the same on two ranks if they do the same thing, and by chance otherwise."""
+        text = f"{self.kind}/{self.layer}/{self.number}/{self.channels}/{self.dtype}/{self.eps!r}"
+        return int(struct.unpack("<Q", hashlib.blake2b(text.encode(), digest_size=8).digest())[0]) >> 1
+
+
+def explain_disagreement(rank: int, calls: dict[int, str]) -> str:
+    """The message of an error for ranks that came to one collective for different things.
+
+    Args:
+        rank: this one.
+        calls: by rank, what it came for.
+    """
+    told = "\n".join(f"  rank {r}: {call}" for r, call in calls.items())
+    return (
+        f"rank {rank}: ranks that share statistics called different layers:\n{told}\n"
+        f"All of them must run the same synced layers, of the same width, in the same order, forward and backward. "
+        f"A forward that only some ranks make belongs under `with syncnorm.no_sync_stats():`; ranks whose data "
+        f"runs out early, under torch's Join with syncnorm.training.joinable(model)."
+    )

@@ -1,0 +1,115 @@
+"""Activation checkpointing: a forward that is run again in the backward uses what the first run gathered.
+
+Recomputed, a layer must neither gather again (the other ranks may not, or in another order) nor move its running
+statistics a second time. What it needs, the statistics of the whole batch, a few numbers a channel, is kept
+beside the graph and dies with it. No checkpointing implementation is named here: a first run is known by its
+saved-tensor hooks, or by the ``autograd.Function`` in whose forward it is; a second run, by being in a backward.
+"""
+
+import sys
+import weakref
+from collections import defaultdict
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from syncnorm.errors import SyncNormError
+
+# How far a recomputed input may be from the first, in standard deviations: rounding, or the inverse of a
+# reversible block, but not another batch.
+_SAME = 1e-2
+
+
+@dataclass(eq=False)
+class Gathered:
+    """The statistics that one forward used, and which forward it was."""
+
+    mean: Tensor
+    invstd: Tensor
+    count: Tensor
+    group: dist.ProcessGroup | None
+    number: int  # of the forward over its group
+    local: Tensor | None = None  # mean and invstd of this rank's input (2, C)
+    local_count: int = 0
+
+
+_kept: "defaultdict[str, list[weakref.ref[Gathered]]]" = defaultdict(list)
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward in this thread, so that a forward is a recomputation."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def owners() -> list[Any]:
+    """What lives as long as the graphs of the checkpointed segments around; empty outside of one."""
+    if not torch.is_grad_enabled():
+        return _contexts("forward")
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    # Each tensor that a segment saves holds on to the second hook, the one that will recompute it.
+    return [hooks[1]] if hooks and isinstance(hooks[1], FunctionType) else []
+
+
+def keep(layer: str, gathered: Gathered, local: Tensor, local_count: int, owners: list[Any]) -> None:
+    """Remembers ``gathered``, and for which input, for as long as one of ``owners`` lives."""
+    gathered.local, gathered.local_count = local, local_count
+    for owner in owners:
+        owner.__dict__.setdefault("_syncnorm_gathered", []).append(gathered)
+    if owners:
+        kept = _kept[layer]
+        kept.append(weakref.ref(gathered, kept.remove))
+
+
+def recall(layer: str, local: Tensor, local_count: int) -> Gathered | None:
+    """What the first run of ``layer`` with this input gathered; None if there was none.
+
+    Several may be alive, of other segments or batches; the moments of this rank's input tell them apart.
+
+    Args:
+        layer: its name.
+        local: mean and invstd of this rank's input, (2, C).
+        local_count: its values a channel.
+
+    Raises:
+        SyncNormError: two first runs had this input on this rank, but other inputs elsewhere.
+    """
+    alive = [g for g in (ref() for ref in _kept[layer]) if g is not None]
+    of_segment = [g for context in _contexts("backward") for g in context.__dict__.get("_syncnorm_gathered", ())]
+    distances = {
+        g: _distance(g.local, local)
+        for g in [g for g in alive if any(g is other for other in of_segment)] or alive
+        if g.local is not None and g.local.shape == local.shape and g.local_count == local_count
+    }
+    nearest = min(distances.values(), default=_SAME)
+    best = [g for g, distance in distances.items() if distance == nearest < _SAME]
+    if local_count > 0 and any(not torch.equal(g.mean, best[0].mean) for g in best):
+        raise SyncNormError(
+            f"cannot tell which of {len(best)} checkpointed forwards of {layer} is computed again: this rank's input "
+            f"was the same in each, the other ranks' inputs were not. Run their backwards before the next forward"
+        )
+    return best[0] if best else None
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    (mean_a, invstd_a), (mean_b, invstd_b) = a.nan_to_num(), b.nan_to_num()  # a NaN in the input is no other input
+    shift = (mean_a - mean_b).abs() * torch.minimum(invstd_a, invstd_b)
+    stretch = (invstd_a - invstd_b).abs() / torch.maximum(invstd_a, invstd_b).clamp(min=1e-30)
+    return float(torch.maximum(shift, stretch).max())
+
+
+def _contexts(method: str) -> list[Any]:
+    """The contexts of the autograd Functions whose ``forward`` or ``backward`` is being run, innermost first."""
+    found = []
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == method and code.co_argcount > 0:
+            context = frame.f_locals[code.co_varnames[0]]
+            if isinstance(context, torch.autograd.function.BackwardCFunction):
+                found.append(context)
+        frame = frame.f_back  # type: ignore[assignment]
+    return found

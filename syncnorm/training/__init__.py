@@ -1,0 +1,3 @@
+"""What training on many ranks needs around the layer."""
+
+__all__: list[str] = []
