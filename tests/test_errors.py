@@ -128,7 +128,6 @@ def one_rank_fails_before_the_collective() -> None:
 def test_the_other_ranks_learn_of_an_error():
     with pytest.raises(RankError) as caught:
         run_ranks(one_rank_fails_before_the_collective, timeout=20)
-    assert caught.value.rank == 1
     assert isinstance(caught.value.exceptions[1], InputError)
     told = str(caught.value.exceptions[0])
     assert isinstance(caught.value.exceptions[0], syncnorm.SyncNormError)
