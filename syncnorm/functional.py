@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from syncnorm import collectives, groups, kernels, moments, recomputation
 from syncnorm.checks import check_count, check_input, check_mask, check_vectors, shape, where
 from syncnorm.double_backward import double_backward
-from syncnorm.errors import InputError
+from syncnorm.errors import InputError, SyncNormError
 from syncnorm.kernels.cpu import masked_moments
 
 
@@ -99,10 +99,10 @@ def sync_batch_norm(
 
 @contextmanager
 def refusing(group: dist.ProcessGroup | None, input: Tensor) -> Iterator[None]:
-    """Passes an :class:`InputError` of the block on to the other ranks, who would wait for this one."""
+    """Passes an error of the block on to the other ranks, who would wait for this one."""
     try:
         yield
-    except InputError as error:
+    except (SyncNormError, ValueError) as error:  # ValueErrors are those of nn.BatchNorm's own checks
         if group is not None:
             collectives.refuse(str(error), group, input.device)
         raise
@@ -266,7 +266,8 @@ def _of_all_ranks(
     """
     again = recomputation.in_backward()
     if again and group is not None:
-        known = recomputation.recall(layer, torch.stack([local_mean, local_invstd]), int(local_count))
+        with refusing(group, local_mean):
+            known = recomputation.recall(layer, torch.stack([local_mean, local_invstd]), int(local_count))
         if known is not None:
             return known, None
     gathered = collectives.gather_moments(local_mean, local_invstd, local_count, eps, group, layer)

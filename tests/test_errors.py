@@ -131,7 +131,9 @@ def test_the_other_ranks_learn_of_an_error():
     assert isinstance(caught.value.exceptions[1], InputError)
     told = str(caught.value.exceptions[0])
     assert isinstance(caught.value.exceptions[0], syncnorm.SyncNormError)
-    assert told.startswith("rank 0: rank 1 did not take part in forward 1 of SyncBatchNorm no. 1 (3 channels, ")
+    assert told.startswith(
+        "rank 0: rank 1 did not take part in forward of SyncBatchNorm no. 1 (call 1 of the group; 3 channels, "
+    )
     assert "its own input was refused: rank 1: expected 3 channels in dimension 1, got 4" in told
 
 

@@ -5,7 +5,6 @@ are for; elsewhere they are ``direct``: an all_gather and an all_reduce of the g
 """
 
 import weakref
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -19,17 +18,34 @@ from syncnorm.collectives.call import Call, Kind
 from syncnorm.collectives.direct import set_debug
 from syncnorm.collectives.exchange import Exchange
 
-__all__ = ["Kind", "Peers", "gather_moments", "peers_of", "reduce_sums", "set_debug"]
+__all__ = [
+    "Call",
+    "Exchange",
+    "Kind",
+    "exchange_of",
+    "gather_moments",
+    "peers_of",
+    "reduce_sums",
+    "refuse",
+    "set_debug",
+]
 
 
 @dataclass
 class Peers:
-    """What this process remembers of a group."""
+    """What this process remembers of a group's exchanges and layers."""
 
-    forwards: Counter[str] = field(default_factory=Counter)  # by layer
+    calls: int = 0  # forwards of all layers
+    compared: set[tuple[Kind, str]] = field(default_factory=set)
     exchange: Exchange | None = None
     unnamed: int = 0  # layers that asked for a name
     staged: bool = False  # tensors of GPUs travel as frames too: a rank that has joined cannot answer otherwise
+
+    def is_first(self, call: Call) -> bool:
+        """Whether the layer has not come for this before."""
+        known = (call.kind, call.layer) in self.compared
+        self.compared.add((call.kind, call.layer))
+        return not known
 
     def next_unnamed(self) -> int:
         """1, 2, ... on all ranks of the group alike, if they ask in the same order."""
@@ -83,7 +99,7 @@ def gather_moments(
 
     Returns:
         ``(mean (W, C), invstd (W, C), count (W, 1))``, fp64, rows in rank order, the same bits on every rank; and
-        which forward of the layer over this group this is.
+        the number of the call.
 
     Raises:
         SyncNormError: the ranks came for different things, or the collective failed.
@@ -93,13 +109,14 @@ def gather_moments(
         counts = count.view(1, 1) if isinstance(count, Tensor) else mean.new_full((1, 1), count)
         return Gathered((mean.double().unsqueeze(0), invstd.double().unsqueeze(0), counts.double()), 0)
     peers = peers_of(group)
-    peers.forwards[layer] += 1
-    call = Call(Kind.FORWARD, layer, peers.forwards[layer], channels, mean.dtype, eps)
     exchange = exchange_of(group, mean.device)
+    peers.calls += 1
+    number = peers.calls if exchange is None else exchange.calls + 1
+    call = Call(Kind.FORWARD, layer, number, channels, mean.dtype, eps)
     if exchange is None:
         # full() and not tensor(): a fill is a kernel, a copy of host memory would synchronise a GPU.
         packed = count.view(1).to(mean.dtype) if isinstance(count, Tensor) else mean.new_full((1,), count)
-        gathered = direct.gather(torch.cat([mean, invstd, packed]), group, call).double()
+        gathered = direct.gather(torch.cat([mean, invstd, packed]), group, call, peers.is_first(call)).double()
         return Gathered((gathered[:, :channels], gathered[:, channels:-1], gathered[:, -1:]), call.number)
     headers, received = exchange(call, torch.cat([mean, invstd]).cpu(), int(count))
     counts = torch.tensor([[h.count] for h in headers], dtype=torch.float64)
@@ -135,7 +152,7 @@ def reduce_sums(
     call = Call(kind, layer, number, sums[0].numel(), packed.dtype)
     exchange = exchange_of(group, packed.device)
     if exchange is None:
-        packed = direct.reduce(packed, group, call)
+        packed = direct.reduce(packed, group, call, peers_of(group).is_first(call))
     else:
         _, received = exchange(call, packed.cpu())
         packed = received.sum(0, dtype=torch.float64).to(packed)

@@ -22,7 +22,7 @@ class Kind(IntEnum):
 class Call:
     """One collective of one layer, as one rank sees it.
 
-    ``number`` counts the layer's forwards over its group from 1; a backward has that of its forward.
+    ``number`` counts the calls over the group, of all layers, from 1; a backward has that of its forward.
     """
 
     kind: Kind
@@ -37,9 +37,8 @@ class Call:
             return "has no more data (Join)"
         what = self.kind.name.lower().replace("_", " ")
         dtype = str(self.dtype).removeprefix("torch.")
-        return (
-            f"{what} {self.number} of {self.layer} ({self.channels} channels, {dtype} statistics, eps {self.eps:g})"
-        )
+        width = f"{self.channels} channels, {dtype} statistics, eps {self.eps:g}"
+        return f"{what} of {self.layer} (call {self.number} of the group; {width})"
 
     def key(self) -> int:
         """63 bits that are the same on two ranks if they do the same thing, and by chance otherwise."""

@@ -1,3 +1,5 @@
 """What training on many ranks needs around the layer."""
 
-__all__: list[str] = []
+from syncnorm.training.join import joinable
+
+__all__ = ["joinable"]

@@ -1,0 +1,152 @@
+"""Ranks with different numbers of batches, under torch's Join, against fp64 on the batches that there were."""
+
+import copy
+
+import models
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join
+from torch.nn.parallel import DistributedDataParallel
+
+import syncnorm
+from syncnorm.testing import RankError, assert_close, run_ranks
+from syncnorm.training import joinable
+
+ROWS = 3
+EPOCHS = 2
+
+
+def batches(rank: int, steps: int) -> list[tuple[Tensor, Tensor]]:
+    """Inputs of different sizes, and cotangents."""
+    generator = torch.Generator().manual_seed(rank)
+    rows = [ROWS + rank + step for step in range(steps)]
+    return [(torch.randn(n, 3, 5, 5, generator=generator), torch.randn(n, 4, generator=generator)) for n in rows]
+
+
+def train(steps: list[int], order: str, sync_buffers: bool = True) -> dict[str, Tensor]:
+    rank = dist.get_rank()
+    ddp = DistributedDataParallel(syncnorm.convert(models.net()), forward_sync_buffers=sync_buffers)
+    optimizer = torch.optim.SGD(ddp.parameters(), 0.05)
+    for _ in range(EPOCHS):
+        joinables = [ddp, joinable(ddp)] if order == "ddp first" else [joinable(ddp), ddp]
+        with Join(joinables):
+            for x, dy in batches(rank, steps[rank]):
+                optimizer.zero_grad()
+                ddp(x).backward(dy)
+                optimizer.step()
+    return copy.deepcopy(ddp.module.state_dict())
+
+
+def reference(steps: list[int]) -> dict[str, Tensor]:
+    """One process, fp64: at each step the batches of the ranks that have one; gradients as DDP's."""
+    model = models.net().double()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    data = [batches(rank, n) for rank, n in enumerate(steps)]
+    for step in [*range(max(steps))] * EPOCHS:
+        parts = [d[step] for d in data if len(d) > step]
+        optimizer.zero_grad()
+        model(torch.cat([x for x, _ in parts]).double()).backward(torch.cat([dy for _, dy in parts]).double())
+        for parameter in model.parameters():
+            parameter.grad /= len(steps)
+        optimizer.step()
+    return model.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("steps", "order"),
+    [
+        ([4, 2], "ddp first"),
+        ([1, 4], "ddp last"),
+        ([2, 2], "ddp first"),
+        ([0, 3], "ddp first"),  # a rank without any data
+        ([3, 1, 2], "ddp first"),
+    ],
+)
+def test_ranks_end_with_equal_parameters_and_buffers(steps, order):
+    want = reference(steps)
+    states = run_ranks(train, len(steps), (steps, order))
+    for state in states:
+        for name, value in state.items():
+            assert torch.equal(value, states[0][name]), name
+            assert_close(value, want[name], torch.float32)
+
+
+def test_without_ddps_broadcast_of_buffers():
+    want = reference([3, 1])
+    for state in run_ranks(train, 2, ([3, 1], "ddp first", False)):
+        assert_close(state["norm1.running_var"], want["norm1.running_var"], torch.float32)
+        assert state["norm2.num_batches_tracked"] == 3 * EPOCHS
+
+
+def without_ddp() -> tuple[Tensor, Tensor]:
+    rank = dist.get_rank()
+    layer = syncnorm.SyncBatchNorm2d(3)
+    member = joinable(layer)
+    for _ in range(2):  # a second epoch with the same one
+        with Join([member]):
+            for x, _ in batches(rank, 3 - rank):
+                layer(x)
+    return layer.running_mean, layer.num_batches_tracked
+
+
+def test_a_model_without_ddp_twice():
+    layer = nn.BatchNorm2d(3).double()
+    for _ in range(2):
+        for step in range(3):
+            layer(torch.cat([batches(r, 3 - r)[step][0] for r in range(2) if 3 - r > step]).double())
+    for mean, tracked in run_ranks(without_ddp):
+        assert tracked == 6
+        assert_close(mean, layer.running_mean, torch.float32)
+
+
+class Swapping(models.Net):
+    """Runs its norms in another order from the second step, on one rank."""
+
+    step = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.step += 1
+        x = self.conv1(x)
+        norms = [self.norm1, self.norm2]
+        if self.step > 1 and dist.get_rank() == 1:
+            norms.reverse()
+        for norm in norms:
+            x = norm(x)
+        return self.head(self.conv2(x).mean((2, 3)))
+
+
+def two_disagree_while_one_has_joined() -> None:
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    ddp = DistributedDataParallel(syncnorm.convert(Swapping()))
+    with Join([ddp, joinable(ddp)]):
+        for x, dy in batches(rank, 1 if rank == 2 else 4):
+            ddp(x).backward(dy)
+
+
+def test_an_order_that_changes_on_one_rank_is_an_error_on_all():
+    with pytest.raises(RankError) as caught:
+        run_ranks(two_disagree_while_one_has_joined, 3, timeout=40)
+    assert caught.value.exceptions.keys() == {0, 1, 2}
+    for rank, error in caught.value.exceptions.items():
+        assert isinstance(error, syncnorm.SyncNormError), (rank, error)
+        assert "rank 0: forward of norm1 (call 3 of the group; 6 channels" in str(error)
+        assert "rank 1: forward of norm2 (call 3 of the group; 6 channels" in str(error)
+        assert "rank 2: has no more data (Join)" in str(error)
+
+
+def order_changes_on_all_ranks() -> int:
+    rank = dist.get_rank()
+    layers = [syncnorm.convert(nn.BatchNorm2d(3)) for _ in range(2)]
+    net = nn.ModuleList(layers)
+    net.forward = lambda x, flip: net[not flip](net[flip](x))
+    with Join([joinable(net)]):
+        for step, (x, _) in enumerate(batches(rank, 4 - 2 * rank)):
+            net(x, step % 2)
+    return int(net[0].num_batches_tracked)
+
+
+def test_an_order_that_changes_on_all_ranks_is_none():
+    assert run_ranks(order_changes_on_all_ranks) == [4, 4]
