@@ -73,7 +73,7 @@ def update_running_(
     if momentum is None:
         assert num_batches_tracked is not None
         momentum = num_batches_tracked.clamp(min=1).double().reciprocal()
-    factor = seen * momentum
+    factor = seen.double() * momentum  # fp64: 0.1 rounded to fp32 would show in an fp64 buffer
     _blend_(running_mean, mean, factor)
     _blend_(running_var, var * (count / (count - 1).clamp(min=1)), factor)
 
