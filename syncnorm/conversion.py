@@ -20,6 +20,7 @@ from syncnorm.redirect import GroupCallsMixin
 
 M = TypeVar("M", bound=nn.Module)
 Target = Literal["sync", "batch", "group", "layer", "instance"]
+_KEEPS_SYNCING = "its class was made from a synced one (by FSDP's fully_shard, or as a subclass): revert before that"
 _REPLACED_FORWARD = "its forward was replaced on the instance (a hook of accelerate, a patch): remove that first"
 
 
@@ -86,10 +87,14 @@ def revert(model: M) -> M:
     """Gives every converted layer of ``model`` the class that it had before, in place.
 
     A layer that was built as a ``syncnorm.SyncBatchNorm*`` becomes the batch norm that it syncs. New modules
-    made by ``convert(to="group")`` and its like cannot be turned back.
+    made by ``convert(to="group")`` and its like cannot be turned back. Nor can a class that was made from a synced
+    one: revert before FSDP's ``fully_shard``, or convert after it.
 
     Returns:
         ``model``, ready for export or for a run without ``torch.distributed``.
+
+    Warns:
+        UserWarning: once, with the names of the layers that stay synced, over their group.
 
     Collective: none.
     """
@@ -99,8 +104,10 @@ def revert(model: M) -> M:
             continue
         if _forward_replaced(module):
             stuck[name] = _REPLACED_FORWARD
-            continue
-        _set_plain(module)
+        elif issubclass(classes.plain_class(type(module)), Synced):
+            stuck[name] = _KEEPS_SYNCING
+        else:
+            _set_plain(module)
     _warn_of(stuck, "revert")
     return model
 

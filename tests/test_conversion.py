@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.utils.parametrize as parametrize
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import syncnorm
@@ -334,3 +335,28 @@ def test_a_destroyed_group_is_named():
     for rank, (message, group) in enumerate(run_ranks(destroyed_group)):
         assert message.startswith(f"rank {rank}: the process group of this layer was destroyed. Bind it to another")
         assert group == "destroyed"
+
+
+class Mine(syncnorm.SyncBatchNorm1d):
+    """A subclass of a synced layer."""
+
+
+def revert_what_stays_synced() -> list[tuple[bool, str]]:
+    mesh = dist.init_device_mesh("cpu", (2,))
+    sharded = fully_shard(syncnorm.convert(nn.BatchNorm1d(2), process_group=mesh), mesh=mesh)
+    told = []
+    for layer in (sharded, Mine(2, process_group=mesh)):
+        with pytest.warns(UserWarning, match="syncnorm.revert left 1 layer") as caught:
+            syncnorm.revert(layer)
+        told.append((layer.process_group is mesh.get_group(), str(caught[0].message)))
+    after = syncnorm.convert(fully_shard(nn.BatchNorm1d(2), mesh=mesh), process_group=mesh)
+    syncnorm.revert(after)
+    return [*told, (not isinstance(after, Synced), "revert before")]
+
+
+def test_a_class_made_from_a_synced_one_says_that_it_stays_synced():
+    """It lost its group without a word, and went on over all ranks."""
+    for told in run_ranks(revert_what_stays_synced):
+        for right, message in told:
+            assert right
+            assert "revert before" in message
