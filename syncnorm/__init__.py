@@ -7,6 +7,7 @@ from syncnorm import functional
 from syncnorm.collectives import set_debug
 from syncnorm.conversion import convert, describe, revert
 from syncnorm.errors import SyncNormError
+from syncnorm.folding import fold
 from syncnorm.groups import no_sync_stats
 from syncnorm.modules import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 
@@ -20,6 +21,7 @@ __all__ = [
     "SyncNormError",
     "convert",
     "describe",
+    "fold",
     "functional",
     "no_sync_stats",
     "revert",
