@@ -111,8 +111,7 @@ def _can_fold(layer: nn.Module, norm: nn.Module) -> bool:
         return False
     if any(vars(m).get(kind) for m in (layer, norm) for kind in ("_forward_hooks", "_forward_pre_hooks", "forward")):
         return False
-    if isinstance(layer, _TRANSPOSED) and layer.groups > 1:
-        return False
+    # In a transposed convolution these are the channels of one group: of several, none of them folds.
     channels = layer.weight.size(1 if isinstance(layer, _TRANSPOSED) else 0)  # type: ignore[operator]
     return norm.track_running_stats and norm.running_mean is not None and norm.running_mean.numel() == channels
 

@@ -64,7 +64,8 @@ def recalibrated(rows: tuple[tuple[int, ...], ...], synced: bool, kind: str) -> 
     mine = batches(rows, dist.get_rank())
     items = {"tensor": mine, "tuple": [(x, "label") for x in mine], "dict": [{"x": x} for x in mine]}[kind]
     modes = [m.training for m in net.modules()]
-    recalibrate(net, iter(items))
+    # DDP broadcasts buffers in each forward
+    recalibrate(nn.parallel.DistributedDataParallel(net) if synced else net, iter(items))
     assert [m.training for m in net.modules()] == modes
     assert not any(m._forward_hooks for m in net.modules())
     assert all(p.grad is None for p in net.parameters())

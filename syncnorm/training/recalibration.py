@@ -1,8 +1,8 @@
 """Precise batch norm: running statistics computed anew, from batches, once the weights stand."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
-from itertools import count, islice
+from collections.abc import Iterable
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -11,12 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncnorm import groups
-from syncnorm.collectives.rows import gather_objects, gather_rows
-from syncnorm.errors import InputError, SyncNormError
+from syncnorm.collectives.rows import gather_rows
 from syncnorm.modules import Synced
 from syncnorm.training.layers import check_same, running, tracking
-
-Inputs = Tensor | dict[str, Any]
+from syncnorm.training.lockstep import in_step
 
 
 def recalibrate(model: nn.Module, batches: Iterable[Any], num_batches: int = 200) -> None:
@@ -64,7 +62,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], num_batches: int = 200
     check_same(layers, world, "recalibrate")
     if not layers:
         return
-    seen = {layer: Moments.of(running(layer)[0].new_empty(0, layer.num_features)) for layer in layers.values()}
+    seen = {layer: Moments.of(running(layer)[0].unsqueeze(0)[:0]) for layer in layers.values()}
     device = running(next(iter(seen)))[0].device
     kept = [(buffer, buffer.clone()) for layer in seen for buffer in layer.buffers(recurse=False)]
     modes = [(layer, layer.training) for layer in seen]
@@ -73,7 +71,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], num_batches: int = 200
         for layer in seen:
             layer.training = True  # not train(): a dropout inside it keeps its mode
             hooks.append(layer.register_forward_hook(functools.partial(_watch, seen), with_kwargs=True))
-        for inputs in _in_step(islice(batches, num_batches), world, device):
+        for inputs in in_step(islice(batches, num_batches), world, device):
             with torch.no_grad():
                 _ = model(**inputs) if isinstance(inputs, dict) else model(inputs)
         pooled = _over_ranks(seen)
@@ -119,51 +117,9 @@ def _watch(
     """A forward hook, for by then the layer has judged its input, and with the other ranks."""
     x = args[0] if args else kwargs["input"]
     mask = args[1] if len(args) > 1 else kwargs.get("mask")
-    values = x.movedim(1, -1)
+    values = x.detach().movedim(1, -1)
     values = values.flatten(0, -2) if mask is None else values[mask.expand(values.shape[:-1])]
     seen[layer] = seen[layer].merged(Moments.of(values))
-
-
-def _in_step(own: Iterator[Any], world: dist.ProcessGroup | None, device: torch.device) -> Iterator[Inputs]:
-    """Inputs until no rank has one left; empty ones where only others have."""
-    empty: Inputs = {}
-    for step in count():
-        inputs, error = _fetch(own)
-        state = "end" if inputs is None else "batch"
-        states = gather_objects(state if error is None else f"{type(error).__name__}: {error}", world, "recalibrate")
-        if error is not None:
-            raise error
-        failed = [rank for rank, text in enumerate(states) if text not in ("batch", "end")]
-        if failed:
-            raise SyncNormError(f"recalibrate: the batches of rank {failed[0]} raised {states[failed[0]]}")
-        if "batch" not in states:
-            break
-        if step == 0 and world is not None:
-            empty = {} if inputs is None else _map(inputs, lambda x: x[:0].clone())
-            if "end" in states:
-                empties = gather_objects(_map(empty, Tensor.cpu), world, "recalibrate")
-                empty = _map(empties[states.index("batch")], lambda x: x.to(device))
-        yield empty if inputs is None else inputs
-    if step == 0:
-        raise InputError("recalibrate needs batches, and no rank has one")
-
-
-def _fetch(own: Iterator[Any]) -> tuple[Inputs | None, Exception | None]:
-    """The next inputs, None at the end; or what came up instead."""
-    try:
-        item = next(own, None)
-        inputs = item[0] if isinstance(item, tuple | list) else item
-        if not isinstance(inputs, Tensor | dict | None):
-            raise InputError(f"recalibrate takes tensors or dicts of them as inputs, got {type(inputs).__name__}")
-    except Exception as error:
-        return None, error
-    return inputs, None
-
-
-def _map(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
-    if isinstance(inputs, Tensor):
-        return change(inputs)
-    return {k: change(v) if isinstance(v, Tensor) and v.dim() > 0 else v for k, v in inputs.items()}
 
 
 def _over_ranks(seen: dict[_BatchNorm, Moments]) -> dict[_BatchNorm, Moments]:
