@@ -32,6 +32,7 @@ class Case:
     std: float = 2.0
     steps: int = 1
     seed: int = 0
+    mask: str = ""  # none, or by positions, rows, places (the same in each row), lengths (of each row's first place)
 
     def params(self) -> torch.dtype:
         if self.param_dtype is not None:
@@ -51,6 +52,31 @@ class Case:
             dy = dy[(..., *(slice(0, 1),) * len(self.spatial))].expand(shape)
         x, dy = x.to(DTYPES[self.dtype]), dy.to(DTYPES[self.dtype])
         return list(x.split(self.splits)), list(dy.split(self.splits))
+
+    def masks(self, step: int) -> list[Tensor | None]:
+        """By rank, True where a position counts; broadcasts over what it does not tell apart."""
+        if not self.mask:
+            return [None for _ in self.splits]
+        generator = torch.Generator().manual_seed(self.seed * 1000 + step)
+        rows, ones = sum(self.splits), (1,) * len(self.spatial)
+        if self.mask == "places":
+            valid = torch.rand(1, *self.spatial, generator=generator) < 0.6
+            return [valid for _ in self.splits]
+        if self.mask == "lengths":
+            lengths = torch.randint(0, self.spatial[0] + 1, (rows, 1), generator=generator)
+            valid = (torch.arange(self.spatial[0]) < lengths).view(rows, self.spatial[0], *ones[1:])
+        else:
+            shape = (rows, *self.spatial) if self.mask == "positions" else (rows, *ones)
+            valid = torch.rand(shape, generator=generator) < 0.6
+        return list(valid.split(self.splits))
+
+    def values(self, step: int) -> int:
+        """Values a channel over all ranks."""
+        masks = self.masks(step)
+        return sum(
+            torch.Size((rows, *self.spatial)).numel() if mask is None else int(mask.expand(rows, *self.spatial).sum())
+            for rows, mask in zip(self.splits, masks, strict=True)
+        )
 
     def layer(self) -> SyncBatchNorm:
         layer = SyncBatchNorm(
@@ -88,8 +114,11 @@ def run_case(case: Case) -> list[dict[str, Any]]:
     results = []
     for step in range(case.steps):
         inputs, grads = case.batch(step)
-        x = laid_out(inputs[rank], case.layout).detach().requires_grad_()
-        y = layer(x)
+        x, mask = inputs[rank], case.masks(step)[rank]
+        if mask is not None:  # what padding holds is nobody's business
+            x = x.masked_fill(~mask.unsqueeze(1), torch.nan)
+        x = laid_out(x, case.layout).detach().requires_grad_()
+        y = layer(x, mask=mask)
         layer.zero_grad()
         y.backward(laid_out(grads[rank], case.dy_layout))
         assert x.grad is not None
@@ -112,18 +141,27 @@ def check(case: Case) -> list[list[dict[str, Any]]]:
     Returns what each rank returned, for further questions.
     """
     ranks = run_ranks(run_case, len(case.splits), (case,))
+    compare(case, ranks)
+    return ranks
+
+
+def compare(case: Case, ranks: list[list[dict[str, Any]]]) -> None:
+    """Raises an AssertionError if what the ranks returned is not what the whole batch gives."""
     layer, dtype = case.layer(), DTYPES[case.dtype]
     # Sums over the batch are made and kept in fp32 even for half-precision input, if the parameters are fp32.
     sums = torch.float64 if case.params() == dtype == torch.float64 else torch.float32
     if case.params() not in (torch.float64, torch.float32):
         sums = case.params()
     running = {k: v.double() for k, v in layer.named_buffers()}
+    tracked = 0
     for step in range(case.steps):
         inputs, grads = case.batch(step)
-        momentum = 1 / (step + 1) if case.momentum is None else case.momentum
+        masks = case.masks(step)
+        tracked += int(case.values(step) > 0)
+        momentum = 1 / max(tracked, 1) if case.momentum is None else case.momentum
         want = batch_norm_oracle(
-            inputs,
-            grads,
+            [valid(x, mask) for x, mask in zip(inputs, masks, strict=True)],
+            [valid(dy, mask) for dy, mask in zip(grads, masks, strict=True)],
             layer.weight,
             layer.bias,
             running.get("running_mean"),
@@ -132,8 +170,12 @@ def check(case: Case) -> list[list[dict[str, Any]]]:
             layer.eps,
         )
         for rank, got in enumerate(result[step] for result in ranks):
-            assert_close(got["y"], want.outputs[rank], dtype)
-            assert_close(got["dx"], want.grad_inputs[rank], dtype)
+            assert_close(valid(got["y"], masks[rank]), want.outputs[rank], dtype)
+            assert_close(valid(got["dx"], masks[rank]), want.grad_inputs[rank], dtype)
+            if masks[rank] is not None:
+                padding = ~masks[rank].unsqueeze(1)
+                assert not got["y"].masked_select(padding).any()
+                assert not got["dx"].masked_select(padding).any()
             if case.affine:
                 assert_close(got["dw"], want.grad_weight[rank], sums)
             if case.affine and case.bias:
@@ -141,9 +183,13 @@ def check(case: Case) -> list[list[dict[str, Any]]]:
             if case.track:
                 assert_close(got["buffers"]["running_mean"], want.running_mean, sums)
                 assert_close(got["buffers"]["running_var"], want.running_var, sums)
-                assert got["buffers"]["num_batches_tracked"] == step + 1
+                assert got["buffers"]["num_batches_tracked"] == tracked
                 for name, value in got["buffers"].items():  # the same bits on every rank
                     assert torch.equal(value, ranks[0][step]["buffers"][name]), name
         if case.track:
             running = {"running_mean": want.running_mean, "running_var": want.running_var}
-    return ranks
+
+
+def valid(x: Tensor, mask: Tensor | None) -> Tensor:
+    """``x`` as it is without a mask; (positions, C) of those that count with one."""
+    return x if mask is None else x.movedim(1, -1)[mask.expand(x.size(0), *x.shape[2:])]
