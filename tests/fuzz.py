@@ -10,6 +10,7 @@ import random
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -48,26 +49,51 @@ def run_cases(cases: list[Case]) -> list[list[dict[str, Any]]]:
     return [run_case(case) for case in cases]
 
 
-def mismatches(count: int, seed: int = 0, at_once: int = 200, show: bool = False) -> list[tuple[Case, str]]:
-    """The cases of ``count`` that differ from the reference, and how."""
+@dataclass
+class Found:
+    """Cases that differ from the reference, and how."""
+
+    cases: int = 0
+    mismatches: list[tuple[Case, str]] = field(default_factory=list)
+    rounding: list[tuple[Case, str]] = field(default_factory=list)  # one process is as far off: 1/std is huge
+
+    def __str__(self) -> str:
+        return (
+            f"{self.cases} cases, {len(self.mismatches)} mismatches, {len(self.rounding)} off in one process as well"
+        )
+
+
+def fuzz(count: int, seed: int = 0, at_once: int = 200, show: bool = False) -> Found:
+    """Runs ``count`` random cases."""
     rng = random.Random(seed)
     drawn = [draw(rng) for _ in range(count)]
-    found = []
-    done = 0
+    found = Found()
     for world_size in (2, 3):
         cases = [case for case in drawn if len(case.splits) == world_size]
         for start in range(0, len(cases), at_once):
             part = cases[start : start + at_once]
             by_rank = run_ranks(run_cases, world_size, (part,), timeout=300)
             for case, *ranks in zip(part, *by_rank, strict=True):
-                try:
-                    compare(case, ranks)
-                except AssertionError as error:
-                    found.append((case, str(error)))
-            done += len(part)
+                found.cases += 1
+                message = difference(case, ranks)
+                if message:
+                    whole = replace(case, splits=(sum(case.splits),))
+                    kind = found.rounding if difference(whole, [run_case(whole)]) else found.mismatches
+                    kind.append((case, message))
+                    if show:
+                        print("off in one process as well:" if kind is found.rounding else "MISMATCH:", case, message)
             if show:
-                print(f"{done} cases, {len(found)} mismatches", file=sys.stderr, flush=True)
+                print(found, flush=True)
     return found
+
+
+def difference(case: Case, ranks: list[list[dict[str, Any]]]) -> str:
+    """How ``ranks`` differ from the reference; nothing if they do not."""
+    try:
+        compare(case, ranks)
+    except AssertionError as error:
+        return str(error) or "padding, a counter or the ranks' buffers"
+    return ""
 
 
 def main() -> None:
@@ -77,9 +103,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     started = time.monotonic()
-    found = mismatches(options.cases, options.seed, show=True)
-    for case, message in found:
-        print(f"{case}\n{message}\n")
+    found = fuzz(options.cases, options.seed, show=True)
     rng = random.Random(options.seed)
     cases = [draw(rng) for _ in range(options.cases)]
     for name, counts in {
@@ -90,11 +114,8 @@ def main() -> None:
         "an empty rank": Counter(0 in case.splits for case in cases),
     }.items():
         print(f"{name}: {dict(sorted(counts.items()))}")
-    print(
-        f"{options.cases} cases, {len(found)} mismatches, {time.monotonic() - started:.0f} s; "
-        f"torch {torch.__version__}, seed {options.seed}"
-    )
-    sys.exit(bool(found))
+    print(f"{found}; {time.monotonic() - started:.0f} s, torch {torch.__version__}, seed {options.seed}")
+    sys.exit(bool(found.mismatches))
 
 
 if __name__ == "__main__":

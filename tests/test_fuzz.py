@@ -4,5 +4,6 @@ import fuzz
 
 
 def test_random_cases_equal_the_whole_batch():
-    found = fuzz.mismatches(150)
-    assert not found, "\n".join(f"{case}\n{message}" for case, message in found)
+    found = fuzz.fuzz(150)
+    assert found.cases == 150
+    assert not found.mismatches, "\n".join(f"{case}\n{message}" for case, message in found.mismatches)
