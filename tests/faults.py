@@ -211,7 +211,13 @@ def rank_process(fault: Fault, rank: int, notes: Path, timeout: float) -> None:
     try:
         result = train(fault, rank, notes, timeout)
     except Exception as error:
-        told = {"at": time.monotonic(), "ours": isinstance(error, syncnorm.SyncNormError), "text": str(error)}
+        files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+        told = {
+            "at": time.monotonic(),
+            "ours": isinstance(error, syncnorm.SyncNormError),
+            "from us": any(Path(syncnorm.__file__).parent in file.parents for file in files),
+            "text": str(error),
+        }
         note(notes / f"error{rank}", json.dumps(told))
         raise
     torch.save(result, notes / f"result{rank}")
@@ -254,7 +260,8 @@ def judge(fault: Fault, timeout: float, ranks: "Ranks") -> Verdict:
                 outcome = "abort"
             elif told is not None:
                 named = told["ours"] and any(layer in told["text"] for layer in LAYERS)
-                outcome = "layer error" if named else "DDP error" if not told["ours"] and told["text"] else "unclear"
+                of_ddp = not told["ours"] and not told["from us"] and told["text"]
+                outcome = "layer error" if named else "DDP error" if of_ddp else "unclear"
                 verdict.seconds.append(told["at"] - (at or told["at"]))
             else:
                 outcome = "equal" if harmless(fault, rank, results) else "silent"
