@@ -1,6 +1,7 @@
 """Bad input ends in an error that says what to do, on every rank, with the buffers as they were."""
 
 import re
+from datetime import timedelta
 
 import models
 import pytest
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import syncnorm
+from syncnorm import functional
 from syncnorm.errors import InputError
 from syncnorm.testing import RankError, run_ranks
 
@@ -145,3 +147,18 @@ def own_forward_with_bad_input() -> tuple[str, bool]:
 def test_bad_input_to_a_layer_with_its_own_forward():
     for _, untouched in run_ranks(own_forward_with_bad_input, timeout=20):
         assert untouched
+
+
+def only_one_rank_forwards() -> str:
+    group = dist.new_group(timeout=timedelta(seconds=1))
+    if dist.get_rank() == 1:
+        return ""
+    with pytest.raises(syncnorm.SyncNormError) as caught:
+        functional.sync_batch_norm(torch.randn(2, 3), None, None, training=True, process_group=group, layer="norm")
+    return str(caught.value)
+
+
+def test_a_rank_that_never_comes_to_a_layer():
+    told, _ = run_ranks(only_one_rank_forwards, timeout=30)
+    assert "rank 0: forward 1 of norm" in told
+    assert "could not connect to ranks [0, 1]: not all of them came to their first synced layer" in told

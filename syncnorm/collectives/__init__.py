@@ -6,6 +6,7 @@ are for; elsewhere they are ``direct``: an all_gather and an all_reduce of the g
 
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from syncnorm.collectives import direct
 from syncnorm.collectives.call import Call, Kind
 from syncnorm.collectives.direct import set_debug
 from syncnorm.collectives.exchange import Exchange
+from syncnorm.errors import SyncNormError
 
 __all__ = [
     "Call",
@@ -70,17 +72,27 @@ def peers_of(group: dist.ProcessGroup) -> Peers:
     return _peers[group]
 
 
-def exchange_of(group: dist.ProcessGroup, device: torch.device) -> Exchange | None:
+def exchange_of(group: dist.ProcessGroup, device: torch.device, call: Call) -> Exchange | None:
     """The exchange for tensors on ``device``; None where they travel by the group's own collectives.
 
     Collective: at the first call for a group, all of its ranks, to connect.
+
+    Raises:
+        SyncNormError: they did not all come, in the group's timeout.
     """
     peers = peers_of(group)
     on_gloo = device.type == "cpu" and "cpu:gloo" in dist.get_backend_config(group)
     if not (on_gloo or peers.staged):
         return None
     if peers.exchange is None:
-        peers.exchange = Exchange(group)
+        try:
+            peers.exchange = Exchange(group)
+        except RuntimeError as error:  # torch.distributed's own errors are RuntimeErrors
+            raise SyncNormError(
+                f"rank {dist.get_rank()}: {call} could not connect to ranks {dist.get_process_group_ranks(group)}: "
+                f"not all of them came to their first synced layer. Another rank died, raised an error of its own "
+                f"(look for the first one), or does not run this layer. The backend said: {error}"
+            ) from error
     return peers.exchange
 
 
@@ -109,10 +121,10 @@ def gather_moments(
         counts = count.view(1, 1) if isinstance(count, Tensor) else mean.new_full((1, 1), count)
         return Gathered((mean.double().unsqueeze(0), invstd.double().unsqueeze(0), counts.double()), 0)
     peers = peers_of(group)
-    exchange = exchange_of(group, mean.device)
-    peers.calls += 1
-    number = peers.calls if exchange is None else exchange.calls + 1
+    number = 1 + (peers.calls if peers.exchange is None else peers.exchange.calls)
     call = Call(Kind.FORWARD, layer, number, channels, mean.dtype, eps)
+    exchange = exchange_of(group, mean.device, call)
+    peers.calls += exchange is None
     if exchange is None:
         # full() and not tensor(): a fill is a kernel, a copy of host memory would synchronise a GPU.
         packed = count.view(1).to(mean.dtype) if isinstance(count, Tensor) else mean.new_full((1,), count)
@@ -150,7 +162,7 @@ def reduce_sums(
         return tuple(sums)
     packed = torch.cat(tuple(sums))
     call = Call(kind, layer, number, sums[0].numel(), packed.dtype)
-    exchange = exchange_of(group, packed.device)
+    exchange = exchange_of(group, packed.device, call)
     if exchange is None:
         packed = direct.reduce(packed, group, call, peers_of(group).is_first(call))
     else:
@@ -161,6 +173,7 @@ def reduce_sums(
 
 def refuse(reason: str, group: dist.ProcessGroup, device: torch.device) -> None:
     """Lets the other ranks raise ``reason`` where they wait for this one; nothing where frames do not travel."""
-    exchange = exchange_of(group, device)
-    if exchange is not None:
-        exchange.refuse(reason)
+    with suppress(SyncNormError):  # what was wrong here says more than that the others are gone
+        exchange = exchange_of(group, device, Call(Kind.REFUSED))
+        if exchange is not None:
+            exchange.refuse(reason)
