@@ -220,7 +220,8 @@ def rank_process(fault: Fault, rank: int, notes: Path, timeout: float) -> None:
         }
         note(notes / f"error{rank}", json.dumps(told))
         raise
-    torch.save(result, notes / f"result{rank}")
+    torch.save(result, notes / f"saving{rank}")  # a timer may kill it meanwhile
+    (notes / f"saving{rank}").rename(notes / f"result{rank}")
     dist.destroy_process_group()
 
 
