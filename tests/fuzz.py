@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from cases import Case, compare, run_case
+from cases import Case, compare, run_case, valid
 
 from syncnorm.testing import run_ranks
 
@@ -41,8 +41,23 @@ def draw(rng: random.Random) -> Case:
         )
         if case.spatial == () and mask in ("places", "lengths"):
             continue
-        if all(case.values(step) != 1 for step in range(case.steps)):
+        if all(case.values(step) != 1 and well_conditioned(case, step) for step in range(case.steps)):
             return case
+
+
+def well_conditioned(case: Case, step: int) -> bool:
+    """Whether rounding of the input's dtype stays within the tolerances, for any implementation.
+
+    Rounding of a channel's mean reaches the output times |mean| / std, and that of sums in the backward reaches dx
+    times 1 / std. Where two or three values lie close together these are in the hundreds.
+    """
+    parts = [valid(x, m) for x, m in zip(case.batch(step)[0], case.masks(step), strict=True)]
+    x_CN = torch.cat([x.double().transpose(0, 1).flatten(1) for x in parts], 1)
+    if x_CN.size(1) == 0:
+        return True
+    var, mean = torch.var_mean(x_CN, 1, correction=0)
+    invstd = (var + case.layer().eps).rsqrt()
+    return float(invstd.max()) < 8 and float((mean.abs() * invstd).max()) < 16
 
 
 def run_cases(cases: list[Case]) -> list[list[dict[str, Any]]]:
