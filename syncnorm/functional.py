@@ -145,9 +145,16 @@ def batch_norm_over(
             input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked
         )
     else:
-        output, mean, var, count = _SyncBatchNorm.apply(  # type: ignore[no-untyped-call]
-            input, weight, bias, eps, group, padding, layer, segments
-        )
+        if torch.compiler.is_compiling():
+            from syncnorm import traced  # not at the top: it imports the compiler, which takes two seconds
+
+            output, mean, var, count = traced.SyncBatchNorm.apply(  # type: ignore[no-untyped-call]
+                input, weight, bias, eps, traced.name_of(group), padding, layer
+            )
+        else:
+            output, mean, var, count = _SyncBatchNorm.apply(  # type: ignore[no-untyped-call]
+                input, weight, bias, eps, group, padding, layer, segments
+            )
         if running_mean is not None and running_var is not None and var is not None:
             moments.update_running_(running_mean, running_var, num_batches_tracked, mean, var, count, momentum)
     return output if padding is None else output.masked_fill(padding, 0)

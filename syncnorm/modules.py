@@ -34,11 +34,19 @@ class Synced:
 
         A layer that was built synced gets one when it first runs, from the order in which layers did.
         """
-        if self._sync_name is None:
-            if group is None:
-                return type(self).__name__
-            self._sync_name = f"{type(self).__name__} no. {collectives.peers_of(group).next_unnamed()}"
-        return self._sync_name
+        if torch.compiler.is_compiling():
+            from syncnorm import traced
+
+            return traced.while_tracing(_name, self, group)
+        return _name(self, group)
+
+
+def _name(layer: Synced, group: dist.ProcessGroup | None) -> str:
+    if layer._sync_name is None:
+        if group is None:
+            return type(layer).__name__
+        layer._sync_name = f"{type(layer).__name__} no. {collectives.peers_of(group).next_unnamed()}"
+    return layer._sync_name
 
 
 class SyncMixin(Synced):

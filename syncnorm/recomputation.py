@@ -42,11 +42,13 @@ _kept: "defaultdict[str, list[weakref.ref[Gathered]]]" = defaultdict(list)
 
 def in_backward() -> bool:
     """Whether autograd is running a backward in this thread, so that a forward is a recomputation."""
-    return torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def owners() -> list[Any]:
     """What lives as long as the graphs of the checkpointed segments around; empty outside of one."""
+    if torch.compiler.is_compiling():
+        return []  # the compiler's own recomputation makes no collective twice
     if not torch.is_grad_enabled():
         return _contexts("forward")
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)

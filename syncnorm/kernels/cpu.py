@@ -40,7 +40,7 @@ def _moments(x: Tensor, eps: float, count: int | Tensor, padding: Tensor | None)
     """
     dims = [d for d in range(x.dim()) if d != 1]
     mean = x.sum(dims, dtype=statistics_dtype(x.dtype)) / count
-    centred = x - _per_channel(mean, x)
+    centred = x - per_channel(mean, x)
     if padding is not None:
         centred.masked_fill_(padding, 0)
     residual = centred.sum(dims) / count
@@ -81,8 +81,8 @@ def apply_grad(
     b = a * slope
     c = a * (mean * slope - sum_dy / count)
     # Half precision is computed in fp32 (by type promotion) and rounded once, at the end.
-    dx = torch.addcmul(_per_channel(c, x), dy, _per_channel(a, x))
-    return dx.addcmul_(x, _per_channel(b, x), value=-1).to(x.dtype)
+    dx = torch.addcmul(per_channel(c, x), dy, per_channel(a, x))
+    return dx.addcmul_(x, per_channel(b, x), value=-1).to(x.dtype)
 
 
 def _scale(invstd: Tensor, weight: Tensor | None) -> Tensor:
@@ -93,6 +93,6 @@ def _as(vector: Tensor | None, like: Tensor) -> Tensor | None:
     return None if vector is None else vector.to(like.dtype)
 
 
-def _per_channel(vector: Tensor, x: Tensor) -> Tensor:
+def per_channel(vector: Tensor, x: Tensor) -> Tensor:
     """(C) -> (1, C, 1, ...), to broadcast over x."""
     return vector.view(-1, *(1,) * (x.dim() - 2))

@@ -1,0 +1,143 @@
+"""The synced layer as ``torch.compile`` sees it: one graph, in which the two collectives are operators.
+
+Traced, the passes over a tensor are plain maths that a backend fuses with what stands around the layer. At run time
+the operators make the very calls of an eager layer, so compiled and eager ranks may share statistics.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._library.effects import EffectType
+
+from syncnorm import collectives, moments
+from syncnorm.checks import check_count
+from syncnorm.kernels.cpu import apply_grad, local_moments, masked_moments, per_channel
+
+ALONE = ""  # the name of no group: this process by itself
+
+
+def name_of(group: dist.ProcessGroup | None) -> str:
+    """The name by which an operator finds ``group`` again: a graph can hold a name, but no group."""
+    return ALONE if group is None else group.group_name
+
+
+def _named(group: str) -> dist.ProcessGroup | None:
+    return None if group == ALONE else dist.distributed_c10d._resolve_process_group(group)
+
+
+@torch.compiler.assume_constant_result
+def while_tracing(function: Callable[..., str], *args: Any) -> str:
+    """``function(*args)``, called by the tracer; the graph holds what it returned.
+
+    What it changes is changed at once. Changed by the graph it would be news to the guards, and the second step a
+    second compilation.
+    """
+    return function(*args)
+
+
+@torch.library.custom_op("syncnorm::gather_moments", mutates_args=())
+def gather_moments(
+    mean: Tensor, invstd: Tensor, count: int, valid: Tensor | None, eps: float, group: str, layer: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``collectives.gather_moments``, merged.
+
+    Args:
+        mean: (C), of this rank.
+        invstd: (C), of this rank.
+        count: values a channel on this rank.
+        valid: (), the count where there is a mask.
+        eps: inside ``invstd``.
+        group: its name.
+        layer: its name.
+
+    Returns:
+        ``(mean (C), biased variance (C), count ())`` of all ranks, fp64, and () which forward this is.
+
+    Raises:
+        InputError: as ``check_count``.
+        SyncNormError: as the collective.
+    """
+    local_count = count if valid is None else valid
+    gathered = collectives.gather_moments(mean, invstd, local_count, eps, _named(group), layer)
+    mean, var, total = moments.merge(*gathered.moments, eps)
+    check_count(total, local_count)
+    return mean, var, total, torch.tensor(gathered.number)
+
+
+@gather_moments.register_fake
+def _(
+    mean: Tensor, invstd: Tensor, count: int, valid: Tensor | None, eps: float, group: str, layer: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    whole = mean.new_empty(mean.shape, dtype=torch.float64)
+    number = torch.empty((), dtype=torch.int64, device="cpu")
+    return whole, torch.empty_like(whole), whole.new_empty(()), number
+
+
+@torch.library.custom_op("syncnorm::reduce_sums", mutates_args=())
+def reduce_sums(sum_dy: Tensor, sum_dy_xmu: Tensor, number: Tensor, group: str, layer: str) -> tuple[Tensor, Tensor]:
+    """``collectives.reduce_sums`` of a backward; ``number`` is what :func:`gather_moments` returned."""
+    first, second = collectives.reduce_sums([sum_dy, sum_dy_xmu], _named(group), layer, int(number))
+    return first.clone(), second.clone()  # an operator's results share no memory
+
+
+@reduce_sums.register_fake
+def _(sum_dy: Tensor, sum_dy_xmu: Tensor, number: Tensor, group: str, layer: str) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(sum_dy), torch.empty_like(sum_dy_xmu)
+
+
+# Other ranks wait for each call: a graph keeps all of them, in order, and computes none a second time.
+gather_moments.register_effect(EffectType.ORDERED)
+reduce_sums.register_effect(EffectType.ORDERED)
+
+
+class SyncBatchNorm(torch.autograd.Function):
+    """``functional``'s autograd function for a tracer: the same maths, without what only eager code can do."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        group: str,
+        padding: Tensor | None,
+        layer: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Output, and ``(mean (C), biased variance (C), count ())`` of all ranks, fp64."""
+        count, valid = input.numel() // input.size(1), None
+        if padding is not None and count > 0:
+            local_mean, local_invstd, valid = masked_moments(input, eps, padding)
+        elif count > 0:
+            local_mean, local_invstd = local_moments(input, eps)
+        else:
+            local_mean = input.new_zeros(input.size(1), dtype=moments.statistics_dtype(input.dtype))
+            local_invstd = torch.ones_like(local_mean)
+        whole, var, total, number = gather_moments(local_mean, local_invstd, count, valid, eps, group, layer)
+
+        mean, invstd = whole.to(local_mean.dtype), torch.rsqrt(var + eps).to(local_mean.dtype)
+        scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
+        y = (input - per_channel(mean, input)) * per_channel(scale, input)
+        if bias is not None:
+            y = y + per_channel(bias.to(mean.dtype), input)
+        ctx.save_for_backward(input, weight, mean, invstd, total, number)
+        ctx.group, ctx.layer = group, layer
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(whole, var, total)
+        return y.to(input.dtype), whole, var, total
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        """Gradients of input, weight and bias; those of the parameters are this rank's."""
+        input, weight, mean, invstd, count, number = ctx.saved_tensors
+        dims = [d for d in range(input.dim()) if d != 1]
+        sum_dy = dy.sum(dims, dtype=mean.dtype)
+        sum_dy_xmu = (dy * (input - per_channel(mean, input))).sum(dims)
+        d_weight = None if weight is None else (sum_dy_xmu * invstd).to(weight.dtype)
+        d_bias = None if ctx.bias_dtype is None else sum_dy.to(ctx.bias_dtype)
+        sum_dy, sum_dy_xmu = reduce_sums(sum_dy, sum_dy_xmu, number, ctx.group, ctx.layer)
+        dx = apply_grad(dy, input, mean, invstd, weight, sum_dy, sum_dy_xmu, count)
+        return dx, d_weight, d_bias, None, None, None, None
