@@ -31,7 +31,6 @@ class RedirectBatchNorm(TorchFunctionMode):
         super().__init__()
         self.layer = layer
         self.norm = norm
-        self.calls = 0
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -45,7 +44,6 @@ class RedirectBatchNorm(TorchFunctionMode):
         running_mean = kwargs.get("running_mean", args[1] if len(args) > 1 else None)
         if running_mean is not None and running_mean is not self.layer.running_mean:
             return F.batch_norm(*args, **kwargs)
-        self.calls += 1
         return self.norm(*args, **kwargs)
 
 
@@ -77,12 +75,15 @@ class SyncCallsMixin(Synced):
         group = self.process_group
         name = self.sync_name(groups.synced_group(group))
 
+        calls = []
+
         def norm(*args: Any, **kwargs: Any) -> Tensor:
+            calls.append(name)
             return functional.sync_batch_norm(*args, **kwargs, process_group=group, layer=name)
 
         tracked = None if self.num_batches_tracked is None else self.num_batches_tracked.clone()
         try:
-            with RedirectBatchNorm(self, norm) as mode:
+            with RedirectBatchNorm(self, norm):
                 output = super().forward(input, *args, **kwargs)  # type: ignore[misc]
         except Exception:
             if tracked is not None:  # counted before the input was judged
@@ -90,7 +91,7 @@ class SyncCallsMixin(Synced):
             raise
         if tracked is not None and (recomputation.in_backward() or not groups.syncing()):
             self.num_batches_tracked.copy_(tracked)  # as the running statistics, it stays
-        if mode.calls == 0:
+        if not calls:
             warnings.warn(
                 f"{type(self).__name__} did not call F.batch_norm in training, so syncnorm could not synchronise "
                 f"it: its statistics are its own",
