@@ -1,0 +1,233 @@
+"""``torch.compile(fullgraph=True)``: one graph, the numbers of eager code, each collective once and in order."""
+
+from collections.abc import Callable
+from typing import Any
+
+import models
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from cases import DTYPES, Case, laid_out
+from torch import Tensor, nn
+
+import syncnorm
+from syncnorm.testing import assert_close, batch_norm_oracle, run_ranks
+
+# Compiling takes seconds, and waits for a processor that other ranks use too.
+TIMEOUT = 100
+
+
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def compiled(model: Any, backend: str = "aot_eager", **options: Any) -> Any:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return torch.compile(model, fullgraph=True, backend=backend, **options)
+
+
+def steps_of(case: Case, backend: str = "aot_eager") -> tuple[int, list[dict[str, Tensor]]]:
+    """How many graphs a case took, and what came out of each of its steps."""
+    layer = case.layer()
+    model, results = compiled(layer, backend), []
+    for step in range(case.steps):
+        inputs, grads = (t[dist.get_rank()] for t in case.batch(step))
+        x = laid_out(inputs, case.layout).detach().requires_grad_()
+        layer.zero_grad()
+        y = model(x)
+        y.backward(laid_out(grads, case.dy_layout))
+        result = {"y": y.detach(), "dx": x.grad, "dw": layer.weight.grad, "db": layer.bias.grad}
+        results.append(result | {k: v.clone() for k, v in layer.named_buffers()})
+    return graphs(), results
+
+
+CASES = {
+    "uneven": Case((3, 2), steps=3),
+    "empty rank": Case((4, 0), steps=2),
+    "bf16": Case((3, 2), dtype="bfloat16", steps=2),
+    "channels_last": Case((3, 2), layout="channels_last", dy_layout="channels_last", steps=2),
+    "average": Case((3, 2), momentum=None, steps=3),
+    "no dimensions": Case((5, 4), spatial=(), steps=2),
+}
+
+
+def run_cases(cases: dict[str, Case]) -> dict[str, tuple[int, list[dict[str, Tensor]]]]:
+    return {name: steps_of(case) for name, case in cases.items()}
+
+
+def judge(case: Case, ranks: list[tuple[int, list[dict[str, Tensor]]]]) -> None:
+    assert [count for count, _ in ranks] == [1, 1]
+    layer = case.layer()
+    mean, var = torch.zeros(3), torch.ones(3)
+    for step in range(case.steps):
+        momentum = 1 / (step + 1) if case.momentum is None else case.momentum
+        want = batch_norm_oracle(*case.batch(step), layer.weight, layer.bias, mean, var, momentum, layer.eps)
+        mean, var = want.running_mean, want.running_var
+        for rank, (_, results) in enumerate(ranks):
+            got = results[step]
+            assert_close(got["y"], want.outputs[rank], DTYPES[case.dtype])
+            assert_close(got["dx"], want.grad_inputs[rank], DTYPES[case.dtype])
+            assert_close(got["dw"], want.grad_weight[rank], torch.float32)
+            assert_close(got["db"], want.grad_bias[rank], torch.float32)
+            assert_close(got["running_mean"], mean, torch.float32)
+            assert_close(got["running_var"], var, torch.float32)
+            assert got["num_batches_tracked"] == step + 1
+
+
+def test_a_layer_in_one_graph_equals_the_whole_batch():
+    ranks = run_ranks(run_cases, 2, (CASES,), TIMEOUT)
+    for name, case in CASES.items():
+        judge(case, [rank[name] for rank in ranks])
+
+
+def test_a_layer_through_inductor():
+    case = Case((3, 2), steps=2)
+    judge(case, run_ranks(steps_of, 2, (case, "inductor"), TIMEOUT))
+
+
+def train(build: Callable[[], nn.Module], compiling: bool, rows: tuple[int, ...]) -> tuple[int, dict[str, Tensor]]:
+    """Some steps on this rank's part of each batch of 12, and the state after them."""
+    model = syncnorm.convert(build()).double()
+    step = compiled(model) if compiling else model
+    for number in range(3):
+        x = torch.randn(12, 3, 6, 5, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+        if dist.is_initialized():
+            x = x.split(rows)[dist.get_rank()]
+        model.zero_grad()
+        step(x).square().sum().backward()
+        for parameter in model.parameters():
+            if dist.is_initialized():
+                dist.all_reduce(parameter.grad)
+            parameter.data -= 1e-3 * parameter.grad
+    return graphs(), model.state_dict()
+
+
+@pytest.mark.parametrize("build", [models.net, models.net_with_activations])
+def test_a_model_trains_like_one_process(build):
+    """Also one whose layers have a forward of their own."""
+    _, want = train(build, False, ())
+    for count, state in run_ranks(train, 2, (build, True, (5, 7)), TIMEOUT):
+        assert count == 1
+        for name, value in want.items():
+            torch.testing.assert_close(state[name], value, rtol=1e-6, atol=1e-8)
+
+
+def compiled_on_rank_0(build: Callable[[], nn.Module]) -> dict[str, Tensor]:
+    return train(build, dist.get_rank() == 0, (5, 7))[1]
+
+
+def test_a_compiled_rank_and_an_eager_one_share_statistics():
+    _, want = train(models.net, False, ())
+    for state in run_ranks(compiled_on_rank_0, 2, (models.net,), TIMEOUT):
+        for name, value in want.items():
+            torch.testing.assert_close(state[name], value, rtol=1e-6, atol=1e-8)
+
+
+def batch_sizes(dynamic: bool | None) -> list[int]:
+    """How many graphs there were after each of several sizes of batch."""
+    layer = syncnorm.SyncBatchNorm2d(3)
+    model, counts = compiled(layer, dynamic=dynamic), []
+    for rows in (4, 6, 5, 8):
+        model(torch.randn(rows + dist.get_rank(), 3, 13, 11)).sum().backward()
+        counts.append(graphs())
+    return counts
+
+
+@pytest.mark.parametrize(("dynamic", "expected"), [(None, [1, 2, 2, 2]), (True, [1, 1, 1, 1])])
+def test_batches_of_other_sizes_compile_once_more_at_most(dynamic, expected):
+    assert run_ranks(batch_sizes, 2, (dynamic,), TIMEOUT) == [expected, expected]
+
+
+class Unused(nn.Module):
+    """Three layers, of which the output needs one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused, self.frozen = (syncnorm.SyncBatchNorm2d(3) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.unused(x + 1)
+        with torch.no_grad():
+            self.frozen(x + 2)
+        return self.used(x)
+
+
+def calls_of_a_step(backend: str) -> tuple[list[str], list[int]]:
+    """What was exchanged in the second step, and the counts of batches of all layers after it."""
+    model = Unused()
+    step = compiled(model, backend)
+    x = torch.randn(4, 3, 5, 5)
+    step(x).square().sum().backward()
+    from syncnorm.collectives import exchange
+
+    calls, pack = [], exchange.frames.pack
+
+    def noted(capacity: int, call: Any, *rest: Any) -> Tensor:
+        calls.append(f"{call.kind.name} {call.number} {call.layer[-1]}")
+        return pack(capacity, call, *rest)
+
+    exchange.frames.pack = noted
+    try:
+        step(x).square().sum().backward()
+    finally:
+        exchange.frames.pack = pack
+    return calls, [int(m.num_batches_tracked) for m in model.children()]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_each_collective_happens_once_and_in_order_whether_its_result_is_used_or_not(backend):
+    """Layers are named in the order in which they first run."""
+    want = ["FORWARD 2 1", "FORWARD 2 2", "FORWARD 2 3", "BACKWARD 2 3"]
+    for calls, counts in run_ranks(calls_of_a_step, 2, (backend,), TIMEOUT):
+        assert calls == want
+        assert counts == [2, 2, 2]
+
+
+def masked(rows: tuple[int, ...]) -> tuple[int, Tensor, Tensor]:
+    layer = syncnorm.SyncBatchNorm1d(3)
+    model = compiled(layer)
+    for _ in range(2):
+        x, mask = (t.split(rows)[dist.get_rank()] for t in masked_batch())
+        x = x.clone().requires_grad_()
+        y = model(x, mask=mask)
+        y.square().square().sum().backward()
+    return graphs(), y.detach(), x.grad
+
+
+def masked_batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(5, 7, generator=generator) < 0.6
+    x = torch.randn(5, 3, 7, generator=generator)
+    return x.masked_fill(~mask.unsqueeze(1), torch.nan), mask
+
+
+def test_masks():
+    x, mask = masked_batch()
+    valid = x.double().transpose(1, 2)[mask].requires_grad_()
+    F.batch_norm(valid, None, None, training=True).square().square().sum().backward()
+    ranks = run_ranks(masked, 2, ((2, 3),), TIMEOUT)
+    assert [count for count, *_ in ranks] == [1, 1]
+    y, dx = (torch.cat([rank[i] for rank in ranks]).transpose(1, 2) for i in (1, 2))
+    assert_close(y[mask], F.batch_norm(valid, None, None, training=True).detach(), torch.float32)
+    assert_close(dx[mask], valid.grad, torch.float32)
+    assert not y[~mask].any()
+    assert not dx[~mask].any()
+
+
+def without_syncing() -> list[Tensor]:
+    layer = syncnorm.SyncBatchNorm2d(3)
+    model = compiled(layer)
+    model(torch.randn(4, 3, 5, 5))
+    before = layer.running_mean.clone()
+    if dist.get_rank() == 0:
+        with syncnorm.no_sync_stats():
+            model(torch.randn(4, 3, 5, 5))
+    unchanged = bool(layer.running_mean.equal(before))
+    model(torch.randn(4, 3, 5, 5))
+    return [unchanged, not layer.running_mean.equal(before)]
+
+
+def test_no_sync_stats_is_seen_by_compiled_code():
+    assert run_ranks(without_syncing, 2, (), TIMEOUT) == [[True, True]] * 2
