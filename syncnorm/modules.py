@@ -37,8 +37,14 @@ class Synced:
         if torch.compiler.is_compiling():
             from syncnorm import traced
 
-            return traced.while_tracing(_name, self, group)
+            return traced.while_tracing(_name_in_graph, self, traced.name_of(group))
         return _name(self, group)
+
+
+def _name_in_graph(layer: Synced, group: str) -> str:
+    from syncnorm import traced
+
+    return _name(layer, traced.named(group))
 
 
 def _name(layer: Synced, group: dist.ProcessGroup | None) -> str:

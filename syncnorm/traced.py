@@ -14,6 +14,7 @@ from torch._library.effects import EffectType
 
 from syncnorm import collectives, moments
 from syncnorm.checks import check_count
+from syncnorm.errors import SyncNormError
 from syncnorm.kernels.cpu import apply_grad, local_moments, masked_moments, per_channel
 
 ALONE = ""  # the name of no group: this process by itself
@@ -24,8 +25,20 @@ def name_of(group: dist.ProcessGroup | None) -> str:
     return ALONE if group is None else group.group_name
 
 
-def _named(group: str) -> dist.ProcessGroup | None:
-    return None if group == ALONE else dist.distributed_c10d._resolve_process_group(group)
+def named(group: str) -> dist.ProcessGroup | None:
+    """The group of a name, as the very object that eager code has.
+
+    A tracer makes Python objects of its own for the same group, for which nothing is remembered.
+
+    Raises:
+        SyncNormError: it was destroyed since the graph was made.
+    """
+    if group == ALONE:
+        return None
+    for known, name in dist.distributed_c10d._world.pg_names.items():
+        if name == group:
+            return known
+    raise SyncNormError(f"the process group {group!r} of a compiled layer was destroyed: torch.compiler.reset()")
 
 
 @torch.compiler.assume_constant_result
@@ -61,7 +74,7 @@ def gather_moments(
         SyncNormError: as the collective.
     """
     local_count = count if valid is None else valid
-    gathered = collectives.gather_moments(mean, invstd, local_count, eps, _named(group), layer)
+    gathered = collectives.gather_moments(mean, invstd, local_count, eps, named(group), layer)
     mean, var, total = moments.merge(*gathered.moments, eps)
     check_count(total, local_count)
     return mean, var, total, torch.tensor(gathered.number)
@@ -79,7 +92,7 @@ def _(
 @torch.library.custom_op("syncnorm::reduce_sums", mutates_args=())
 def reduce_sums(sum_dy: Tensor, sum_dy_xmu: Tensor, number: Tensor, group: str, layer: str) -> tuple[Tensor, Tensor]:
     """``collectives.reduce_sums`` of a backward; ``number`` is what :func:`gather_moments` returned."""
-    first, second = collectives.reduce_sums([sum_dy, sum_dy_xmu], _named(group), layer, int(number))
+    first, second = collectives.reduce_sums([sum_dy, sum_dy_xmu], named(group), layer, int(number))
     return first.clone(), second.clone()  # an operator's results share no memory
 
 
