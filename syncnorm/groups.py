@@ -25,7 +25,7 @@ def no_sync_stats() -> Iterator[None]:
 
     Inside, synced layers normalise with the statistics of this rank's batch and leave the running statistics as
     they are, so that they stay equal on all ranks. The backward of such a forward is local too. For all threads
-    of the process; not seen by code that ``torch.compile`` compiled outside of it.
+    of the process. Code of ``torch.compile`` is compiled once more for it.
 
     Example:
         >>> with no_sync_stats():

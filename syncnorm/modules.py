@@ -37,7 +37,7 @@ class Synced:
         if torch.compiler.is_compiling():
             from syncnorm import traced
 
-            return traced.while_tracing(_name_in_graph, self, traced.name_of(group))
+            return traced.while_tracing(_name_in_graph, self, traced.name_of(group))  # type: ignore[no-any-return]
         return _name(self, group)
 
 

@@ -41,7 +41,7 @@ def named(group: str) -> dist.ProcessGroup | None:
     raise SyncNormError(f"the process group {group!r} of a compiled layer was destroyed: torch.compiler.reset()")
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def while_tracing(function: Callable[..., str], *args: Any) -> str:
     """``function(*args)``, called by the tracer; the graph holds what it returned.
 
