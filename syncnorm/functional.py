@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from syncnorm import collectives, groups, kernels, moments, recomputation
-from syncnorm.checks import check_count, check_input, check_mask, check_vectors, shape, where
+from syncnorm.checks import check_input, check_mask, check_vectors, shape, where
 from syncnorm.double_backward import double_backward
 from syncnorm.errors import InputError, SyncNormError
 from syncnorm.kernels.cpu import masked_moments
+from syncnorm.whole_batch import of_all_ranks
 
 
 def sync_batch_norm(
@@ -103,7 +104,11 @@ def refusing(group: dist.ProcessGroup | None, input: Tensor) -> Iterator[None]:
     try:
         yield
     except (SyncNormError, ValueError) as error:  # ValueErrors are those of nn.BatchNorm's own checks
-        if group is not None:
+        if group is not None and torch.compiler.is_compiling():
+            from syncnorm import traced
+
+            traced.while_tracing(traced.refuse, str(error), traced.name_of(group), str(input.device))
+        elif group is not None:
             collectives.refuse(str(error), group, input.device)
         raise
 
@@ -185,7 +190,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         else:  # an empty rank still takes part; its count takes its moments out of the merge
             local_mean = torch.zeros(x.size(1), dtype=moments.statistics_dtype(x.dtype), device=x.device)
             local_invstd = torch.ones_like(local_mean)
-        whole, var = _of_all_ranks(local_mean, local_invstd, local_count, eps, group, layer, segments)
+        whole, var = of_all_ranks(local_mean, local_invstd, local_count, eps, group, layer, segments)
         mean, invstd, count = whole.mean, whole.invstd, whole.count
 
         y = passes.normalise(x, mean, invstd, weight, bias, eps) if x.numel() > 0 else torch.empty_like(x)
@@ -256,35 +261,6 @@ class _SyncBatchNormBackward(torch.autograd.Function):
             dy, x, weight, mean, invstd, count, sum_dy, sum_dy_xmu, v, u, t, ctx.group, ctx.layer, ctx.number
         )
         return d_dy, d_x, d_weight, *(None,) * 8
-
-
-def _of_all_ranks(
-    local_mean: Tensor,
-    local_invstd: Tensor,
-    local_count: int | Tensor,
-    eps: float,
-    group: dist.ProcessGroup | None,
-    layer: str,
-    segments: list[Any],
-) -> tuple[recomputation.Gathered, Tensor | None]:
-    """The statistics of the whole batch, and its variance.
-
-    That is None where a checkpointed forward is computed again: the running statistics have had it.
-    """
-    again = recomputation.in_backward()
-    if again and group is not None:
-        with refusing(group, local_mean):
-            known = recomputation.recall(layer, torch.stack([local_mean, local_invstd]), int(local_count))
-        if known is not None:
-            return known, None
-    gathered = collectives.gather_moments(local_mean, local_invstd, local_count, eps, group, layer)
-    mean, var, count = moments.merge(*gathered.moments, eps)
-    check_count(count, local_count)
-    mean, invstd = mean.to(local_mean.dtype), torch.rsqrt(var + eps).to(local_mean.dtype)
-    whole = recomputation.Gathered(mean, invstd, count, group, gathered.number)
-    if segments:
-        recomputation.keep(layer, whole, torch.stack([local_mean, local_invstd]), int(local_count), segments)
-    return whole, None if again and group is None else var
 
 
 def _local_batch_norm(

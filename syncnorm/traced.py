@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._library.effects import EffectType
 
-from syncnorm import collectives, moments
-from syncnorm.checks import check_count
+from syncnorm import collectives, moments, recomputation
 from syncnorm.errors import SyncNormError
 from syncnorm.kernels.cpu import apply_grad, local_moments, masked_moments, per_channel
+from syncnorm.whole_batch import of_all_ranks
 
 ALONE = ""  # the name of no group: this process by itself
 
@@ -51,11 +51,19 @@ def while_tracing(function: Callable[..., str], *args: Any) -> str:
     return function(*args)
 
 
+def refuse(reason: str, group: str, device: str) -> str:
+    """``collectives.refuse``; a tracer finds what is wrong with an input while it traces."""
+    known = named(group)
+    if known is not None:
+        collectives.refuse(reason, known, torch.device(device), tracing=True)
+    return reason
+
+
 @torch.library.custom_op("syncnorm::gather_moments", mutates_args=())
 def gather_moments(
     mean: Tensor, invstd: Tensor, count: int, valid: Tensor | None, eps: float, group: str, layer: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``collectives.gather_moments``, merged.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``whole_batch.of_all_ranks``.
 
     Args:
         mean: (C), of this rank.
@@ -67,26 +75,29 @@ def gather_moments(
         layer: its name.
 
     Returns:
-        ``(mean (C), biased variance (C), count ())`` of all ranks, fp64, and () which forward this is.
+        ``(mean (C), invstd (C), biased variance (C), count (), new (), number ())`` of all ranks. ``new`` is the
+        count that the running statistics have not had.
 
     Raises:
         InputError: as ``check_count``.
         SyncNormError: as the collective.
     """
     local_count = count if valid is None else valid
-    gathered = collectives.gather_moments(mean, invstd, local_count, eps, named(group), layer)
-    mean, var, total = moments.merge(*gathered.moments, eps)
-    check_count(total, local_count)
-    return mean, var, total, torch.tensor(gathered.number)
+    whole, var = of_all_ranks(mean, invstd, local_count, eps, named(group), layer, recomputation.owners())
+    new = whole.count.clone()
+    if var is None:  # a checkpointed forward, computed again
+        var, new = torch.zeros_like(whole.mean, dtype=torch.float64), torch.zeros_like(whole.count)
+    # Clones, for an operator's results belong to nobody else.
+    return whole.mean.clone(), whole.invstd.clone(), var, whole.count.clone(), new, torch.tensor(whole.number)
 
 
 @gather_moments.register_fake
 def _(
     mean: Tensor, invstd: Tensor, count: int, valid: Tensor | None, eps: float, group: str, layer: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    whole = mean.new_empty(mean.shape, dtype=torch.float64)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    var = mean.new_empty(mean.shape, dtype=torch.float64)
     number = torch.empty((), dtype=torch.int64, device="cpu")
-    return whole, torch.empty_like(whole), whole.new_empty(()), number
+    return torch.empty_like(mean), torch.empty_like(mean), var, var.new_empty(()), var.new_empty(()), number
 
 
 @torch.library.custom_op("syncnorm::reduce_sums", mutates_args=())
@@ -120,7 +131,7 @@ class SyncBatchNorm(torch.autograd.Function):
         padding: Tensor | None,
         layer: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Output, and ``(mean (C), biased variance (C), count ())`` of all ranks, fp64."""
+        """Output, and ``(mean (C), biased variance (C), count ())`` that the running statistics have not had."""
         count, valid = input.numel() // input.size(1), None
         if padding is not None and count > 0:
             local_mean, local_invstd, valid = masked_moments(input, eps, padding)
@@ -129,9 +140,9 @@ class SyncBatchNorm(torch.autograd.Function):
         else:
             local_mean = input.new_zeros(input.size(1), dtype=moments.statistics_dtype(input.dtype))
             local_invstd = torch.ones_like(local_mean)
-        whole, var, total, number = gather_moments(local_mean, local_invstd, count, valid, eps, group, layer)
-
-        mean, invstd = whole.to(local_mean.dtype), torch.rsqrt(var + eps).to(local_mean.dtype)
+        mean, invstd, var, total, new, number = gather_moments(
+            local_mean, local_invstd, count, valid, eps, group, layer
+        )
         scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
         y = (input - per_channel(mean, input)) * per_channel(scale, input)
         if bias is not None:
@@ -139,8 +150,8 @@ class SyncBatchNorm(torch.autograd.Function):
         ctx.save_for_backward(input, weight, mean, invstd, total, number)
         ctx.group, ctx.layer = group, layer
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(whole, var, total)
-        return y.to(input.dtype), whole, var, total
+        ctx.mark_non_differentiable(mean, var, new)
+        return y.to(input.dtype), mean, var, new
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:

@@ -10,8 +10,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from cases import DTYPES, Case, laid_out
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import syncnorm
+from syncnorm.collectives.exchange import Exchange
 from syncnorm.testing import assert_close, batch_norm_oracle, run_ranks
 
 # Compiling takes seconds, and waits for a processor that other ranks use too.
@@ -179,7 +182,7 @@ def calls_of_a_step(backend: str) -> tuple[list[str], list[int]]:
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_each_collective_happens_once_and_in_order_whether_its_result_is_used_or_not(backend):
     """Layers are named in the order in which they first run."""
-    want = ["FORWARD 2 1", "FORWARD 2 2", "FORWARD 2 3", "BACKWARD 2 3"]
+    want = ["FORWARD 5 1", "FORWARD 6 2", "FORWARD 7 3", "BACKWARD 7 3"]  # of the second step
     for calls, counts in run_ranks(calls_of_a_step, 2, (backend,), TIMEOUT):
         assert calls == want
         assert counts == [2, 2, 2]
@@ -231,3 +234,84 @@ def without_syncing() -> list[Tensor]:
 
 def test_no_sync_stats_is_seen_by_compiled_code():
     assert run_ranks(without_syncing, 2, (), TIMEOUT) == [[True, True]] * 2
+
+
+def checkpointed(reentrant: bool, compiling: bool) -> tuple[list[str], dict[str, Tensor]]:
+    """Checkpoints around a layer, compiled or not; two forwards alive."""
+    torch._dynamo.reset()
+    rank = dist.get_rank()
+    layer = syncnorm.convert(nn.Sequential(nn.BatchNorm1d(3))).double()
+    call = compiled(layer) if compiling else layer
+    inputs = [torch.randn(4, 3, generator=torch.Generator().manual_seed(7 * i + rank)).double() for i in range(2)]
+    inputs = [x.requires_grad_() for x in inputs]
+    kinds: list[str] = []
+    original = Exchange.__call__
+
+    def counted(self: Any, call: Any, *args: Any) -> Any:
+        kinds.append(call.kind.name)
+        return original(self, call, *args)
+
+    Exchange.__call__ = counted
+    try:
+        outputs = [checkpoint(call, x, use_reentrant=reentrant) for x in inputs]
+        for i, y in enumerate(outputs):
+            y.backward(torch.randn(4, 3, generator=torch.Generator().manual_seed(i)).double())
+    finally:
+        Exchange.__call__ = original
+    return kinds, {"dx0": inputs[0].grad, "dx1": inputs[1].grad, **layer.state_dict(), "dw": layer[0].weight.grad}
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_around_compiled_code(reentrant):
+    for eager, ours in zip(
+        run_ranks(checkpointed, args=(reentrant, False), timeout=100),
+        run_ranks(checkpointed, args=(reentrant, True), timeout=100),
+        strict=True,
+    ):
+        assert ours[0].count("FORWARD") == ours[0].count("BACKWARD") == 2
+        for name, value in eager[1].items():
+            torch.testing.assert_close(ours[1][name], value, msg=name)
+
+
+def refused(fullgraph: bool) -> str:
+    torch._dynamo.reset()
+    layer = torch.compile(syncnorm.SyncBatchNorm2d(3), backend="aot_eager", fullgraph=fullgraph)
+    channels = 3 + dist.get_rank()
+    try:
+        layer(torch.randn(2, channels, 4, 4))
+    except Exception as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_a_refused_input_is_told_to_the_other_ranks(fullgraph):
+    told = run_ranks(refused, args=(fullgraph,), timeout=60)
+    assert "rank 1 did not take part" in told[0]
+    for rank, text in enumerate(told):
+        assert "expected 3 channels in dimension 1, got 4" in text, (rank, text)
+
+
+def ddp_steps(how: str) -> list[Tensor]:
+    torch._dynamo.reset()
+    model = syncnorm.convert(models.net()).double()
+    if how == "compiled inside":
+        ddp = DistributedDataParallel(torch.compile(model, backend="aot_eager"))
+    else:
+        ddp = DistributedDataParallel(model)
+    call = torch.compile(ddp, backend="aot_eager") if how == "compiled outside" else ddp
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    for step in range(2):
+        generator = torch.Generator().manual_seed(step)
+        x, dy = torch.randn(8, 3, 6, 6, generator=generator).double(), torch.randn(8, 4, generator=generator).double()
+        optimizer.zero_grad()
+        call(x.split([5, 3])[dist.get_rank()]).backward(dy.split([5, 3])[dist.get_rank()])
+        optimizer.step()
+    return [*model.parameters(), *model.buffers()]
+
+
+def test_ddp_inside_and_outside():
+    want = run_ranks(ddp_steps, args=("eager",))
+    for how in ("compiled inside", "compiled outside"):
+        for got, expected in zip(run_ranks(ddp_steps, args=(how,), timeout=100), want, strict=True):
+            torch.testing.assert_close(got, expected)

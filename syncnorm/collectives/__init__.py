@@ -171,8 +171,15 @@ def reduce_sums(
     return packed.chunk(len(sums))
 
 
-def refuse(reason: str, group: dist.ProcessGroup, device: torch.device) -> None:
+_told: set[str] = set()  # by a tracer, after which the same may run in eager mode
+
+
+def refuse(reason: str, group: dist.ProcessGroup, device: torch.device, tracing: bool = False) -> None:
     """Lets the other ranks raise ``reason`` where they wait for this one; nothing where frames do not travel."""
+    if tracing:
+        _told.add(reason)
+    elif reason in _told:
+        return _told.remove(reason)
     with suppress(SyncNormError):  # what was wrong here says more than that the others are gone
         exchange = exchange_of(group, device, Call(Kind.REFUSED))
         if exchange is not None:
