@@ -81,18 +81,19 @@ def exchange_of(group: dist.ProcessGroup, device: torch.device, call: Call) -> E
         SyncNormError: they did not all come, in the group's timeout.
     """
     peers = peers_of(group)
+    if peers.exchange is not None and (device.type == "cpu" or peers.staged):
+        return peers.exchange
     on_gloo = device.type == "cpu" and "cpu:gloo" in dist.get_backend_config(group)
     if not (on_gloo or peers.staged):
         return None
-    if peers.exchange is None:
-        try:
-            peers.exchange = Exchange(group)
-        except RuntimeError as error:  # torch.distributed's own errors are RuntimeErrors
-            raise SyncNormError(
-                f"rank {dist.get_rank()}: {call} could not connect to ranks {dist.get_process_group_ranks(group)}: "
-                f"not all of them came to their first synced layer. Another rank died, raised an error of its own "
-                f"(look for the first one), or does not run this layer. The backend said: {error}"
-            ) from error
+    try:
+        peers.exchange = Exchange(group)
+    except RuntimeError as error:  # torch.distributed's own errors are RuntimeErrors
+        raise SyncNormError(
+            f"rank {dist.get_rank()}: {call} could not connect to ranks {dist.get_process_group_ranks(group)}: "
+            f"not all of them came to their first synced layer. Another rank died, raised an error of its own "
+            f"(look for the first one), or does not run this layer. The backend said: {error}"
+        ) from error
     return peers.exchange
 
 
@@ -171,7 +172,7 @@ def reduce_sums(
     return packed.chunk(len(sums))
 
 
-_told: set[str] = set()  # by a tracer, after which the same may run in eager mode
+_told: set[str] = set()  # while tracing; torch.compile may run the same in eager mode afterwards
 
 
 def refuse(reason: str, group: dist.ProcessGroup, device: torch.device, tracing: bool = False) -> None:
