@@ -132,8 +132,8 @@ def test_an_order_that_changes_on_one_rank_is_an_error_on_all():
     assert caught.value.exceptions.keys() == {0, 1, 2}
     for rank, error in caught.value.exceptions.items():
         assert isinstance(error, syncnorm.SyncNormError), (rank, error)
-        assert "rank 0: forward of norm1 (call 3 of the group; 6 channels" in str(error)
-        assert "rank 1: forward of norm2 (call 3 of the group; 6 channels" in str(error)
+        assert "rank 0: forward of norm1 (call 5 of the group; 6 channels" in str(error)
+        assert "rank 1: forward of norm2 (call 5 of the group; 6 channels" in str(error)
         assert "rank 2: has no more data (Join)" in str(error)
 
 
