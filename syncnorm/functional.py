@@ -62,14 +62,15 @@ def sync_batch_norm(
         Like ``input``: same shape, dtype and memory format.
 
     Raises:
-        InputError: a wrong shape, dtype or option, before any communication; fewer than two values a channel
+        InputError: a wrong shape, dtype or option, of which the other ranks are told; fewer than two values a channel
             over all ranks (not looked for with a mask on a GPU, where the host would have to wait); a rank
             outside the group. Running statistics are as they were.
-        SyncNormError: a collective failed, because another rank did.
+        SyncNormError: the ranks called different layers, or another rank refused its input, failed or died.
 
     Collective: in training all ranks of the group must call, in the same order of layers: one all_gather of
-        2C + 1 numbers, in the backward one all_reduce of 2C, in a double backward one of 5C. A rank takes part in
-        a backward if its input, weight or bias needs a gradient, so let them need the same on all ranks.
+        2C + 1 numbers, in the backward one all_reduce of 2C, in a double backward one of 5C; over gloo, each of
+        these is one exchange of frames (``syncnorm.collectives``). A rank takes part in a backward if its
+        input, weight or bias needs a gradient, so let them need the same on all ranks.
 
     Example:
         >>> x = torch.randn(8, 3, 4, 4)
