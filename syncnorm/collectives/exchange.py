@@ -139,7 +139,9 @@ def _connect(store: Any, group: dist.ProcessGroup) -> dist.ProcessGroup:
     """A gloo group of the same ranks that torch.distributed keeps no list of, for dist.new_group needs all ranks."""
     device = torch.device("cpu")
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    timeout = getattr(getattr(group._get_backend(device), "options", None), "_timeout", None)
+    timeout = None
+    with suppress(RuntimeError):  # a group of GPUs alone has no backend for the CPU
+        timeout = getattr(getattr(group._get_backend(device), "options", None), "_timeout", None)
     own = dist.ProcessGroup(store, rank, size)
     backend = dist.ProcessGroupGloo(store, rank, size, timeout or dist.default_pg_timeout)
     own._register_backend(device, dist.ProcessGroup.BackendType.GLOO, backend)

@@ -63,6 +63,7 @@ class _SyncedJoinable(Joinable):
         if self._model in _notifying:  # of another epoch, which may have ended with an error
             _notifying[self._model].remove()
         _notifying[self._model] = self._model.register_forward_pre_hook(self._notify)
+        self._shadow.notifying = _notifying[self._model]
         return self._shadow
 
     def _notify(self, *_: Any) -> None:
@@ -117,6 +118,7 @@ class _Shadow(JoinHook):
                 collectives.peers_of(group).staged = True
         self._threads: list[threading.Thread] = []
         self._error: Exception | None = None
+        self.notifying: RemovableHandle | None = None
 
     def main_hook(self) -> None:
         """Begins to answer, at the first iteration that this rank has no data for."""
@@ -130,6 +132,8 @@ class _Shadow(JoinHook):
         for thread in self._threads:
             thread.join()
         self._threads = []
+        if self.notifying is not None:
+            self.notifying.remove()  # outside of Join a forward tells nobody, and may be one rank's alone
         self.raise_error()
 
     def raise_error(self) -> None:
