@@ -5,6 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncnorm.errors import InputError
+from syncnorm.moments import Count
 
 
 def check_input(input: Tensor, channels: int | None = None) -> None:
@@ -63,7 +64,7 @@ def check_mask(input: Tensor, mask: Tensor | None) -> None:
         )
 
 
-def check_count(count: Tensor, local_count: int | Tensor) -> None:
+def check_count(count: Count, local_count: Count) -> None:
     """Refuses a global batch of one value a channel, on all ranks alike.
 
     All ranks empty is no error: there is nothing to normalise, and nothing is.
@@ -71,6 +72,10 @@ def check_count(count: Tensor, local_count: int | Tensor) -> None:
     Raises:
         InputError: the whole batch has one value a channel.
     """
+    if isinstance(count, int):
+        if count == 1:
+            raise _one_value(local_count)
+        return
     # A rank that holds two values knows the answer without asking a GPU for it. Where the total is one, no
     # rank holds two, so all of them look.
     if isinstance(local_count, Tensor):  # of a mask: only the device knows
@@ -79,10 +84,14 @@ def check_count(count: Tensor, local_count: int | Tensor) -> None:
         local_count = int(local_count)
     capturing = count.is_cuda and torch.cuda.is_current_stream_capturing()
     if local_count < 2 and not capturing and int(count) == 1:
-        raise InputError(
-            f"{where()}expected more than 1 value per channel over all ranks in training, got 1 "
-            f"({local_count} of them on this rank)"
-        )
+        raise _one_value(local_count)
+
+
+def _one_value(local_count: Count) -> InputError:
+    return InputError(
+        f"{where()}expected more than 1 value per channel over all ranks in training, got 1 "
+        f"({int(local_count)} of them on this rank)"
+    )
 
 
 def where() -> str:

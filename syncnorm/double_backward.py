@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncnorm import collectives
+from syncnorm.moments import Count
 
 
 def double_backward(
@@ -21,9 +22,9 @@ def double_backward(
     weight: Tensor | None,
     mean: Tensor,
     invstd: Tensor,
-    count: Tensor,
     sum_dy: Tensor,
     sum_dy_xmu: Tensor,
+    count: Count,
     v: Tensor | None,
     u: Tensor | None,
     t: Tensor | None,
@@ -39,9 +40,9 @@ def double_backward(
         weight: (C) or None.
         mean: (C), of all ranks, in the statistics' dtype.
         invstd: (C), likewise; s above.
-        count: (), values a channel over all ranks; N above.
         sum_dy: (C), over all ranks.
         sum_dy_xmu: (C), over all ranks.
+        count: values a channel over all ranks; N above.
         v: like x, the cotangent of dx, or None for zero.
         u: (C), that of this rank's dw.
         t: (C), that of this rank's db.

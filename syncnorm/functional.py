@@ -7,9 +7,10 @@ Shapes: C = channels, W = ranks of the group, N = values a channel over all rank
 Source: Ioffe and Szegedy, "Batch Normalization" (2015), algorithm 1 and the derivatives after it.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -150,116 +151,127 @@ def batch_norm_over(
         output = _local_batch_norm(
             input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked
         )
-    else:
-        if torch.compiler.is_compiling():
-            from syncnorm import traced  # not at the top: it imports the compiler, which takes two seconds
+    elif torch.compiler.is_compiling():
+        from syncnorm import traced  # not at the top: it imports the compiler, which takes two seconds
 
-            output, mean, var, count = traced.SyncBatchNorm.apply(  # type: ignore[no-untyped-call]
-                input, weight, bias, eps, traced.name_of(group), padding, layer
-            )
-        else:
-            output, mean, var, count = _SyncBatchNorm.apply(  # type: ignore[no-untyped-call]
-                input, weight, bias, eps, group, padding, layer, segments
-            )
-        if running_mean is not None and running_var is not None and var is not None:
+        output, mean, var, count = traced.SyncBatchNorm.apply(  # type: ignore[no-untyped-call]
+            input, weight, bias, eps, traced.name_of(group), padding, layer
+        )
+        if running_mean is not None and running_var is not None:
             moments.update_running_(running_mean, running_var, num_batches_tracked, mean, var, count, momentum)
+    else:
+        running = None
+        if running_mean is not None and running_var is not None:
+            running = functools.partial(
+                moments.update_running_, running_mean, running_var, num_batches_tracked, momentum=momentum
+            )
+        which = _Which(eps, group, padding, layer, segments, running)
+        output = _SyncBatchNorm.apply(input, weight, bias, which)  # type: ignore[no-untyped-call]
     return output if padding is None else output.masked_fill(padding, 0)
+
+
+class _Which(NamedTuple):
+    """What a forward needs beside tensors that may have a gradient."""
+
+    eps: float
+    group: dist.ProcessGroup | None
+    padding: Tensor | None
+    layer: str
+    segments: list[Any]
+    update_running_: Callable[..., None] | None
 
 
 class _SyncBatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        group: dist.ProcessGroup | None,
-        padding: Tensor | None,
-        layer: str,
-        segments: list[Any],
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    def forward(ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, which: _Which) -> Tensor:
+        eps, group, padding, layer, segments, update_running_ = which
         # Padding, zero in the input and in dy, changes no sum but those of the local moments.
         passes = kernels.for_device(input.device)
         x = kernels.dense(input, kernels.memory_format(input))
-        local_count: int | Tensor = x.numel() // x.size(1)
+        local_count: moments.Count = x.numel() // x.size(1)
 
+        y = torch.empty_like(x)
         if padding is not None and x.numel() > 0:
             local_mean, local_invstd, local_count = masked_moments(x, eps, padding)
         elif x.numel() > 0:
-            local_mean, local_invstd = passes.local_moments(x, eps)
+            local_mean, local_invstd = passes.local_moments(x, eps, y)
         else:  # an empty rank still takes part; its count takes its moments out of the merge
             local_mean = torch.zeros(x.size(1), dtype=moments.statistics_dtype(x.dtype), device=x.device)
             local_invstd = torch.ones_like(local_mean)
         whole, var = of_all_ranks(local_mean, local_invstd, local_count, eps, group, layer, segments)
-        mean, invstd, count = whole.mean, whole.invstd, whole.count
+        if x.numel() > 0:
+            y = passes.normalise(x, whole.mean, whole.invstd, weight, bias, y)
+        if update_running_ is not None and var is not None:
+            update_running_(mean=whole.mean, var=var, count=whole.count)
 
-        y = passes.normalise(x, mean, invstd, weight, bias, eps) if x.numel() > 0 else torch.empty_like(x)
         # the input and not x, which may be a copy: a second derivative has to find its way back
-        ctx.save_for_backward(input, weight, mean, invstd, count)
-        ctx.group, ctx.layer, ctx.number = whole.group, layer, whole.number
+        ctx.save_for_backward(input, weight, whole.mean, whole.invstd)
+        ctx.count, ctx.group, ctx.layer, ctx.number = whole.count, whole.group, layer, whole.number
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(*(statistic for statistic in (mean, var, count) if statistic is not None))
-        ctx.set_materialize_grads(False)  # no zeros for the three that have no gradient
-        return y, mean, var, count
+        return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        input, *saved = ctx.saved_tensors
-        if dy is None:
-            dy = torch.zeros_like(input)  # the other ranks are waiting all the same
-        # A function of its own, so that with create_graph=True it has a derivative in turn.
-        gradients = _SyncBatchNormBackward.apply(  # type: ignore[no-untyped-call]
-            dy, input, *saved, ctx.group, ctx.layer, ctx.number, ctx.bias_dtype, ctx.needs_input_grad
-        )
-        return *gradients, None, None, None, None, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, mean, invstd = ctx.saved_tensors
+        which = ctx.count, ctx.group, ctx.layer, ctx.number, ctx.bias_dtype, ctx.needs_input_grad
+        if torch.is_grad_enabled():  # create_graph=True: as a function of its own it has a derivative in turn
+            gradients = _SyncBatchNormBackward.apply(dy, input, weight, mean, invstd, *which)  # type: ignore[no-untyped-call]
+        else:
+            gradients = _gradients(dy, input, weight, mean, invstd, *which)
+        return *gradients[:3], None
+
+
+def _gradients(
+    dy: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    count: moments.Count,
+    group: dist.ProcessGroup | None,
+    layer: str,
+    number: int,
+    bias_dtype: torch.dtype | None,
+    needed: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor]:
+    """Gradients of input, weight and bias, and the two sums over all ranks: the backward."""
+    passes = kernels.for_device(input.device)
+    x = kernels.dense(input, kernels.memory_format(input))
+    dy = kernels.dense(dy, kernels.memory_format(x))
+
+    if x.numel() > 0:
+        sum_dy, sum_dy_xmu = passes.reduce_grad(dy, x, mean, invstd)
+    else:
+        sum_dy, sum_dy_xmu = torch.zeros_like(mean), torch.zeros_like(mean)
+    # Local on purpose: DDP averages the gradients of parameters over ranks.
+    d_weight = (sum_dy_xmu * invstd).to(weight.dtype) if weight is not None and needed[1] else None
+    d_bias = sum_dy.to(bias_dtype) if needed[2] else None
+
+    # Also where this rank's own input needs no gradient, as that of an empty rank may: the others wait.
+    sum_dy, sum_dy_xmu = collectives.reduce_sums([sum_dy, sum_dy_xmu], group, layer, number)
+    dx = None
+    if needed[0] and x.numel() > 0:
+        dx = passes.apply_grad(dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count)
+    elif needed[0]:
+        dx = torch.empty_like(x)
+    return dx, d_weight, d_bias, sum_dy, sum_dy_xmu
 
 
 class _SyncBatchNormBackward(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        dy: Tensor,
-        input: Tensor,
-        weight: Tensor | None,
-        mean: Tensor,
-        invstd: Tensor,
-        count: Tensor,
-        group: dist.ProcessGroup | None,
-        layer: str,
-        number: int,
-        bias_dtype: torch.dtype | None,
-        needed: tuple[bool, ...],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        passes = kernels.for_device(input.device)
-        x = kernels.dense(input, kernels.memory_format(input))
-        dense_dy = kernels.dense(dy, kernels.memory_format(x))
-
-        if x.numel() > 0:
-            sum_dy, sum_dy_xmu = passes.reduce_grad(dense_dy, x, mean, invstd)
-        else:
-            sum_dy, sum_dy_xmu = torch.zeros_like(mean), torch.zeros_like(mean)
-        # Local on purpose: DDP averages the gradients of parameters over ranks.
-        d_weight = (sum_dy_xmu * invstd).to(weight.dtype) if weight is not None and needed[1] else None
-        d_bias = sum_dy.to(bias_dtype) if needed[2] else None
-
-        # Also where this rank's own input needs no gradient, as that of an empty rank may: the others wait.
-        sum_dy, sum_dy_xmu = collectives.reduce_sums([sum_dy, sum_dy_xmu], group, layer, number)
-        dx = None
-        if needed[0] and x.numel() > 0:
-            dx = passes.apply_grad(dense_dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count)
-        elif needed[0]:
-            dx = torch.empty_like(x)
-        ctx.save_for_backward(dy, input, weight, mean, invstd, count, sum_dy, sum_dy_xmu)
-        ctx.group, ctx.layer, ctx.number = group, layer, number
+    def forward(ctx: Any, dy: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+        input, weight, mean, invstd, count, group, layer, number, _, _ = args
+        dx, d_weight, d_bias, sum_dy, sum_dy_xmu = _gradients(dy, *args)
+        ctx.save_for_backward(dy, input, weight, mean, invstd, sum_dy, sum_dy_xmu)
+        ctx.count, ctx.group, ctx.layer, ctx.number = count, group, layer, number
         return dx, d_weight, d_bias
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, v: Tensor | None, u: Tensor | None, t: Tensor | None) -> tuple[Tensor | None, ...]:
-        dy, x, weight, mean, invstd, count, sum_dy, sum_dy_xmu = ctx.saved_tensors
+        dy, x, weight, mean, invstd, sum_dy, sum_dy_xmu = ctx.saved_tensors
         d_dy, d_x, d_weight = double_backward(
-            dy, x, weight, mean, invstd, count, sum_dy, sum_dy_xmu, v, u, t, ctx.group, ctx.layer, ctx.number
+            dy, x, weight, mean, invstd, sum_dy, sum_dy_xmu, ctx.count, v, u, t, ctx.group, ctx.layer, ctx.number
         )
         return d_dy, d_x, d_weight, *(None,) * 8
 

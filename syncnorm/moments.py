@@ -3,8 +3,13 @@
 Shapes: W = ranks of the group, C = channels.
 """
 
+from collections.abc import Sequence
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
+
+Count: TypeAlias = int | Tensor  # values a channel; a tensor () where the host would have to ask the device
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -12,7 +17,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def merge(mean_WC: Tensor, invstd_WC: Tensor, count_W1: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def merge(moments_WP: Tensor, counts: Sequence[int] | Tensor, eps: float) -> tuple[Tensor, Count]:
     """Moments of the union of W batches, from the moments of each.
 
     A count of zero takes a batch out by arithmetic alone, so an empty rank needs no mask, no indexing and
@@ -21,27 +26,35 @@ def merge(mean_WC: Tensor, invstd_WC: Tensor, count_W1: Tensor, eps: float) -> t
     standard deviation.
 
     Args:
-        mean_WC: mean of each batch.
-        invstd_WC: ``1 / sqrt(biased variance + eps)`` of each batch; finite for an empty one.
-        count_W1: values a channel in each batch, as a floating tensor.
-        eps: the epsilon inside ``invstd_WC``.
+        moments_WP: (W, 2C), fp64: the mean of each batch, then its ``1 / sqrt(biased variance + eps)``, finite
+            for an empty one. Overwritten.
+        counts: values a channel in each batch: numbers, or (W, 1) where only the device knows them.
+        eps: the epsilon inside the latter.
 
     Returns:
-        ``(mean (C), biased variance (C), count ())``, all fp64; zero mean and variance where all W are empty.
+        ``([mean (C), biased variance + eps (C)], count)``, the tensor (2C) and fp64; zero mean and variance where
+        all W are empty. The count is a number or a tensor () as ``counts`` is.
 
     The variance is right to fp32 rounding of (variance + eps), because that is what ``invstd`` carries.
 
     Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances"
     (1979), in the form for W sets at once.
     """
-    mean_WC, invstd_WC, count_W1 = mean_WC.double(), invstd_WC.double(), count_W1.double()
-    var_WC = invstd_WC.pow(-2) - eps
-    count = count_W1.sum()
-    share_W1 = count_W1 / count.clamp(min=1)
-    mean = (share_W1 * mean_WC).sum(0)
-    var = (share_W1 * (var_WC + (mean_WC - mean).square())).sum(0)
+    count: Count
+    if isinstance(counts, Tensor):
+        count = counts.sum()
+        share_W1 = counts / count.clamp(min=1)
+    else:
+        count = sum(counts)
+        share_W1 = moments_WP.new_tensor([[n / max(count, 1)] for n in counts])
+    mean_WC, invstd_WC = moments_WP.chunk(2, dim=1)
+    invstd_WC.pow_(-2)
+    merged = (moments_WP * share_W1).sum(0)
+    mean, var_eps = merged.chunk(2)
+    var_eps.add_(mean_WC.sub_(mean).square_().mul_(share_W1).sum(0))
     # var = 0 comes back from a rounded invstd as +-1e-7 * eps; a negative variance must not reach a buffer.
-    return mean, var.clamp_(min=0), count
+    var_eps.clamp_(min=eps)
+    return merged, count
 
 
 def update_running_(
@@ -50,7 +63,7 @@ def update_running_(
     num_batches_tracked: Tensor | None,
     mean: Tensor,
     var: Tensor,
-    count: Tensor,
+    count: Count,
     momentum: float | Tensor | None,
 ) -> None:
     """Moves the running statistics towards the batch's, in place; an empty batch moves nothing.
@@ -63,23 +76,36 @@ def update_running_(
         num_batches_tracked: int64 scalar, one more for a batch that is not empty.
         mean: (C), of the whole batch.
         var: (C), biased.
-        count: (), values a channel in the whole batch.
+        count: values a channel in the whole batch; a tensor () where only the device knows.
         momentum: weight of the new batch; ``None`` for the cumulative average, 1 / num_batches_tracked, which
             must be given then.
     """
     seen = count > 0
-    if num_batches_tracked is not None:
+    if num_batches_tracked is not None and seen is not False:
         num_batches_tracked.add_(seen)
+    factor: float | Tensor
     if momentum is None:
         assert num_batches_tracked is not None
-        momentum = num_batches_tracked.clamp(min=1).double().reciprocal()
-    factor = seen.double() * momentum  # fp64: 0.1 rounded to fp32 would show in an fp64 buffer
+        factor = num_batches_tracked.clamp(min=1).double().reciprocal()
+    else:
+        factor = momentum
+    if isinstance(count, Tensor):
+        factor = (count > 0).double() * factor
+        bessel: float | Tensor = count / (count - 1).clamp(min=1)
+    elif seen:
+        bessel = count / max(count - 1, 1)
+    else:
+        return
     _blend_(running_mean, mean, factor)
-    _blend_(running_var, var * (count / (count - 1).clamp(min=1)), factor)
+    _blend_(running_var, var * bessel, factor)
 
 
-def _blend_(running: Tensor, value: Tensor, factor: Tensor) -> None:
+def _blend_(running: Tensor, value: Tensor, factor: float | Tensor) -> None:
     """Running <- (1 - factor) * running + factor * value."""
     dtype = torch.promote_types(running.dtype, torch.float32)
-    blended = torch.lerp(running.to(dtype), value.to(dtype), factor.to(dtype))
-    running.copy_(blended)
+    if isinstance(factor, Tensor):  # fp64: 0.1 rounded to fp32 would show in an fp64 buffer
+        factor = factor.to(dtype)
+    if dtype == running.dtype:
+        running.lerp_(value.to(dtype), factor)
+    else:
+        running.copy_(torch.lerp(running.to(dtype), value.to(dtype), factor))

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncnorm.errors import SyncNormError
+from syncnorm.moments import Count
 
 # How far a recomputed input may be from the first, in standard deviations: rounding, or the inverse of a
 # reversible block, but not another batch.
@@ -30,7 +31,7 @@ class Gathered:
 
     mean: Tensor
     invstd: Tensor
-    count: Tensor
+    count: Count
     group: dist.ProcessGroup | None
     number: int  # of the forward over its group
     local: Tensor | None = None  # mean and invstd of this rank's input (2, C)

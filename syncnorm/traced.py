@@ -84,11 +84,12 @@ def gather_moments(
     """
     local_count = count if valid is None else valid
     whole, var = of_all_ranks(mean, invstd, local_count, eps, named(group), layer, recomputation.owners())
-    new = whole.count.clone()
+    total = torch.as_tensor(whole.count, dtype=torch.float64, device=mean.device)
+    new = total.clone()
     if var is None:  # a checkpointed forward, computed again
-        var, new = torch.zeros_like(whole.mean, dtype=torch.float64), torch.zeros_like(whole.count)
+        var, new = torch.zeros_like(whole.mean, dtype=torch.float64), torch.zeros_like(total)
     # Clones, for an operator's results belong to nobody else.
-    return whole.mean.clone(), whole.invstd.clone(), var, whole.count.clone(), new, torch.tensor(whole.number)
+    return whole.mean.clone(), whole.invstd.clone(), var, total.clone(), new, torch.tensor(whole.number)
 
 
 @gather_moments.register_fake

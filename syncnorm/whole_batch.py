@@ -34,10 +34,10 @@ def of_all_ranks(
         if known is not None:
             return known, None
     gathered = collectives.gather_moments(local_mean, local_invstd, local_count, eps, group, layer)
-    mean, var, count = moments.merge(*gathered.moments, eps)
+    merged, count = moments.merge(gathered.moments, gathered.counts, eps)
     check_count(count, local_count)
-    mean, invstd = mean.to(local_mean.dtype), torch.rsqrt(var + eps).to(local_mean.dtype)
-    whole = recomputation.Gathered(mean, invstd, count, group, gathered.number)
+    mean, var_eps = merged.to(local_mean.dtype).chunk(2)
+    whole = recomputation.Gathered(mean, var_eps.rsqrt(), count, group, gathered.number)
     if segments:
         recomputation.keep(layer, whole, torch.stack([local_mean, local_invstd]), int(local_count), segments)
-    return whole, None if again and group is None else var
+    return whole, None if again and group is None else merged[mean.numel() :] - eps

@@ -58,8 +58,9 @@ class Peers:
 class Gathered(NamedTuple):
     """What :func:`gather_moments` returns."""
 
-    moments: tuple[Tensor, Tensor, Tensor]  # mean (W, C), invstd (W, C), count (W, 1)
-    number: int
+    moments: Tensor  # (W, 2C), fp64: each rank's mean and then its invstd
+    counts: Sequence[int] | Tensor  # W numbers, or (W, 1) fp64 where only the device knows them
+    number: int  # of the call
 
 
 _peers: "weakref.WeakKeyDictionary[dist.ProcessGroup, Peers]" = weakref.WeakKeyDictionary()
@@ -111,39 +112,36 @@ def gather_moments(
         layer: the name by which ranks compare and errors call it.
 
     Returns:
-        ``(mean (W, C), invstd (W, C), count (W, 1))``, fp64, rows in rank order, the same bits on every rank; and
-        the number of the call.
+        What each rank brought, in rank order, the same bits on every rank.
 
     Raises:
         SyncNormError: the ranks came for different things, or the collective failed.
     """
     channels = mean.numel()
     if group is None:
-        counts = count.view(1, 1) if isinstance(count, Tensor) else mean.new_full((1, 1), count)
-        return Gathered((mean.double().unsqueeze(0), invstd.double().unsqueeze(0), counts.double()), 0)
+        counts = count.double().view(1, 1) if isinstance(count, Tensor) else [count]
+        return Gathered(torch.cat([mean, invstd]).double().unsqueeze(0), counts, 0)
     peers = peers_of(group)
     number = 1 + (peers.calls if peers.exchange is None else peers.exchange.calls)
     call = Call(Kind.FORWARD, layer, number, channels, mean.dtype, eps)
     exchange = exchange_of(group, mean.device, call)
-    peers.calls += exchange is None
     if exchange is None:
+        peers.calls += 1
         # full() and not tensor(): a fill is a kernel, a copy of host memory would synchronise a GPU.
         packed = count.view(1).to(mean.dtype) if isinstance(count, Tensor) else mean.new_full((1,), count)
         gathered = direct.gather(torch.cat([mean, invstd, packed]), group, call, peers.is_first(call)).double()
-        return Gathered((gathered[:, :channels], gathered[:, channels:-1], gathered[:, -1:]), call.number)
-    headers, received = exchange(call, torch.cat([mean, invstd]).cpu(), int(count))
-    counts = torch.tensor([[h.count] for h in headers], dtype=torch.float64)
-    gathered = received.double()
-    for row, header in zip(gathered, headers, strict=True):
+        return Gathered(gathered[:, :-1], gathered[:, -1:], call.number)
+    headers, received = exchange(call, (mean, invstd), int(count))
+    gathered = received.to(mean.device, torch.float64, copy=True)
+    for row, header in enumerate(headers):
         if header.kind == Kind.JOINED:
-            row[channels:] = 1  # the invstd of an empty rank: finite
-    gathered, counts = gathered.to(mean.device), counts.to(mean.device)
-    return Gathered((gathered[:, :channels], gathered[:, channels:], counts), call.number)
+            gathered[row, channels:] = 1  # the invstd of an empty rank: finite
+    return Gathered(gathered, [h.values for h in headers], call.number)
 
 
 def reduce_sums(
     sums: Sequence[Tensor], group: dist.ProcessGroup | None, layer: str, number: int, kind: Kind = Kind.BACKWARD
-) -> tuple[Tensor, ...]:
+) -> Sequence[Tensor]:
     """Each of ``sums`` over all ranks, from one collective of them packed.
 
     In the backward these are ``[sum_dy (C), sum_dy_xmu (C)]``. Over gloo every rank gets the others' sums and adds
@@ -160,16 +158,16 @@ def reduce_sums(
         SyncNormError: the ranks came for different things, or the collective failed.
     """
     if group is None:
-        return tuple(sums)
-    packed = torch.cat(tuple(sums))
-    call = Call(kind, layer, number, sums[0].numel(), packed.dtype)
-    exchange = exchange_of(group, packed.device, call)
+        return sums
+    like = sums[0]
+    call = Call(kind, layer, number, like.numel(), like.dtype)
+    exchange = exchange_of(group, like.device, call)
     if exchange is None:
-        packed = direct.reduce(packed, group, call, peers_of(group).is_first(call))
+        packed = direct.reduce(torch.cat(tuple(sums)), group, call, peers_of(group).is_first(call))
     else:
-        _, received = exchange(call, packed.cpu())
-        packed = received.sum(0, dtype=torch.float64).to(packed)
-    return packed.chunk(len(sums))
+        _, received = exchange(call, sums)
+        packed = received.sum(0).to(like.device)
+    return packed.view(len(sums), -1).unbind()
 
 
 _told: set[str] = set()  # while tracing; torch.compile may run the same in eager mode afterwards

@@ -2,8 +2,9 @@
 
 import hashlib
 import struct
-from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -18,8 +19,7 @@ class Kind(IntEnum):
     REFUSED = 5  # its input was wrong: it brings the reason, and everyone raises
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """One collective of one layer, as one rank sees it.
 
     ``number`` counts the calls over the group, of all layers, from 1; a backward has that of its forward.
@@ -41,9 +41,14 @@ class Call:
         return f"{what} of {self.layer} (call {self.number} of the group; {width})"
 
     def key(self) -> int:
-        """63 bits that are the same on two ranks if they do the same thing, and by chance otherwise."""
-        text = f"{self.kind}/{self.layer}/{self.number}/{self.channels}/{self.dtype}/{self.eps!r}"
-        return int(struct.unpack("<Q", hashlib.blake2b(text.encode(), digest_size=8).digest())[0]) >> 1
+        """63 bits that are the same on two ranks if they do the same, but for the number, and by chance otherwise."""
+        return _key(self.kind, self.layer, self.channels, self.dtype, self.eps)
+
+
+@lru_cache(maxsize=4096)
+def _key(kind: Kind, layer: str, channels: int, dtype: torch.dtype, eps: float) -> int:
+    text = f"{kind}/{layer}/{channels}/{dtype}/{eps!r}"
+    return int(struct.unpack("<Q", hashlib.blake2b(text.encode(), digest_size=8).digest())[0]) >> 1
 
 
 def explain_disagreement(rank: int, calls: dict[int, str]) -> str:

@@ -35,7 +35,7 @@ def gather(packed: Tensor, group: dist.ProcessGroup, call: Call, first: bool) ->
     """``packed`` (n) of all ranks, (W, n); names are compared at a layer's first call."""
     if (first or _debug) and not _fake(group):
         _compare(group, call)
-    tag = float(call.key() % 2**20)
+    tag = float((call.key() + call.number) % 2**20)
     packed = torch.cat([packed, packed.new_full((1,), tag)])
     gathered = packed.new_empty(group.size(), packed.numel())
     with _explained(group, call):
@@ -49,7 +49,7 @@ def reduce(packed: Tensor, group: dist.ProcessGroup, call: Call, first: bool) ->
     if (first or _debug) and not _fake(group):
         _compare(group, call)
     # Sums of fp32 are exact to 2**24.
-    tag = float(call.key() % (2**24 // group.size()))
+    tag = float((call.key() + call.number) % (2**24 // group.size()))
     packed = torch.cat([packed, packed.new_full((1,), tag)])
     with _explained(group, call):
         dist.all_reduce(packed, group=group)

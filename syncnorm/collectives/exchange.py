@@ -5,6 +5,7 @@ frames that say so, and not with a gradient bucket of another size.
 """
 
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -13,11 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncnorm.collectives import frames
 from syncnorm.collectives.call import Call, Kind, explain_disagreement
+from syncnorm.collectives.frames import Frames, Header, agreed, capacity_for
 from syncnorm.errors import SyncNormError
 
 _PATIENCE = timedelta(seconds=0.3)  # how long a rank waits before it looks whether another has failed
+_FIRST = 1024  # bytes of a frame of which nothing is known yet
 _ROLL_CALL = 0.6  # seconds that a failed rank waits for the others to say where they were
 
 
@@ -31,80 +33,97 @@ class Exchange:
         self.ranks = dist.get_process_group_ranks(group)
         self.rank = dist.get_rank()
         self.calls = 0  # the same on all ranks
-        self._capacity = 1024  # bytes of a frame; grows on all ranks alike
+        # Ranks that are about to disagree must still send frames of one size. So that is foretold from what all of
+        # them know: the largest that has followed the last exchange that they agreed on.
+        self._last = 0
+        self._follows: dict[int, int] = {}
+        self._frames: dict[int, Frames] = {}
         store = dist.distributed_c10d._get_default_store()
         # The name of a group is the same on all of its ranks.
         self._store = dist.distributed_c10d.PrefixStore(f"syncnorm/{group.group_name}", store)
         self._group = _connect(self._store, group)
         self._pending: list[object] = []
 
-    def __call__(self, call: Call, payload: Tensor, count: int = 0) -> tuple[list[frames.Header], Tensor]:
-        """Gives this rank's ``payload`` to the others, and theirs to this one.
+    def __call__(self, call: Call, vectors: Sequence[Tensor] = (), values: int = 0) -> tuple[list[Header], Tensor]:
+        """Gives this rank's ``vectors`` to the others, and theirs to this one.
 
         Args:
             call: what this rank comes for.
-            payload: a vector; all that come for the same call bring the same number of bytes.
-            count: goes into the header.
+            vectors: of one dtype; all that come for the same call bring as many numbers.
+            values: a channel; goes into the header.
 
         Returns:
-            ``(headers, payloads (W, payload.numel()))`` in rank order. Payloads are zero where a rank has joined.
+            ``(headers, payloads (W, numbers))`` in rank order; the latter is a view that the next exchange
+            overwrites, and zero where a rank has joined.
 
         Raises:
             SyncNormError: the ranks came for different calls, or one refused its input, on all ranks alike; or
                 the exchange failed.
         """
         self.calls += 1
-        raw = payload.view(torch.uint8)
+        frames = self._of(self._follows.get(self._last, _FIRST))
         while True:
-            received = self._gather(frames.pack(self._capacity, call, raw, count), call)
-            found = frames.headers(received)
-            self._check(call, found, received)
+            own = frames.write(call, vectors, values)
+            self._exchange(frames, call)
+            found = frames.headers()
+            if any(h[:4] != own[:4] for h in found):
+                self._check(call, found, frames)
             size = max(h.size for h in found)
-            if size <= self._capacity - frames.HEADER:
-                return found, frames.payloads(received, size, payload.dtype)
-            while size > self._capacity - frames.HEADER:
-                self._capacity *= 2
+            if size <= frames.room:
+                break
+            frames = self._of(capacity_for(size))
+        self._follows[self._last] = max(capacity_for(size), self._follows.get(self._last, 0))
+        self._last = next((h.key for h in found if h.kind != Kind.JOINED), 0)
+        payloads = frames.payloads(size, vectors[0].dtype if vectors else torch.uint8)
+        for row, header in enumerate(found):
+            if header.size == 0:
+                payloads[row] = 0  # what was there is of another exchange
+        return found, payloads
 
     def refuse(self, reason: str) -> None:
         """Tells the ranks that come, or will come, to the next exchange that this one will not, and why."""
         self.calls += 1
-        message = torch.frombuffer(bytearray(reason.encode()[: self._capacity - frames.HEADER]), dtype=torch.uint8)
-        frame = frames.pack(self._capacity, Call(Kind.REFUSED), message, 0)
-        received = frame.new_empty(len(self.ranks), self._capacity)
-        work = self._group._allgather_base(received.view(-1), frame)
+        # Frames of its own: the next exchange may come before the others have these.
+        frames = Frames(len(self.ranks), self._follows.get(self._last, _FIRST))
+        frames.write(Call(Kind.REFUSED), [_text(reason, frames.room)], 0)
+        work = self._group.alltoall_base(frames.received, frames.sent, [], [])
         # Not waited for beyond that: the others may be slow to come. The tensors must live until they do.
-        self._pending = [work, frame, received]
+        self._pending = [work, frames]
         with suppress(RuntimeError):
             _done(work)
 
-    def _check(self, call: Call, found: list[frames.Header], received: Tensor) -> None:
-        refused = [r for r, h in enumerate(found) if h.kind == Kind.REFUSED]
+    def _of(self, capacity: int) -> Frames:
+        if capacity not in self._frames:
+            self._frames[capacity] = Frames(len(self.ranks), capacity)
+        return self._frames[capacity]
+
+    def _check(self, call: Call, found: list[Header], frames: Frames) -> None:
+        if agreed(found):
+            return
+        refused = [rank for rank, h in enumerate(found) if h.kind == Kind.REFUSED]
         if refused:
-            told = frames.payloads(received[refused[0]].unsqueeze(0), found[refused[0]].size, torch.uint8)
-            reason = bytes(told.flatten().tolist()).decode(errors="replace")
+            reason = _told(frames, found)[refused[0]]
             raise SyncNormError(
                 f"rank {self.rank}: rank {self.ranks[refused[0]]} did not take part in {call}, because its own "
                 f"input was refused: {reason}"
             )
-        if not frames.agreed(found):
-            # All ranks see the same headers, so all of them come here.
-            text = torch.zeros(512, dtype=torch.uint8)
-            name = torch.frombuffer(bytearray(str(call).encode()[: text.numel()]), dtype=torch.uint8)
-            text[: name.numel()] = name
-            names = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in self._gather(text, call).tolist()]
-            raise SyncNormError(explain_disagreement(self.rank, dict(zip(self.ranks, names, strict=True))))
+        # All ranks see the same headers, so all of them come here.
+        names = Frames(len(self.ranks), _FIRST)
+        names.write(call, [_text(str(call), names.room)], 0)
+        self._exchange(names, call)
+        told = _told(names, names.headers())
+        raise SyncNormError(explain_disagreement(self.rank, dict(zip(self.ranks, told, strict=True))))
 
-    def _gather(self, frame: Tensor, call: Call) -> Tensor:
-        received = frame.new_empty(len(self.ranks), frame.numel())
+    def _exchange(self, frames: Frames, call: Call) -> None:
         try:
-            work = self._group._allgather_base(received.view(-1), frame)
+            # Each rank sends its frame to each other one: gloo's all_gather passes them round a ring instead.
+            work = self._group.alltoall_base(frames.received, frames.sent, [], [])
             while not _done(work):
                 # A rank whose neighbour died need not be the dead one's neighbour.
                 if self._store.check(["failed"]):
                     raise RuntimeError("another rank's exchange failed")
         except RuntimeError as error:  # torch.distributed's own errors are RuntimeErrors
             raise SyncNormError(self._explain(call, error)) from error
-        return received
 
     def _explain(self, call: Call, error: RuntimeError) -> str:
         absent: list[int] | None = None
@@ -123,6 +142,16 @@ class Exchange:
             f"rank {self.rank}: {call} over ranks {self.ranks} failed, waiting for {waited}. It died, raised an "
             f"error of its own (look for the first one), or does not run this layer. The backend said: {error}"
         )
+
+
+def _text(text: str, room: int) -> Tensor:
+    return torch.frombuffer(bytearray(text.encode()[:room] or b" "), dtype=torch.uint8)
+
+
+def _told(frames: Frames, found: Sequence[Header]) -> list[str]:
+    """The texts in frames that hold such."""
+    rows = frames.payloads(frames.room, torch.uint8)
+    return [bytes(row[: h.size].tolist()).decode(errors="replace") for row, h in zip(rows, found, strict=True)]
 
 
 def _done(work: dist.Work) -> bool:

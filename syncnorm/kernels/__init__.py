@@ -3,11 +3,11 @@
 Each device's module has the same four functions. ``x`` and ``dy`` are dense in one memory format
 (:func:`dense`) and not empty; vectors are (C) in the statistics' dtype.
 
-- ``local_moments(x, eps) -> mean, invstd``: of this rank's values
-- ``normalise(x, mean, invstd, weight, bias, eps) -> y``: y in x's dtype and memory format
+- ``local_moments(x, eps, scratch) -> mean, invstd``: of this rank's values; ``scratch``, like x, may be overwritten
+- ``normalise(x, mean, invstd, weight, bias, y) -> y``: into ``y``, like x, or into memory of its own
 - ``reduce_grad(dy, x, mean, invstd) -> sum_dy, sum_dy_xmu``: over this rank's values
 - ``apply_grad(dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count) -> dx``: dx like x; the sums and the
-  count () are those of all ranks
+  count are those of all ranks
 """
 
 from types import ModuleType

@@ -1,18 +1,19 @@
 """The passes in plain ATen: written for the CPU, right on any device.
 
-torch has no CPU kernels behind its SyncBatchNorm, so these are put together from operators that it has.
+torch has no CPU kernels behind its SyncBatchNorm, so these are put together from operators that it has. Which ones
+is a matter of speed alone: ``batch_norm`` is quick where the channels' values lie together, broadcasting where the
+channel is the fastest axis, and memory that is new to the process is slow to write to.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from syncnorm.moments import statistics_dtype
+from syncnorm.moments import Count, statistics_dtype
 
 
-def local_moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def local_moments(x: Tensor, eps: float, scratch: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean and invstd, each (C), of one rank's values."""
-    return _moments(x, eps, x.numel() // x.size(1), None)
+    return _moments(x, eps, x.numel() // x.size(1), None, scratch)
 
 
 def masked_moments(x: Tensor, eps: float, padding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,10 +28,12 @@ def masked_moments(x: Tensor, eps: float, padding: Tensor) -> tuple[Tensor, Tens
         ``(mean (C), invstd (C), count ())``; finite where the count is zero.
     """
     valid = padding.logical_not().sum()
-    return *_moments(x, eps, valid.clamp(min=1), padding), valid
+    return *_moments(x, eps, valid.clamp(min=1), padding, None), valid
 
 
-def _moments(x: Tensor, eps: float, count: int | Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+def _moments(
+    x: Tensor, eps: float, count: Count, padding: Tensor | None, scratch: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The corrected two-pass algorithm.
 
     E[x^2] - E[x]^2 would lose everything where the mean is far above the standard deviation. ``sum`` adds up in a
@@ -39,21 +42,35 @@ def _moments(x: Tensor, eps: float, count: int | Tensor, padding: Tensor | None)
     Source: Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983), equation 1.7.
     """
     dims = [d for d in range(x.dim()) if d != 1]
-    mean = x.sum(dims, dtype=statistics_dtype(x.dtype)) / count
-    centred = x - per_channel(mean, x)
+    dtype = statistics_dtype(x.dtype)
+    wide = x.to(dtype)
+    mean = _mean(wide, dims, count)
+    centred = torch.sub(wide, per_channel(mean, x), out=scratch if wide is x else wide)
     if padding is not None:
         centred.masked_fill_(padding, 0)
-    residual = centred.sum(dims) / count
-    var = centred.square_().sum(dims) / count - residual.square()
-    return mean + residual, torch.rsqrt(var + eps)
+    residual = _mean(centred, dims, count)
+    var = _mean(centred.square_(), dims, count).addcmul_(residual, residual, value=-1)
+    return mean.add_(residual), var.add_(eps).rsqrt_()
+
+
+def _mean(x: Tensor, dims: list[int], count: Count) -> Tensor:
+    return x.sum(dims) / count if isinstance(count, Tensor) else x.mean(dims)
 
 
 def normalise(
-    x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor
 ) -> Tensor:
     """``(x - mean) * invstd * weight + bias`` in one pass."""
+    scale, shift = _scale(invstd, weight), _as(bias, mean)
+    if _channel_is_fastest(x) and x.dtype == mean.dtype:
+        offset = torch.addcmul(torch.zeros_like(mean) if shift is None else shift, mean, scale, value=-1)
+        return torch.addcmul(per_channel(offset, x), x, per_channel(scale, x), out=y)
     # batch_norm in eval mode is that pass: unit variance and no epsilon leave the factor to the weight.
-    return F.batch_norm(x, mean, torch.ones_like(mean), _scale(invstd, weight), _as(bias, mean), eps=0.0)
+    none = mean.new_empty(0)
+    torch.ops.aten.native_batch_norm.out(
+        x, scale, shift, mean, torch.ones_like(mean), False, 0.0, 0.0, out=y, save_mean=none, save_invstd=none
+    )
+    return y
 
 
 def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,16 +90,21 @@ def apply_grad(
     weight: Tensor | None,
     sum_dy: Tensor,
     sum_dy_xmu: Tensor,
-    count: Tensor,
+    count: Count,
 ) -> Tensor:
     """``weight * invstd * (dy - sum_dy / N - (x - mean) * invstd^2 * sum_dy_xmu / N)`` as a * dy - b * x + c."""
     a = _scale(invstd, weight)
-    slope = invstd.square() * (sum_dy_xmu / count)
-    b = a * slope
-    c = a * (mean * slope - sum_dy / count)
-    # Half precision is computed in fp32 (by type promotion) and rounded once, at the end.
-    dx = torch.addcmul(per_channel(c, x), dy, per_channel(a, x))
-    return dx.addcmul_(x, per_channel(b, x), value=-1).to(x.dtype)
+    b = torch.mul(a, invstd).mul_(invstd).mul_(sum_dy_xmu).div_(count)
+    c = torch.mul(mean, b).sub_(a * sum_dy / count)
+    a, b, c = per_channel(a, x), per_channel(b, x), per_channel(c, x)
+    # Half precision is computed in fp32 and rounded once, at the end.
+    if _channel_is_fastest(x):
+        return torch.addcmul(c, dy, a).addcmul_(x, b, value=-1).to(x.dtype)
+    return torch.mul(dy, a).addcmul_(x, b, value=-1).add_(c).to(x.dtype)
+
+
+def _channel_is_fastest(x: Tensor) -> bool:
+    return x.stride(1) == 1 and x.size(1) > 1
 
 
 def _scale(invstd: Tensor, weight: Tensor | None) -> Tensor:

@@ -6,18 +6,22 @@ Source: ATen/native/cuda/Normalization.cu; called as in torch/nn/modules/_functi
 import torch
 from torch import Tensor
 
+from syncnorm.moments import Count
 
-def local_moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+
+def local_moments(x: Tensor, eps: float, scratch: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and invstd, each (C): Welford's algorithm in the accumulation type."""
     mean, invstd = torch.batch_norm_stats(x, eps)
     return mean, invstd
 
 
 def normalise(
-    x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor
 ) -> Tensor:
     """``(x - mean) * invstd * weight + bias`` in one pass."""
-    return torch.batch_norm_elemt(x, _as(weight, mean), _as(bias, mean), mean, invstd, eps)
+    return torch.ops.aten.batch_norm_elemt.out(  # type: ignore[no-any-return]
+        x, _as(weight, mean), _as(bias, mean), mean, invstd, 0.0, out=y
+    )
 
 
 def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,7 +38,7 @@ def apply_grad(
     weight: Tensor | None,
     sum_dy: Tensor,
     sum_dy_xmu: Tensor,
-    count: Tensor,
+    count: Count,
 ) -> Tensor:
     """``weight * invstd * (dy - sum_dy / N - (x - mean) * invstd^2 * sum_dy_xmu / N)`` in one pass."""
     # The kernel divides by the sum of int32 counts, which 2**31 values a channel would overflow: divide here.

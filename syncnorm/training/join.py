@@ -154,11 +154,9 @@ class _Shadow(JoinHook):
             assert exchange is not None
             sources: list[int] = []
             while not sources:
-                headers, _ = exchange(
-                    collectives.Call(Kind.JOINED), torch.empty(0, dtype=torch.uint8), is_last_joiner
-                )
+                headers, _ = exchange(collectives.Call(Kind.JOINED), values=is_last_joiner)
                 if all(h.kind == Kind.JOINED for h in headers):
-                    sources = [row for row, h in enumerate(headers) if h.count]
+                    sources = [row for row, h in enumerate(headers) if h.values]
             for layer in layers:
                 _copy_buffers(exchange, sources[0], layer)
         except Exception as error:
@@ -171,8 +169,7 @@ def _copy_buffers(exchange: Exchange, source: int, layer: nn.Module) -> None:
     buffers = list(layer.buffers(recurse=False))
     if not buffers:
         return
-    packed = torch.cat([_bytes(b) for b in buffers])
-    _, received = exchange(collectives.Call(Kind.JOINED), packed)
+    _, received = exchange(collectives.Call(Kind.JOINED), [_bytes(b) for b in buffers])
     parts = torch.split(received[source], [b.numel() * b.element_size() for b in buffers])
     for buffer, part in zip(buffers, parts, strict=True):
         buffer.copy_(part.clone().view(buffer.dtype).view_as(buffer))
