@@ -17,7 +17,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def merge(moments_WP: Tensor, counts: Sequence[int] | Tensor, eps: float) -> tuple[Tensor, Count]:
+def merge(moments_WP: Tensor, counts: Sequence[int] | Tensor, eps: float) -> tuple[Tensor, Tensor, Count]:
     """Moments of the union of W batches, from the moments of each.
 
     A count of zero takes a batch out by arithmetic alone, so an empty rank needs no mask, no indexing and
@@ -32,14 +32,16 @@ def merge(moments_WP: Tensor, counts: Sequence[int] | Tensor, eps: float) -> tup
         eps: the epsilon inside the latter.
 
     Returns:
-        ``([mean (C), biased variance + eps (C)], count)``, the tensor (2C) and fp64; zero mean and variance where
-        all W are empty. The count is a number or a tensor () as ``counts`` is.
+        ``(mean (C), biased variance + eps (C), count)``, the tensors fp64; zero mean and variance where all W are
+        empty. The count is a number or a tensor () as ``counts`` is.
 
     The variance is right to fp32 rounding of (variance + eps), because that is what ``invstd`` carries.
 
     Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances"
     (1979), in the form for W sets at once.
     """
+    mean_WC, invstd_WC = moments_WP.chunk(2, dim=1)
+    var_eps_WC = invstd_WC.pow_(-2)
     count: Count
     if isinstance(counts, Tensor):
         count = counts.sum()
@@ -47,14 +49,10 @@ def merge(moments_WP: Tensor, counts: Sequence[int] | Tensor, eps: float) -> tup
     else:
         count = sum(counts)
         share_W1 = moments_WP.new_tensor([[n / max(count, 1)] for n in counts])
-    mean_WC, invstd_WC = moments_WP.chunk(2, dim=1)
-    invstd_WC.pow_(-2)
-    merged = (moments_WP * share_W1).sum(0)
-    mean, var_eps = merged.chunk(2)
-    var_eps.add_(mean_WC.sub_(mean).square_().mul_(share_W1).sum(0))
+    mean = (mean_WC * share_W1).sum(0)
+    var_eps = var_eps_WC.add_(mean_WC.sub_(mean).square_()).mul_(share_W1).sum(0)
     # var = 0 comes back from a rounded invstd as +-1e-7 * eps; a negative variance must not reach a buffer.
-    var_eps.clamp_(min=eps)
-    return merged, count
+    return mean, var_eps.clamp_(min=eps), count
 
 
 def update_running_(
@@ -80,9 +78,10 @@ def update_running_(
         momentum: weight of the new batch; ``None`` for the cumulative average, 1 / num_batches_tracked, which
             must be given then.
     """
-    seen = count > 0
-    if num_batches_tracked is not None and seen is not False:
-        num_batches_tracked.add_(seen)
+    if isinstance(count, int) and count == 0:
+        return
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(count > 0 if isinstance(count, Tensor) else 1)
     factor: float | Tensor
     if momentum is None:
         assert num_batches_tracked is not None
@@ -92,20 +91,17 @@ def update_running_(
     if isinstance(count, Tensor):
         factor = (count > 0).double() * factor
         bessel: float | Tensor = count / (count - 1).clamp(min=1)
-    elif seen:
-        bessel = count / max(count - 1, 1)
     else:
-        return
+        bessel = count / max(count - 1, 1)
     _blend_(running_mean, mean, factor)
     _blend_(running_var, var * bessel, factor)
 
 
 def _blend_(running: Tensor, value: Tensor, factor: float | Tensor) -> None:
     """Running <- (1 - factor) * running + factor * value."""
-    dtype = torch.promote_types(running.dtype, torch.float32)
+    wide = running if running.dtype in (torch.float32, torch.float64) else running.float()
     if isinstance(factor, Tensor):  # fp64: 0.1 rounded to fp32 would show in an fp64 buffer
-        factor = factor.to(dtype)
-    if dtype == running.dtype:
-        running.lerp_(value.to(dtype), factor)
-    else:
-        running.copy_(torch.lerp(running.to(dtype), value.to(dtype), factor))
+        factor = factor.to(wide.dtype)
+    wide.lerp_(value.to(wide.dtype), factor)
+    if wide is not running:
+        running.copy_(wide)

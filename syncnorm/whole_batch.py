@@ -34,10 +34,10 @@ def of_all_ranks(
         if known is not None:
             return known, None
     gathered = collectives.gather_moments(local_mean, local_invstd, local_count, eps, group, layer)
-    merged, count = moments.merge(gathered.moments, gathered.counts, eps)
+    mean, var_eps, count = moments.merge(gathered.moments, gathered.counts, eps)
     check_count(count, local_count)
-    mean, var_eps = merged.to(local_mean.dtype).chunk(2)
+    mean, var_eps = mean.to(local_mean.dtype), var_eps.to(local_mean.dtype)
     whole = recomputation.Gathered(mean, var_eps.rsqrt(), count, group, gathered.number)
     if segments:
         recomputation.keep(layer, whole, torch.stack([local_mean, local_invstd]), int(local_count), segments)
-    return whole, None if again and group is None else merged[mean.numel() :] - eps
+    return whole, None if again and group is None else var_eps.sub_(eps)

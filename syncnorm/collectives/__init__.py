@@ -167,7 +167,7 @@ def reduce_sums(
     else:
         _, received = exchange(call, sums)
         packed = received.sum(0).to(like.device)
-    return packed.view(len(sums), -1).unbind()
+    return packed.chunk(len(sums))
 
 
 _told: set[str] = set()  # while tracing; torch.compile may run the same in eager mode afterwards
