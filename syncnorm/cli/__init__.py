@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 
 from syncnorm import SyncNormError, __version__
+from syncnorm.cli.bench import bench
 from syncnorm.cli.compare import compare
 from syncnorm.launcher import speaks
 
@@ -21,6 +22,7 @@ def syncnorm() -> None:
 
 
 syncnorm.add_command(compare)
+syncnorm.add_command(bench)
 
 
 def main() -> int:

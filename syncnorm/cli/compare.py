@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import click
 
+from syncnorm.cli.files import check_writable
 from syncnorm.compare import ARMS, run
-from syncnorm.compare.runner import DEFAULT_BATCH_PER_RANK, DEFAULT_PARITY_STEPS, DEFAULT_RANKS, DEFAULT_STEPS
+from syncnorm.compare.ranks import DEFAULT_RANKS
+from syncnorm.compare.runner import DEFAULT_BATCH_PER_RANK, DEFAULT_PARITY_STEPS, DEFAULT_STEPS
 from syncnorm.errors import InputError
 from syncnorm.launcher import speaks
 from syncnorm.report.progress import progress_on_stderr
@@ -64,7 +65,7 @@ def compare(
 
     torchrun --nproc-per-node 2 -m syncnorm compare
     """
-    _check_writable(json_file)
+    check_writable(json_file)
     try:
         comparison = run(
             None if arms is None else [name.strip() for name in arms.split(",")],
@@ -81,17 +82,3 @@ def compare(
         if json_file is not None:  # first: printing fails where nobody reads on
             write_json(comparison, json_file)
         print_comparison(comparison)
-
-
-def _check_writable(json_file: Path | None) -> None:
-    # Before the training, not after it, and by trying. Only rank 0's node writes, so only its ranks look.
-    on_first_node = os.environ.get("RANK", "0") == os.environ.get("LOCAL_RANK", "0")
-    if json_file is None or not on_first_node:
-        return
-    existed = json_file.exists()
-    try:
-        json_file.open("a").close()
-        if not existed:
-            json_file.unlink(missing_ok=True)
-    except OSError as error:
-        raise click.UsageError(f"cannot write {json_file}: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""The ranks of a comparison: those that a launcher started, or gloo processes of our own."""
+"""The ranks of a comparison or a benchmark: those that a launcher started, or gloo processes of our own."""
 
 from __future__ import annotations
 
@@ -9,14 +9,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from syncnorm.compare.records import Comparison, Hardware
+from syncnorm.compare.records import Hardware
+from syncnorm.errors import InputError
+from syncnorm.launcher import launched_world_size
+
+DEFAULT_RANKS = 2
 
 # Ranks that have no part in an arm wait for rank 0 to train it, however long the user lets that take.
 WAIT = timedelta(days=1)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,12 +44,18 @@ class Ranks:
         """Returns once every rank has called it. Collective: all ranks, one barrier."""
         dist.barrier(group=self.control)
 
-    def share(self, comparison: Comparison | None) -> Comparison:
+    def share(self, record: T | None) -> T:
         """Rank 0's record, on every rank. Collective: all ranks, one object broadcast."""
-        box = [comparison]
+        box = [record]
         dist.broadcast_object_list(box, src=0, group=self.control)
         assert box[0] is not None
         return box[0]
+
+    def collect(self, record: T) -> list[T]:
+        """Every rank's record, on every rank. Collective: all ranks, one object gather."""
+        box: list[T | None] = [None] * self.world_size
+        dist.all_gather_object(box, record, group=self.control)
+        return [each for each in box if each is not None]
 
     def hardware(self) -> Hardware:
         """What this rank runs on."""
@@ -68,17 +81,16 @@ def initialised_ranks(device: torch.device) -> Iterator[Ranks]:
 
 
 @contextmanager
-def launched_ranks() -> Iterator[Ranks]:
+def launched_ranks(cpu: bool = False) -> Iterator[Ranks]:
     """`Ranks` of a launcher's environment, on the devices and the backend that accelerate picks for them.
 
-    Gloo on the CPU where the node has fewer GPUs than ranks: NCCL refuses two ranks on one GPU.
+    Gloo on the CPU if ``cpu``, and where the node has fewer GPUs than ranks: NCCL refuses two ranks on one GPU.
     Collective: all ranks.
     """
     from accelerate import PartialState
 
     ours = not dist.is_initialized()
-    too_few_gpus = torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-    state = PartialState(cpu=too_few_gpus)
+    state = PartialState(cpu=cpu or not a_gpu_for_each_launched_rank())
     try:
         # accelerate numbers CPUs ("cpu:0"), which DDP takes for a device to pin the module to.
         with initialised_ranks(state.device if state.device.type == "cuda" else torch.device("cpu")) as ranks:
@@ -86,6 +98,27 @@ def launched_ranks() -> Iterator[Ranks]:
     finally:
         if ours:
             state.destroy_process_group()
+
+
+def a_gpu_for_each_launched_rank() -> bool:
+    """Whether this node has as many GPUs as a launcher started ranks on it."""
+    return torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+
+
+def world_size_for(command: str, ranks: int | None) -> int:
+    """How many ranks ``command`` has: the launcher's, or those that it is to start, 2 by default.
+
+    Raises:
+        InputError: fewer than 2, or not as many as the launcher started.
+    """
+    launched = launched_world_size()
+    if launched is not None and ranks not in (None, launched):
+        raise InputError(f"asked for {ranks} ranks, but the launcher started {launched}: leave the number out")
+    world_size = launched or (DEFAULT_RANKS if ranks is None else ranks)
+    if world_size < 2:
+        fix = "start it with torchrun --nproc-per-node 2" if launched else "ask for --ranks 2"
+        raise InputError(f"{command} needs at least 2 ranks, got {world_size}: {fix}")
+    return world_size
 
 
 def _cpu_name() -> str:

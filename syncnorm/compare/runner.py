@@ -11,14 +11,13 @@ import torch
 from syncnorm.compare.arms import ARMS, SINGLE
 from syncnorm.compare.data import load_digits
 from syncnorm.compare.progress import ProgressFactory, silent
-from syncnorm.compare.ranks import initialised_ranks, launched_ranks
+from syncnorm.compare.ranks import initialised_ranks, launched_ranks, world_size_for
 from syncnorm.compare.records import Comparison, Settings
 from syncnorm.compare.session import compare_on_rank
 from syncnorm.errors import InputError
 from syncnorm.launcher import launched_world_size
 from syncnorm.testing import run_ranks
 
-DEFAULT_RANKS = 2
 DEFAULT_BATCH_PER_RANK = 4
 # Three epochs at the default global batch of 8.
 DEFAULT_STEPS = 504
@@ -100,7 +99,7 @@ def _settings(
     parity_steps = min(DEFAULT_PARITY_STEPS, steps) if parity_steps is None else parity_steps
     if not 1 <= parity_steps <= steps:
         raise InputError(f"parity_steps must be between 1 and steps ({steps}), got {parity_steps}")
-    world_size = _world_size(ranks)
+    world_size = world_size_for("compare", ranks)
     global_batch, num_train = world_size * batch_per_rank, len(load_digits().train_y)
     if global_batch > num_train:
         raise InputError(
@@ -118,17 +117,6 @@ def _settings(
         momentum=MOMENTUM,
         num_groups=NUM_GROUPS,
     )
-
-
-def _world_size(ranks: int | None) -> int:
-    launched = launched_world_size()
-    if launched is not None and ranks not in (None, launched):
-        raise InputError(f"asked for {ranks} ranks, but the launcher started {launched}: leave the number out")
-    world_size = launched or (DEFAULT_RANKS if ranks is None else ranks)
-    if world_size < 2:
-        fix = "start it with torchrun --nproc-per-node 2" if launched else "ask for --ranks 2"
-        raise InputError(f"compare needs at least 2 ranks, got {world_size}: {fix}")
-    return world_size
 
 
 def _arm_names(names: Sequence[str] | None) -> tuple[str, ...]:

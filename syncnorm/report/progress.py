@@ -1,8 +1,8 @@
-"""How far a comparison has come, on stderr: a bar on a terminal, one line an arm elsewhere."""
+"""How far a run has come, on stderr: a bar on a terminal, one line an arm or a row elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -68,3 +68,24 @@ class _Lines:
         outcome = f"not run: {result.not_run}" if result.not_run else f"{result.test_accuracy:.1%} right"
         line = f"{self._arm}/{self._num_arms} {self._label}: {outcome}"
         self._console.print(line, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def counted_on_stderr(total: int) -> Iterator[Callable[[str], None]]:
+    """A function to call with what is measured next, ``total`` times: a bar on a terminal, a line each elsewhere."""
+    console = Console(stderr=True, highlight=False)
+    done = 0
+
+    def tell_line(label: str) -> None:
+        nonlocal done
+        done += 1
+        console.print(f"{done}/{total} {label}", markup=False, soft_wrap=True)
+
+    if not console.is_terminal:
+        yield tell_line
+        return
+    # Twice a second: what is timed needs the core that draws it.
+    columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bar(*columns, console=console, refresh_per_second=2, transient=True) as bar:
+        task = bar.add_task("starting", total=total, completed=-1)
+        yield lambda label: bar.update(task, description=label, advance=1)

@@ -1,0 +1,176 @@
+"""What a benchmark found, as plain frozen records that pickle, print and turn into JSON. Times are seconds a step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from syncnorm.compare.records import Hardware
+
+SCHEMA = "syncnorm.bench"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for; ``shapes`` are those given by hand, None is the table of the device."""
+
+    what: str
+    world_size: int
+    device: str
+    dtypes: tuple[str, ...]
+    repetitions: int
+    block_seconds: float
+    shapes: tuple[tuple[int, ...], ...] | None
+    batch_per_rank: int
+    side: int
+    compiled: bool
+    profile: str | None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One contender of a row, or one arm of the model; or the reason why it did not run, with nothing measured.
+
+    Attributes:
+        name: of the peer or the arm.
+        not_run: why it did not run, else ``None``.
+        seconds: a step's time on the slowest rank, by repetition.
+        median: of ``seconds``.
+        p25: its lower quartile.
+        p75: its upper quartile.
+        ratio_to: baseline -> median over the repetitions of this one's time / the baseline's in the same repetition.
+    """
+
+    name: str
+    not_run: str | None = None
+    seconds: tuple[float, ...] = ()
+    median: float | None = None
+    p25: float | None = None
+    p75: float | None = None
+    ratio_to: dict[str, float] | None = None
+
+    def ratio(self, baseline: str) -> float | None:
+        """``ratio_to[baseline]``; None where one of the two did not run."""
+        return (self.ratio_to or {}).get(baseline)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One input of the layer benchmark, and what each peer took for a forward and a backward."""
+
+    shape: tuple[int, ...]
+    memory_format: str
+    dtype: str
+    num_bytes: int
+    steps_per_block: int
+    peers: tuple[Timing, ...]
+
+    @property
+    def num_elements(self) -> int:
+        """Values of the input."""
+        return math.prod(self.shape)
+
+    @property
+    def label(self) -> str:
+        """The row in a few words."""
+        return f"{'x'.join(map(str, self.shape))} {self.memory_format} {self.dtype}"
+
+    def __getitem__(self, name: str) -> Timing:
+        """The timing of the peer called ``name``."""
+        return _named(self.peers, name)
+
+
+@dataclass(frozen=True)
+class LayerWait:
+    """Milliseconds of a step that one synced layer spends in its exchanges."""
+
+    layer: str
+    forward_ms: float
+    backward_ms: float
+
+
+@dataclass(frozen=True)
+class RankProfile:
+    """Where the time of a profiled step went on one rank; means over the steps, in milliseconds.
+
+    Attributes:
+        rank: whose.
+        steps: how many were profiled.
+        step_ms: the whole step. ``norm_ms``, ``compute_ms`` and ``rest_ms`` add up to it.
+        norm_ms: inside the exchanges of norm layers, mostly waiting for other ranks.
+        compute_ms: from the start of the step until the last gradient is there, less ``norm_ms``.
+        rest_ms: from then on: what DDP still waits for, and the optimiser.
+        layers: in the order in which the forward meets them.
+    """
+
+    rank: int
+    steps: int
+    step_ms: float
+    norm_ms: float
+    compute_ms: float
+    rest_ms: float
+    layers: tuple[LayerWait, ...]
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """The training step of a residual network, by arm."""
+
+    name: str
+    num_parameters: int
+    num_norm_layers: int
+    input_shape: tuple[int, ...]
+    steps_per_block: int
+    arms: tuple[Timing, ...]
+    profile: tuple[RankProfile, ...] = ()
+
+    def __getitem__(self, name: str) -> Timing:
+        """The timing of the arm called ``name``."""
+        return _named(self.arms, name)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the summary: a ratio, and the most that it should be where there is a target."""
+
+    what: str
+    value: float
+    limit: float | None = None
+    where: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the target is met; None where there is none."""
+        return None if self.limit is None else self.value <= self.limit
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A whole run: what was asked, where and when it ran, a row for each input, the model, and the summary."""
+
+    settings: Settings
+    hardware: Hardware
+    syncnorm_version: str
+    torch_version: str
+    python_version: str
+    date: str
+    command: str
+    rows: tuple[Row, ...]
+    model: ModelResult | None
+    summary: tuple[Figure, ...]
+    wall_seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, numbers and strings, with the schema's name and version in front."""
+        record = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **asdict(self)}
+        record["summary"] = [{**asdict(figure), "met": figure.met} for figure in self.summary]
+        return record
+
+
+def _named(timings: tuple[Timing, ...], name: str) -> Timing:
+    for timing in timings:
+        if timing.name == name:
+            return timing
+    raise KeyError(name)

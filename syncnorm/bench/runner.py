@@ -1,0 +1,126 @@
+"""``run``: checks what is asked, finds or starts the ranks, and has them measure."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from syncnorm.bench.progress import ProgressFactory, silent
+from syncnorm.bench.records import Benchmark, Settings
+from syncnorm.bench.session import measure_on_rank
+from syncnorm.bench.shapes import DTYPES, Shape
+from syncnorm.compare.ranks import a_gpu_for_each_launched_rank, initialised_ranks, launched_ranks, world_size_for
+from syncnorm.errors import InputError
+from syncnorm.launcher import launched_world_size
+from syncnorm.testing import run_ranks
+
+WHAT = ("layer", "model", "all")
+DEFAULT_REPETITIONS = 15
+DEFAULT_BATCH_PER_RANK = 8
+SIDE = 64
+# Long against a clock's resolution and a barrier's jitter, short against what else goes on in the machine.
+BLOCK_SECONDS = 0.02
+QUICK_REPETITIONS, QUICK_BLOCK_SECONDS, QUICK_SIDE = 2, 0.002, 16
+# Only to end a run whose ranks hang.
+TIMEOUT = 6 * 3600.0
+
+
+def run(
+    what: str = "all",
+    *,
+    ranks: int | None = None,
+    device: str | None = None,
+    dtypes: Sequence[str] = tuple(DTYPES),
+    shapes: Sequence[Shape] | None = None,
+    repetitions: int | None = None,
+    batch_per_rank: int = DEFAULT_BATCH_PER_RANK,
+    quick: bool = False,
+    compiled: bool = False,
+    profile: Path | None = None,
+    progress: ProgressFactory = silent,
+) -> Benchmark:
+    """Times the synced layer against its peers, and a residual network's training step against plain DDP.
+
+    Under a launcher it uses the ranks that it was given; alone it starts gloo ranks on this machine, which share
+    its GPUs where ``device`` is ``"cuda"``. A rank on a CPU runs on one thread.
+
+    Args:
+        what: ``"layer"``, ``"model"`` or ``"all"``.
+        ranks: how many ranks to start; 2 by default. Under a launcher it must agree with the launcher's.
+        device: ``"cpu"`` or ``"cuda"``; by default cuda where there is one.
+        dtypes: of the layer's input, names out of ``DTYPES``.
+        shapes: of the layer's input on a rank; the device's table by default.
+        repetitions: blocks of each contender.
+        batch_per_rank: images that each rank's model sees a step.
+        quick: few repetitions of few steps on small images: to see that it works, not how fast it is.
+        compiled: measure the compiled model too.
+        profile: a folder for traces of the synced model's step.
+        progress: opened by rank 0, in its own process, to follow the run.
+
+    Returns:
+        The record, the same on every rank.
+
+    Raises:
+        InputError: an argument that cannot be used. Judged before anything starts, alike on every rank.
+
+    Collective: under a launcher, all ranks.
+    """
+    if what not in WHAT:
+        raise InputError(f"what must be one of {', '.join(WHAT)}, got {what!r}")
+    for name in dtypes:
+        if name not in DTYPES:
+            raise InputError(f"no dtype is called {name!r}: the dtypes are {', '.join(DTYPES)}")
+    if repetitions is None:
+        repetitions = QUICK_REPETITIONS if quick else DEFAULT_REPETITIONS
+    for name, value in (("repetitions", repetitions), ("batch_per_rank", batch_per_rank)):
+        if value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
+    if what == "layer" and (profile is not None or compiled):
+        raise InputError("profile and compile are the model's: ask for the model as well")
+    settings = Settings(
+        what=what,
+        world_size=world_size_for("bench", ranks),
+        device=_device(device),
+        dtypes=tuple(dict.fromkeys(dtypes)),
+        repetitions=repetitions,
+        block_seconds=QUICK_BLOCK_SECONDS if quick else BLOCK_SECONDS,
+        shapes=None if shapes is None else tuple(shapes),
+        batch_per_rank=batch_per_rank,
+        side=QUICK_SIDE if quick else SIDE,
+        compiled=compiled,
+        profile=None if profile is None else str(profile),
+    )
+    command = " ".join(["syncnorm", *sys.argv[1:]])
+    if launched_world_size() is None:
+        results: list[Benchmark] = run_ranks(
+            _started_rank, settings.world_size, args=(settings, command, progress), timeout=TIMEOUT
+        )
+        return results[0]
+    if settings.device == "cpu":
+        torch.set_num_threads(1)
+    with launched_ranks(cpu=settings.device == "cpu") as given:
+        return measure_on_rank(settings, command, given, progress)
+
+
+def _started_rank(settings: Settings, command: str, progress: ProgressFactory) -> Benchmark:
+    device = torch.device(settings.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", dist.get_rank() % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    with initialised_ranks(device) as ranks:
+        return measure_on_rank(settings, command, ranks, progress)
+
+
+def _device(asked: str | None) -> str:
+    if asked not in (None, "cpu", "cuda"):
+        raise InputError(f"device must be cpu or cuda, got {asked!r}")
+    # Ranks of our own talk over gloo and can share a GPU; a launcher's talk over NCCL, which refuses that.
+    there = torch.cuda.is_available() and (launched_world_size() is None or a_gpu_for_each_launched_rank())
+    if asked == "cuda" and not there:
+        short = "there is none" if not torch.cuda.is_available() else "the launcher started more ranks than there are"
+        raise InputError(f"asked for cuda, but {short}: leave --device out, or ask for --device cpu")
+    return asked or ("cuda" if there else "cpu")

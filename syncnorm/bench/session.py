@@ -1,0 +1,53 @@
+"""A benchmark as one rank lives through it, together with the other ranks."""
+
+from __future__ import annotations
+
+import platform
+import time
+from datetime import datetime, timezone
+
+import torch
+
+import syncnorm
+from syncnorm.bench.layers import measure_row
+from syncnorm.bench.progress import ProgressFactory, silent
+from syncnorm.bench.records import Benchmark, Row, Settings
+from syncnorm.bench.shapes import rows
+from syncnorm.bench.statistics import summary
+from syncnorm.compare.ranks import Ranks
+
+
+def measure_on_rank(settings: Settings, command: str, ranks: Ranks, open_progress: ProgressFactory) -> Benchmark:
+    """Measures what ``settings`` say; the same record on every rank.
+
+    Collective: all ranks.
+    """
+    started = time.perf_counter()
+    todo = [
+        (*row, dtype)
+        for dtype in settings.dtypes
+        for row in rows(settings.device, settings.shapes, dtype)
+        if settings.what != "model"
+    ]
+    watcher = open_progress if ranks.rank == 0 else silent
+    measured: list[Row] = []
+    with watcher(len(todo)) as tell:
+        for shape, memory_format, dtype in todo:
+            tell(f"{'x'.join(map(str, shape))} {memory_format} {dtype}")
+            measured.append(
+                measure_row(shape, memory_format, dtype, ranks, settings.repetitions, settings.block_seconds)
+            )
+    benchmark = Benchmark(
+        settings=settings,
+        hardware=ranks.hardware(),
+        syncnorm_version=syncnorm.__version__,
+        torch_version=torch.__version__,
+        python_version=platform.python_version(),
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        command=command,
+        rows=tuple(measured),
+        model=None,
+        summary=summary(measured, None, settings.device),
+        wall_seconds=time.perf_counter() - started,
+    )
+    return ranks.share(benchmark if ranks.rank == 0 else None)

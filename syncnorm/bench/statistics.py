@@ -1,0 +1,98 @@
+"""From times to figures: the order of the contenders, medians and quartiles, ratios inside one run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import geometric_mean, median, quantiles
+from typing import TypeVar
+
+from syncnorm.bench.records import Figure, ModelResult, Row, Timing
+
+T = TypeVar("T")
+
+# What the CPU layer and the CPU training step are to reach.
+FLOOR_LIMIT, FLOOR_WORST_LIMIT = 1.0, 1.5
+MEAN_OF_SQUARES_LIMIT = 0.4
+MODEL_LIMIT = 1.10
+COMPILED_LIMIT = 1.0
+# No slower than torch's own layer, where that one runs.
+TORCH_LIMIT = 1.0
+
+
+def rotated(names: Sequence[T], repetition: int) -> list[T]:
+    """``names`` in the order of this repetition: each is first, and last, equally often.
+
+    Example:
+        >>> [rotated("abc", r) for r in range(2)]
+        [['a', 'b', 'c'], ['b', 'c', 'a']]
+    """
+    start = repetition % len(names)
+    return [*names[start:], *names[:start]]
+
+
+def timings(
+    seconds: Mapping[str, Sequence[float]], baselines: Sequence[str], not_run: Mapping[str, str]
+) -> tuple[Timing, ...]:
+    """A `Timing` for each name; first those that ran, each against the baselines that ran in the same repetitions."""
+    ran = []
+    for name, times in seconds.items():
+        p25, middle, p75 = quartiles(times)
+        ratios = {b: median_ratio(times, seconds[b]) for b in baselines if b in seconds and b != name}
+        ran.append(Timing(name, None, tuple(times), middle, p25, p75, ratios))
+    return (*ran, *(Timing(name, reason) for name, reason in not_run.items()))
+
+
+def quartiles(times: Sequence[float]) -> tuple[float, float, float]:
+    """(p25, median, p75), between the values where none is at that place."""
+    if len(times) == 1:
+        return times[0], times[0], times[0]
+    p25, middle, p75 = quantiles(times, n=4, method="inclusive")
+    return p25, middle, p75
+
+
+def median_ratio(ours: Sequence[float], baseline: Sequence[float]) -> float:
+    """Median over the repetitions of ours / baseline: what made a repetition slow made both slow."""
+    return median(a / b for a, b in zip(ours, baseline, strict=True))
+
+
+def summary(rows: Sequence[Row], model: ModelResult | None, device: str) -> tuple[Figure, ...]:
+    """The figures that the benchmark is for; targets are for CPUs, but for that against torch's own layer."""
+    cpu = device == "cpu"
+    figures = []
+    for dtype in dict.fromkeys(row.dtype for row in rows):
+        of_dtype = [row for row in rows if row.dtype == dtype]
+        limits = {
+            "floor": (FLOOR_LIMIT, FLOOR_WORST_LIMIT) if cpu else (None, None),
+            "E[x^2]": (MEAN_OF_SQUARES_LIMIT if cpu else None, None),
+            "torch": (None, TORCH_LIMIT),
+        }
+        for baseline, (mean_limit, worst_limit) in limits.items():
+            figures += _of_rows(of_dtype, dtype, baseline, mean_limit, worst_limit)
+    if model is not None:
+        figures += _of_model(model, cpu)
+    return tuple(figures)
+
+
+def _of_rows(
+    rows: Sequence[Row], dtype: str, baseline: str, mean_limit: float | None, worst_limit: float | None
+) -> list[Figure]:
+    ratios = {row.label: ratio for row in rows if (ratio := row["syncnorm"].ratio(baseline)) is not None}
+    if not ratios:
+        return []
+    worst = max(ratios, key=ratios.__getitem__)
+    return [
+        Figure(f"syncnorm / {baseline}, {dtype}, geometric mean", geometric_mean(ratios.values()), mean_limit),
+        Figure(f"syncnorm / {baseline}, {dtype}, worst row", ratios[worst], worst_limit, worst),
+    ]
+
+
+def _of_model(model: ModelResult, cpu: bool) -> list[Figure]:
+    figures = []
+    for arm in model.arms:
+        for baseline, ratio in (arm.ratio_to or {}).items():
+            compiled = arm.name.endswith("compiled") and baseline != "ddp"
+            if arm.name == "ddp+syncnorm" and baseline == "ddp":
+                figures.append(Figure("model, ddp+syncnorm / ddp", ratio, MODEL_LIMIT if cpu else None))
+            elif compiled:
+                figures.append(Figure("model, ddp+syncnorm compiled / eager", ratio, COMPILED_LIMIT))
+    return figures

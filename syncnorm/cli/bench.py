@@ -1,0 +1,75 @@
+"""``syncnorm bench``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from syncnorm.bench import run
+from syncnorm.bench.runner import DEFAULT_REPETITIONS, WHAT
+from syncnorm.bench.shapes import DTYPES, parse_shapes
+from syncnorm.cli.files import check_writable
+from syncnorm.compare.ranks import DEFAULT_RANKS
+from syncnorm.errors import InputError
+from syncnorm.launcher import speaks
+from syncnorm.report.bench_terminal import print_benchmark
+from syncnorm.report.progress import counted_on_stderr
+from syncnorm.report.records_json import write_json
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+@click.command(short_help="The synced layer's speed against its peers.")
+@click.option("--what", metavar="WHAT", default="all", show_default=True, help=f"One of {', '.join(WHAT)}.")
+@click.option(
+    "--ranks", type=int, metavar="N", help=f"Ranks to start, {DEFAULT_RANKS} by default; not under a launcher."
+)
+@click.option("--device", metavar="DEVICE", help="cpu or cuda; cuda by default where there is one.")
+@click.option(
+    "--dtypes",
+    metavar="A,B",
+    default=",".join(DTYPES),
+    show_default=True,
+    help="Of the layer's input; parameters stay fp32.",
+)
+@click.option("--shapes", metavar="N,C,..;..", help="Of the layer's input on a rank, instead of the table.")
+@click.option(
+    "--repetitions", type=int, metavar="N", help=f"Blocks of each contender, {DEFAULT_REPETITIONS} by default."
+)
+@click.option("--quick", is_flag=True, help="A short run that shows that it works; its figures mean little.")
+@click.option("--json", "json_file", type=_FILE, metavar="FILE", help="Write the result to FILE as well.")
+def bench(
+    what: str,
+    ranks: int | None,
+    device: str | None,
+    dtypes: str,
+    shapes: str | None,
+    repetitions: int | None,
+    quick: bool,
+    json_file: Path | None,
+) -> None:
+    """Time the synced layer against local batch norm, the bare collectives and the usual work-around.
+
+    Alone it starts gloo ranks on this machine, one thread each. Under a launcher it uses the ranks that it is given:
+
+    torchrun --nproc-per-node 2 -m syncnorm bench
+    """
+    check_writable(json_file)
+    try:
+        benchmark = run(
+            what,
+            ranks=ranks,
+            device=device,
+            dtypes=[name.strip() for name in dtypes.split(",")],
+            shapes=None if shapes is None else parse_shapes(shapes),
+            repetitions=repetitions,
+            quick=quick,
+            progress=counted_on_stderr,
+        )
+    except InputError as error:
+        raise click.UsageError(str(error)) from error
+    if speaks():
+        if json_file is not None:  # first: printing fails where nobody reads on
+            write_json(benchmark, json_file)
+        print_benchmark(benchmark)

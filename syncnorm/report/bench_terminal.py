@@ -1,0 +1,166 @@
+"""A benchmark on a terminal: times, ratios inside the run, and which targets they meet."""
+
+from __future__ import annotations
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from syncnorm.bench.records import Benchmark, Figure, ModelResult, Row, Timing
+
+# What the table of rows needs; longer lines are hard to read.
+WIDTH = 100
+# More decimals would be noise.
+RATIO = ".2f"
+
+_FORMATS = {"contiguous": "contig.", "channels_last": "ch. last"}
+# By name; E[x^2] is what files call it.
+_ABOUT = {
+    "local": "local: nn.BatchNorm, which talks to nobody.",
+    "floor": "floor: local, and beside it the two bare collectives that any synced layer needs.",
+    "E[x^2]": "E[x²]: the common work-around, an all_reduce of E[x] and E[x²].",
+    "syncnorm": "syncnorm: SyncBatchNorm1d/2d/3d of this package.",
+    "torch": "torch: torch.nn.SyncBatchNorm.",
+}
+
+
+def print_benchmark(benchmark: Benchmark, console: Console | None = None) -> None:
+    """Prints tables, summary and legend, at most 100 columns wide; plain text where stdout is no terminal."""
+    if console is None:
+        console = Console(highlight=False)
+        # Wider than a narrow terminal if need be: it wraps lines, where a table that fits would cut the figures.
+        console.width = WIDTH
+    console.print(render(benchmark))
+
+
+def render(benchmark: Benchmark) -> RenderableType:
+    """Everything that there is to show, for any rich console."""
+    parts: list[RenderableType] = [_headline(benchmark)]
+    if benchmark.rows:
+        parts += [Text(), _rows_table(benchmark), _rows_legend(benchmark)]
+    if benchmark.model is not None:
+        parts += [Text(), _model_table(benchmark.model), _model_legend(benchmark.model)]
+    if benchmark.summary:
+        parts += [Text(), _summary_table(benchmark)]
+    return Group(*parts)
+
+
+def _headline(benchmark: Benchmark) -> Text:
+    settings, hardware = benchmark.settings, benchmark.hardware
+    return Text(
+        f"{settings.world_size} ranks, {settings.repetitions} repetitions in turns; times are a step's on the "
+        f"slowest rank.\n"
+        f"{hardware.device_name}, {hardware.cpu_count} cores, {hardware.threads_per_rank} thread(s) a rank, "
+        f"{hardware.backend}, torch {benchmark.torch_version}, syncnorm {benchmark.syncnorm_version}.\n"
+        f"{benchmark.date}, {benchmark.wall_seconds:.0f} s."
+    )
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+
+
+def _rows_table(benchmark: Benchmark) -> Table:
+    has_torch = _ran(benchmark.rows, "torch")
+    table = _table("A layer's forward and backward, microseconds")
+    for header in ("\nshape", "\nformat", "\ndtype"):
+        table.add_column(header, no_wrap=True)
+    headers = ["\nKiB", "\nlocal", "\nfloor", "\nE[x²]", *["\ntorch"] * has_torch, "\nsyncnorm", "\np25-p75"]
+    headers += ["ratio to\nfloor", "\nE[x²]", *["\ntorch"] * has_torch]
+    for header in headers:
+        table.add_column(Text(header), justify="right", no_wrap=True)  # Text: E[x²] is no markup
+    for row in benchmark.rows:
+        table.add_row(*_cells(row, has_torch))
+    return table
+
+
+def _cells(row: Row, has_torch: bool) -> list[str | Text]:
+    ours = row["syncnorm"]
+    cells: list[str | Text] = [
+        "x".join(map(str, row.shape)),
+        _FORMATS[row.memory_format],
+        row.dtype,
+        _number(row.num_bytes / 1024, ",.0f"),
+    ]
+    cells += [_micro(row[name].median) for name in ("local", "floor", "E[x^2]", *["torch"] * has_torch)]
+    cells += [_micro(ours.median), f"{_micro(ours.p25)}-{_micro(ours.p75)}"]
+    cells += [_ratio(ours.ratio(name)) for name in ("floor", "E[x^2]", *["torch"] * has_torch)]
+    return cells
+
+
+def _rows_legend(benchmark: Benchmark) -> Text:
+    absent = {t.name: t.not_run for row in benchmark.rows for t in row.peers if t.not_run}
+    lines = [f"{text} Not run: {absent[name]}" if name in absent else text for name, text in _ABOUT.items()]
+    lines.append(
+        "Medians over the repetitions; p25-p75 is syncnorm's middle half. Ratios: syncnorm's time / theirs in each "
+        "repetition, then the median; below 1 syncnorm is faster. KiB: a rank's input, of this dtype; "
+        "parameters are fp32."
+    )
+    return Text("\n".join(lines), style="dim")
+
+
+def _model_table(model: ModelResult) -> Table:
+    table = _table(
+        f"A training step of {model.name}: {model.num_parameters:,} parameters, {model.num_norm_layers} norm layers, "
+        f"{'x'.join(map(str, model.input_shape))} a rank"
+    )
+    table.add_column("arm", no_wrap=True)
+    for header in ("ms", "p25-p75", "ratio to ddp"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for arm in model.arms:
+        table.add_row(arm.name, *_arm_cells(arm))
+    return table
+
+
+def _arm_cells(arm: Timing) -> tuple[str | Text, ...]:
+    if arm.not_run or arm.median is None or arm.p25 is None or arm.p75 is None:
+        return ("not run", "-", "-")
+    return (f"{arm.median * 1e3:,.1f}", f"{arm.p25 * 1e3:,.1f}-{arm.p75 * 1e3:,.1f}", _ratio(arm.ratio("ddp")))
+
+
+def _model_legend(model: ModelResult) -> Text:
+    lines = [f"Not run: {arm.name}: {arm.not_run}" for arm in model.arms if arm.not_run]
+    lines.append(
+        "DistributedDataParallel, cross-entropy, SGD with momentum; the arms take turns, "
+        f"{model.steps_per_block} steps each. ddp has nn.BatchNorm2d, ddp+syncnorm the same model converted."
+    )
+    return Text("\n".join(lines), style="dim")
+
+
+def _summary_table(benchmark: Benchmark) -> Table:
+    table = _table("Summary")
+    table.add_column("ratio", no_wrap=True)
+    table.add_column("figure", justify="right", no_wrap=True)
+    table.add_column("target", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for figure in benchmark.summary:
+        target = "" if figure.limit is None else f"<= {figure.limit:.2f}"
+        table.add_row(Text(figure.what), f"{figure.value:{RATIO}}", target, _verdict(figure))
+    return table
+
+
+def _verdict(figure: Figure) -> Text:
+    verdict = Text()
+    if figure.met is not None:
+        verdict.append("met" if figure.met else "not met", style="bold green" if figure.met else "bold red")
+    if figure.where:
+        verdict.append(f"{', ' if verdict else ''}{figure.where}")
+    return verdict
+
+
+def _ran(rows: tuple[Row, ...], name: str) -> bool:
+    return any(timing.name == name and not timing.not_run for row in rows for timing in row.peers)
+
+
+def _micro(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e6:,.0f}"
+
+
+def _ratio(ratio: float | None) -> str:
+    return _number(ratio, RATIO)
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
