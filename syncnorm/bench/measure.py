@@ -78,7 +78,7 @@ def _block(step: Step, count: int, device: torch.device) -> float:
 
 def _block_on_gpu(step: Step, count: int) -> float:
     # Events, so that the GPU's clock tells what the GPU did; gaps in which it waits for launches count.
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     start.record()
     for _ in range(count):

@@ -92,8 +92,8 @@ class MeanOfSquares(nn.Module):
         mean, mean_of_squares = (_all_reduce(moments) / dist.get_world_size()).chunk(2)
         var = mean_of_squares - mean * mean
         with torch.no_grad():
-            self.running_mean += self.momentum * (mean - self.running_mean)
-            self.running_var += self.momentum * (var - self.running_var)
+            self.running_mean.add_(mean - self.running_mean, alpha=self.momentum)
+            self.running_var.add_(var - self.running_var, alpha=self.momentum)
         scale = self.weight * torch.rsqrt(var + self.eps)
         shift = self.bias - mean * scale
         per_channel = (1, -1) + (1,) * (x.dim() - 2)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from syncnorm.bench.profiling import make_folder
 from syncnorm.bench.progress import ProgressFactory, silent
 from syncnorm.bench.records import Benchmark, Settings
 from syncnorm.bench.session import measure_on_rank
@@ -81,6 +82,8 @@ def run(
             raise InputError(f"{name} must be at least 1, got {value}")
     if what == "layer" and (profile is not None or compiled):
         raise InputError("profile and compile are the model's: ask for the model as well")
+    if profile is not None:
+        make_folder(profile)
     settings = Settings(
         what=what,
         world_size=world_size_for("bench", ranks),

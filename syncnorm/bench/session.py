@@ -14,6 +14,7 @@ from syncnorm.bench.progress import ProgressFactory, silent
 from syncnorm.bench.records import Benchmark, Row, Settings
 from syncnorm.bench.shapes import rows
 from syncnorm.bench.statistics import summary
+from syncnorm.bench.training import MODEL_STAGES, measure_model
 from syncnorm.compare.ranks import Ranks
 
 
@@ -31,12 +32,15 @@ def measure_on_rank(settings: Settings, command: str, ranks: Ranks, open_progres
     ]
     watcher = open_progress if ranks.rank == 0 else silent
     measured: list[Row] = []
-    with watcher(len(todo)) as tell:
+    model = None
+    with watcher(len(todo) + MODEL_STAGES * (settings.what != "layer")) as tell:
         for shape, memory_format, dtype in todo:
             tell(f"{'x'.join(map(str, shape))} {memory_format} {dtype}")
             measured.append(
                 measure_row(shape, memory_format, dtype, ranks, settings.repetitions, settings.block_seconds)
             )
+        if settings.what != "layer":
+            model = measure_model(settings, ranks, tell)
     benchmark = Benchmark(
         settings=settings,
         hardware=ranks.hardware(),
@@ -46,8 +50,8 @@ def measure_on_rank(settings: Settings, command: str, ranks: Ranks, open_progres
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         command=command,
         rows=tuple(measured),
-        model=None,
-        summary=summary(measured, None, settings.device),
+        model=model,
+        summary=summary(measured, model, settings.device),
         wall_seconds=time.perf_counter() - started,
     )
     return ranks.share(benchmark if ranks.rank == 0 else None)

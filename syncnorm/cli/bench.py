@@ -7,12 +7,14 @@ from pathlib import Path
 import click
 
 from syncnorm.bench import run
-from syncnorm.bench.runner import DEFAULT_REPETITIONS, WHAT
+from syncnorm.bench.runner import DEFAULT_BATCH_PER_RANK, DEFAULT_REPETITIONS, WHAT
 from syncnorm.bench.shapes import DTYPES, parse_shapes
 from syncnorm.cli.files import check_writable
 from syncnorm.compare.ranks import DEFAULT_RANKS
 from syncnorm.errors import InputError
 from syncnorm.launcher import speaks
+from syncnorm.report.bench_csv import write_csv
+from syncnorm.report.bench_plot import write_plot
 from syncnorm.report.bench_terminal import print_benchmark
 from syncnorm.report.progress import counted_on_stderr
 from syncnorm.report.records_json import write_json
@@ -38,7 +40,24 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     "--repetitions", type=int, metavar="N", help=f"Blocks of each contender, {DEFAULT_REPETITIONS} by default."
 )
 @click.option("--quick", is_flag=True, help="A short run that shows that it works; its figures mean little.")
+@click.option(
+    "--batch-per-rank",
+    type=int,
+    default=DEFAULT_BATCH_PER_RANK,
+    show_default=True,
+    metavar="N",
+    help="Images that a rank's model sees a step.",
+)
+@click.option("--compile", "compiled", is_flag=True, help="Time the compiled model too.")
+@click.option(
+    "--profile",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Write traces of the synced model's step to DIR, and show how long each norm layer waits.",
+)
 @click.option("--json", "json_file", type=_FILE, metavar="FILE", help="Write the result to FILE as well.")
+@click.option("--csv", "csv_file", type=_FILE, metavar="FILE", help="Write the layers' rows to FILE, a line a peer.")
+@click.option("--plot", "plot_file", type=_FILE, metavar="FILE.png", help="Draw cost against size.")
 def bench(
     what: str,
     ranks: int | None,
@@ -47,7 +66,12 @@ def bench(
     shapes: str | None,
     repetitions: int | None,
     quick: bool,
+    batch_per_rank: int,
+    compiled: bool,
+    profile: Path | None,
     json_file: Path | None,
+    csv_file: Path | None,
+    plot_file: Path | None,
 ) -> None:
     """Time the synced layer against local batch norm, the bare collectives and the usual work-around.
 
@@ -55,7 +79,7 @@ def bench(
 
     torchrun --nproc-per-node 2 -m syncnorm bench
     """
-    check_writable(json_file)
+    check_writable(json_file, csv_file, plot_file)
     try:
         benchmark = run(
             what,
@@ -64,7 +88,10 @@ def bench(
             dtypes=[name.strip() for name in dtypes.split(",")],
             shapes=None if shapes is None else parse_shapes(shapes),
             repetitions=repetitions,
+            batch_per_rank=batch_per_rank,
             quick=quick,
+            compiled=compiled,
+            profile=profile,
             progress=counted_on_stderr,
         )
     except InputError as error:
@@ -72,4 +99,8 @@ def bench(
     if speaks():
         if json_file is not None:  # first: printing fails where nobody reads on
             write_json(benchmark, json_file)
+        if csv_file is not None:
+            write_csv(benchmark, csv_file)
+        if plot_file is not None:
+            write_plot(benchmark, plot_file)
         print_benchmark(benchmark)

@@ -40,6 +40,8 @@ def render(benchmark: Benchmark) -> RenderableType:
         parts += [Text(), _rows_table(benchmark), _rows_legend(benchmark)]
     if benchmark.model is not None:
         parts += [Text(), _model_table(benchmark.model), _model_legend(benchmark.model)]
+        if benchmark.model.profile:
+            parts += [Text(), _waits_table(benchmark.model), _waits_legend(benchmark.model)]
     if benchmark.summary:
         parts += [Text(), _summary_table(benchmark)]
     return Group(*parts)
@@ -127,6 +129,37 @@ def _model_legend(model: ModelResult) -> Text:
         f"{model.steps_per_block} steps each. ddp has nn.BatchNorm2d, ddp+syncnorm the same model converted."
     )
     return Text("\n".join(lines), style="dim")
+
+
+def _waits_table(model: ModelResult) -> Table:
+    table = _table("Where a profiled step of ddp+syncnorm goes, milliseconds; then the wait of each norm layer")
+    table.add_column("", no_wrap=True)
+    for rank in model.profile:
+        table.add_column(f"rank {rank.rank}\nforward", justify="right", no_wrap=True)
+        table.add_column("\nbackward", justify="right", no_wrap=True)
+    for label, name in _PARTS.items():
+        table.add_row(label, *(cell for rank in model.profile for cell in (_milli(getattr(rank, name)), "")))
+    by_rank = [{wait.layer: wait for wait in rank.layers} for rank in model.profile]
+    for layer in by_rank[0]:
+        waits = [waits.get(layer) for waits in by_rank]
+        cells = [(_milli(w.forward_ms), _milli(w.backward_ms)) if w else ("-", "-") for w in waits]
+        table.add_row(Text(layer), *(cell for pair in cells for cell in pair))
+    return table
+
+
+_PARTS = {"step": "step_ms", "compute": "compute_ms", "in norm layers' exchanges": "norm_ms", "rest": "rest_ms"}
+
+
+def _waits_legend(model: ModelResult) -> Text:
+    return Text(
+        f"Means of {model.profile[0].steps} steps under torch.profiler, which slows them. Compute: until the last "
+        "gradient is there, less the exchanges. Rest: from then on, what DDP still waits for and the optimiser.",
+        style="dim",
+    )
+
+
+def _milli(milliseconds: float) -> str:
+    return f"{milliseconds:,.2f}"
 
 
 def _summary_table(benchmark: Benchmark) -> Table:
