@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from syncnorm.bench.measure import block_length, interleaved, warm_up
+from syncnorm.bench.measure import WARM_UP, block_length, interleaved, warm_up
 from syncnorm.bench.peers import BASELINES, LOCAL, PEERS, Peer
 from syncnorm.bench.records import Row
 from syncnorm.bench.shapes import DTYPES, FORMATS, Shape
@@ -75,9 +75,10 @@ def measure_row(
     """Times the peers on one input. Collective: all ranks."""
     inputs = make_inputs(shape, memory_format, dtype, ranks.device, seed=ranks.rank)
     steps, not_run = _build(peers, shape, inputs, ranks.device)
-    warm = warm_up(steps, ranks)
+    warm_up(steps)
     # The local layer may be far faster than those that wait for each other.
-    slowest = max(seconds for name, seconds in warm.items() if name != LOCAL.name)
+    rough = interleaved({name: step for name, step in steps.items() if name != LOCAL.name}, ranks, 1, WARM_UP)
+    slowest = max(times[0] for times in rough.values())
     count = ranks.share(block_length(slowest, block_seconds))
     seconds = interleaved(steps, ranks, repetitions, count)
     num_bytes = math.prod(shape) * DTYPES[dtype].itemsize

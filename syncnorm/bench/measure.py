@@ -46,19 +46,15 @@ def interleaved(
     return {name: tuple(times) for name, times in zip(seconds, slowest.tolist(), strict=True)}
 
 
-def warm_up(steps: Mapping[str, Step], ranks: Ranks) -> dict[str, float]:
-    """Runs each contender a few times; the seconds a step of the last ones on the slowest rank, by name.
-
-    Collective: all ranks.
-    """
+def warm_up(steps: Mapping[str, Step]) -> None:
+    """Runs each contender a few times: allocators, connections and lazy imports settle. Collective: all ranks."""
     for step in steps.values():
         for _ in range(WARM_UP):
             step()
-    return {name: times[0] for name, times in interleaved(steps, ranks, 1, WARM_UP).items()}
 
 
 def block_length(seconds: float, block_seconds: float) -> int:
-    """Steps that fill ``block_seconds``, at least one.
+    """Steps that fill ``block_seconds`` if one takes ``seconds``, at least one.
 
     Example:
         >>> block_length(0.003, 0.02)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from syncnorm.compare.models import ResidualBlock
 
 NAME = "a ResNet-18-like network"
-WIDTHS = (64, 128, 256, 512)
+# Of the first stage; each later one is twice as wide as the one before.
+WIDTH = 64
 STRIDES = (1, 2, 2, 2)
 NUM_CLASSES = 10
 
@@ -16,16 +17,17 @@ NUM_CLASSES = 10
 class ResNet18(nn.Module):
     """A 3x3 stem, four stages of two residual blocks, mean over space, linear: (N, 3, H, W) -> (N, 10)."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, WIDTHS[0], 3, padding=1, bias=False), nn.BatchNorm2d(WIDTHS[0]))
+        widths = [width * 2**stage for stage in range(len(STRIDES))]
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
         self.stages = nn.Sequential(
             *(
-                nn.Sequential(ResidualBlock(width_in, width, stride), ResidualBlock(width, width, 1))
-                for width_in, width, stride in zip((WIDTHS[0], *WIDTHS[:-1]), WIDTHS, STRIDES, strict=True)
+                nn.Sequential(ResidualBlock(width_in, width_out, stride), ResidualBlock(width_out, width_out, 1))
+                for width_in, width_out, stride in zip((width, *widths[:-1]), widths, STRIDES, strict=True)
             )
         )
-        self.classifier = nn.Linear(WIDTHS[-1], NUM_CLASSES)
+        self.classifier = nn.Linear(widths[-1], NUM_CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, NUM_CLASSES)."""
@@ -34,8 +36,8 @@ class ResNet18(nn.Module):
         return logits
 
 
-def build_model(seed: int = 0) -> ResNet18:
+def build_model(width: int = WIDTH, seed: int = 0) -> ResNet18:
     """The network with ``nn.BatchNorm2d`` layers, the same weights for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return ResNet18()
+        return ResNet18(width)

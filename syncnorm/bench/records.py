@@ -14,7 +14,22 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for; ``shapes`` are those given by hand, None is the table of the device."""
+    """What was asked for.
+
+    Attributes:
+        what: layer, model or all.
+        world_size: ranks.
+        device: cpu or cuda.
+        dtypes: of the layer's input.
+        repetitions: blocks of each contender.
+        block_seconds: about how long a block of the slowest contender of a row takes.
+        shapes: of the layer's input, those given by hand; None is the table of the device.
+        batch_per_rank: images that a rank's model sees.
+        side: pixels of an image, both ways.
+        width: channels of the model's first stage.
+        compiled: whether the compiled model was measured too.
+        profile: folder of the traces, if any.
+    """
 
     what: str
     world_size: int
@@ -25,6 +40,7 @@ class Settings:
     shapes: tuple[tuple[int, ...], ...] | None
     batch_per_rank: int
     side: int
+    width: int
     compiled: bool
     profile: str | None
 

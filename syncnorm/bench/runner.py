@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from syncnorm.bench.models import WIDTH
 from syncnorm.bench.profiling import make_folder
 from syncnorm.bench.progress import ProgressFactory, silent
 from syncnorm.bench.records import Benchmark, Settings
@@ -25,7 +26,7 @@ DEFAULT_BATCH_PER_RANK = 8
 SIDE = 64
 # Long against a clock's resolution and a barrier's jitter, short against what else goes on in the machine.
 BLOCK_SECONDS = 0.02
-QUICK_REPETITIONS, QUICK_BLOCK_SECONDS, QUICK_SIDE = 2, 0.002, 16
+QUICK_REPETITIONS, QUICK_BLOCK_SECONDS, QUICK_SIDE, QUICK_WIDTH = 2, 0.002, 16, 8
 # Only to end a run whose ranks hang.
 TIMEOUT = 6 * 3600.0
 
@@ -57,7 +58,7 @@ def run(
         shapes: of the layer's input on a rank; the device's table by default.
         repetitions: blocks of each contender.
         batch_per_rank: images that each rank's model sees a step.
-        quick: few repetitions of few steps on small images: to see that it works, not how fast it is.
+        quick: few repetitions of few steps, of a narrow model on small images: to see that it works.
         compiled: measure the compiled model too.
         profile: a folder for traces of the synced model's step.
         progress: opened by rank 0, in its own process, to follow the run.
@@ -94,6 +95,7 @@ def run(
         shapes=None if shapes is None else tuple(shapes),
         batch_per_rank=batch_per_rank,
         side=QUICK_SIDE if quick else SIDE,
+        width=QUICK_WIDTH if quick else WIDTH,
         compiled=compiled,
         profile=None if profile is None else str(profile),
     )

@@ -76,13 +76,13 @@ def summary(rows: Sequence[Row], model: ModelResult | None, device: str) -> tupl
 def _of_rows(
     rows: Sequence[Row], dtype: str, baseline: str, mean_limit: float | None, worst_limit: float | None
 ) -> list[Figure]:
-    ratios = {row.label: ratio for row in rows if (ratio := row["syncnorm"].ratio(baseline)) is not None}
+    ratios = [(ratio, row.label) for row in rows if (ratio := row["syncnorm"].ratio(baseline)) is not None]
     if not ratios:
         return []
-    worst = max(ratios, key=ratios.__getitem__)
+    mean, (worst, where) = geometric_mean(ratio for ratio, _ in ratios), max(ratios)
     return [
-        Figure(f"syncnorm / {baseline}, {dtype}, geometric mean", geometric_mean(ratios.values()), mean_limit),
-        Figure(f"syncnorm / {baseline}, {dtype}, worst row", ratios[worst], worst_limit, worst),
+        Figure(f"syncnorm / {baseline}, {dtype}, geometric mean", mean, mean_limit),
+        Figure(f"syncnorm / {baseline}, {dtype}, worst row", worst, worst_limit, where),
     ]
 
 

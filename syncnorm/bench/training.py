@@ -53,15 +53,15 @@ def measure_model(settings: Settings, ranks: Ranks, tell: Callable[[str], None])
     Collective: all ranks.
     """
     images, labels = _batch(settings, ranks)
-    plain = build_model()
-    models: dict[str, nn.Module] = {DDP: build_model(), SYNCED: convert(build_model())}
+    plain = build_model(settings.width)
+    models: dict[str, nn.Module] = {DDP: build_model(settings.width), SYNCED: convert(build_model(settings.width))}
     if settings.compiled:
-        compiled = convert(build_model())
+        compiled = convert(build_model(settings.width))
         compiled.compile()
         models[COMPILED] = compiled
     steps = {name: TrainingStep(_in_ddp(model, ranks), images, labels) for name, model in models.items()}
     tell("model: warm-up")
-    warm_up(steps, ranks)
+    warm_up(steps)
     tell(f"model: {' and '.join(steps)}")
     seconds = interleaved(steps, ranks, settings.repetitions, STEPS_PER_BLOCK)
     tell("model: profile" if settings.profile else "model: done")

@@ -36,7 +36,7 @@ def write_plot(benchmark: Benchmark, path: Path) -> None:
     }
     figure = Figure(figsize=(10, 5.2), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
     for ax, (title, rows) in zip(axes, panels.items(), strict=True):
         _panel(ax, title, rows)
     axes[0].set_ylabel("microseconds a step, forward + backward")
@@ -58,6 +58,7 @@ def _panel(ax: Any, title: str, rows: Sequence[Row]) -> None:
     ax.set_title(title, fontsize=11)
     ax.set_xscale("log")
     ax.set_yscale("log")
+    ax.yaxis.set_major_formatter("{x:,.0f}")
     ax.set_xlabel("elements of a rank's input")
     ax.grid(True, which="major", color="#dddddd", linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)

@@ -10,10 +10,13 @@ from syncnorm.bench.records import Benchmark, Figure, ModelResult, Row, Timing
 
 # What the table of rows needs; longer lines are hard to read.
 WIDTH = 100
+# Of the table of waits; files have all ranks.
+MAX_RANKS = 3
 # More decimals would be noise.
 RATIO = ".2f"
 
-_FORMATS = {"contiguous": "contig.", "channels_last": "ch. last"}
+# How the input lies in memory, by format and dimensions.
+_LAYOUTS = {"contiguous": {2: "NC", 3: "NCL", 4: "NCHW", 5: "NCDHW"}, "channels_last": {4: "NHWC"}}
 # By name; E[x^2] is what files call it.
 _ABOUT = {
     "local": "local: nn.BatchNorm, which talks to nobody.",
@@ -37,13 +40,16 @@ def render(benchmark: Benchmark) -> RenderableType:
     """Everything that there is to show, for any rich console."""
     parts: list[RenderableType] = [_headline(benchmark)]
     if benchmark.rows:
-        parts += [Text(), _rows_table(benchmark), _rows_legend(benchmark)]
-    if benchmark.model is not None:
-        parts += [Text(), _model_table(benchmark.model), _model_legend(benchmark.model)]
-        if benchmark.model.profile:
-            parts += [Text(), _waits_table(benchmark.model), _waits_legend(benchmark.model)]
+        parts += [_title("A layer's forward and backward, microseconds"), _rows_table(benchmark)]
+        parts += [_rows_legend(benchmark)]
+    model = benchmark.model
+    if model is not None:
+        parts += [_title(_model_title(model)), _model_table(model), _model_legend(model)]
+    if model is not None and model.profile:
+        parts += [_title("Where a profiled step of ddp+syncnorm goes, milliseconds"), _split_table(model)]
+        parts += [_split_legend(model), _title("Milliseconds in each norm layer's exchanges"), _waits_table(model)]
     if benchmark.summary:
-        parts += [Text(), _summary_table(benchmark)]
+        parts += [_title("Summary"), _summary_table(benchmark)]
     return Group(*parts)
 
 
@@ -53,24 +59,28 @@ def _headline(benchmark: Benchmark) -> Text:
         f"{settings.world_size} ranks, {settings.repetitions} repetitions in turns; times are a step's on the "
         f"slowest rank.\n"
         f"{hardware.device_name}, {hardware.cpu_count} cores, {hardware.threads_per_rank} thread(s) a rank, "
-        f"{hardware.backend}, torch {benchmark.torch_version}, syncnorm {benchmark.syncnorm_version}.\n"
-        f"{benchmark.date}, {benchmark.wall_seconds:.0f} s."
+        f"{hardware.backend}.\n"
+        f"torch {benchmark.torch_version}, syncnorm {benchmark.syncnorm_version}, {benchmark.date}, "
+        f"{benchmark.wall_seconds:.0f} s."
     )
 
 
-def _table(title: str) -> Table:
-    return Table(
-        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0)
-    )
+def _table() -> Table:
+    return Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+
+
+def _title(text: str) -> Text:
+    # Not the table's own title, which would be broken where the table ends.
+    return Text(f"\n{text}", style="bold")
 
 
 def _rows_table(benchmark: Benchmark) -> Table:
     has_torch = _ran(benchmark.rows, "torch")
-    table = _table("A layer's forward and backward, microseconds")
-    for header in ("\nshape", "\nformat", "\ndtype"):
+    table = _table()
+    for header in ("\nshape", "\nlayout", "\ndtype"):
         table.add_column(header, no_wrap=True)
     headers = ["\nKiB", "\nlocal", "\nfloor", "\nE[x²]", *["\ntorch"] * has_torch, "\nsyncnorm", "\np25-p75"]
-    headers += ["ratio to\nfloor", "\nE[x²]", *["\ntorch"] * has_torch]
+    headers += ["ratio\nfloor", "\nE[x²]", *["\ntorch"] * has_torch]
     for header in headers:
         table.add_column(Text(header), justify="right", no_wrap=True)  # Text: E[x²] is no markup
     for row in benchmark.rows:
@@ -82,7 +92,7 @@ def _cells(row: Row, has_torch: bool) -> list[str | Text]:
     ours = row["syncnorm"]
     cells: list[str | Text] = [
         "x".join(map(str, row.shape)),
-        _FORMATS[row.memory_format],
+        _LAYOUTS[row.memory_format][len(row.shape)],
         row.dtype,
         _number(row.num_bytes / 1024, ",.0f"),
     ]
@@ -103,11 +113,16 @@ def _rows_legend(benchmark: Benchmark) -> Text:
     return Text("\n".join(lines), style="dim")
 
 
-def _model_table(model: ModelResult) -> Table:
-    table = _table(
-        f"A training step of {model.name}: {model.num_parameters:,} parameters, {model.num_norm_layers} norm layers, "
-        f"{'x'.join(map(str, model.input_shape))} a rank"
+def _model_title(model: ModelResult) -> str:
+    shape = "x".join(map(str, model.input_shape))
+    return (
+        f"A training step of {model.name}, milliseconds: {model.num_parameters:,} parameters, "
+        f"{model.num_norm_layers} norm layers,\n{shape} a rank"
     )
+
+
+def _model_table(model: ModelResult) -> Table:
+    table = _table()
     table.add_column("arm", no_wrap=True)
     for header in ("ms", "p25-p75", "ratio to ddp"):
         table.add_column(header, justify="right", no_wrap=True)
@@ -131,15 +146,25 @@ def _model_legend(model: ModelResult) -> Text:
     return Text("\n".join(lines), style="dim")
 
 
-def _waits_table(model: ModelResult) -> Table:
-    table = _table("Where a profiled step of ddp+syncnorm goes, milliseconds; then the wait of each norm layer")
-    table.add_column("", no_wrap=True)
+def _split_table(model: ModelResult) -> Table:
+    table = _table()
+    for header in ("rank", "step", "compute", "norm, forward", "norm, backward", "rest"):
+        table.add_column(header, justify="right", no_wrap=True)
     for rank in model.profile:
+        forward, backward = (sum(getattr(w, name) for w in rank.layers) for name in ("forward_ms", "backward_ms"))
+        parts = (rank.step_ms, rank.compute_ms, forward, backward, rank.rest_ms)
+        table.add_row(str(rank.rank), *(_milli(part) for part in parts))
+    return table
+
+
+def _waits_table(model: ModelResult) -> Table:
+    table = _table()
+    table.add_column("\nlayer", no_wrap=True)
+    shown = model.profile[:MAX_RANKS]
+    for rank in shown:
         table.add_column(f"rank {rank.rank}\nforward", justify="right", no_wrap=True)
         table.add_column("\nbackward", justify="right", no_wrap=True)
-    for label, name in _PARTS.items():
-        table.add_row(label, *(cell for rank in model.profile for cell in (_milli(getattr(rank, name)), "")))
-    by_rank = [{wait.layer: wait for wait in rank.layers} for rank in model.profile]
+    by_rank = [{wait.layer: wait for wait in rank.layers} for rank in shown]
     for layer in by_rank[0]:
         waits = [waits.get(layer) for waits in by_rank]
         cells = [(_milli(w.forward_ms), _milli(w.backward_ms)) if w else ("-", "-") for w in waits]
@@ -147,13 +172,11 @@ def _waits_table(model: ModelResult) -> Table:
     return table
 
 
-_PARTS = {"step": "step_ms", "compute": "compute_ms", "in norm layers' exchanges": "norm_ms", "rest": "rest_ms"}
-
-
-def _waits_legend(model: ModelResult) -> Text:
+def _split_legend(model: ModelResult) -> Text:
     return Text(
-        f"Means of {model.profile[0].steps} steps under torch.profiler, which slows them. Compute: until the last "
-        "gradient is there, less the exchanges. Rest: from then on, what DDP still waits for and the optimiser.",
+        f"Means of {model.profile[0].steps} steps under torch.profiler, which slows them. Norm: inside the exchanges "
+        "of the norm layers, mostly waiting for the other ranks. Compute: until the last gradient is there, less "
+        "norm. Rest: from then on, what DDP still waits for and the optimiser.",
         style="dim",
     )
 
@@ -163,7 +186,7 @@ def _milli(milliseconds: float) -> str:
 
 
 def _summary_table(benchmark: Benchmark) -> Table:
-    table = _table("Summary")
+    table = _table()
     table.add_column("ratio", no_wrap=True)
     table.add_column("figure", justify="right", no_wrap=True)
     table.add_column("target", no_wrap=True)
