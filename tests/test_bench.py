@@ -276,6 +276,14 @@ def test_bad_arguments_cost_one_line_and_exit_2(call, arguments, message):
     assert err.count("\n") == 1
 
 
+def test_a_missing_matplotlib_is_told_before_the_measuring(call, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    command = sys.modules["syncnorm.cli.bench"]  # the package has the command under this name
+    monkeypatch.setattr(command, "run", lambda *args, **kwargs: pytest.fail("it measured"))
+    code, _, err = call("--plot", str(tmp_path / "plot.png"))
+    assert (code, err) == (2, 'syncnorm: needs matplotlib: pip install "syncnorm[compare]"\n')
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu_is_refused(call):
     code, _, err = call("--device", "cuda")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -83,8 +84,6 @@ def run(
             raise InputError(f"{name} must be at least 1, got {value}")
     if what == "layer" and (profile is not None or compiled):
         raise InputError("profile and compile are the model's: ask for the model as well")
-    if profile is not None:
-        make_folder(profile)
     settings = Settings(
         what=what,
         world_size=world_size_for("bench", ranks),
@@ -99,16 +98,27 @@ def run(
         compiled=compiled,
         profile=None if profile is None else str(profile),
     )
+    if profile is not None:
+        make_folder(profile)
     command = " ".join(["syncnorm", *sys.argv[1:]])
     if launched_world_size() is None:
         results: list[Benchmark] = run_ranks(
             _started_rank, settings.world_size, args=(settings, command, progress), timeout=TIMEOUT
         )
         return results[0]
-    if settings.device == "cpu":
-        torch.set_num_threads(1)
-    with launched_ranks(cpu=settings.device == "cpu") as given:
+    on_cpu = settings.device == "cpu"
+    with _threads(1 if on_cpu else torch.get_num_threads()), launched_ranks(cpu=on_cpu) as given:
         return measure_on_rank(settings, command, given, progress)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _started_rank(settings: Settings, command: str, progress: ProgressFactory) -> Benchmark:

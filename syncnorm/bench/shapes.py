@@ -25,7 +25,7 @@ CPU_SHAPES: tuple[Shape, ...] = (
     (2, 16, 16, 32, 32),  # volumes
 )
 
-# Out of batches 8, 32, 128, widths 64, 256, 1024 and sides 7 to 112: from where launches are all that costs to 400 MiB.
+# Out of batches 8, 32, 128, widths 64, 256, 1024, sides 7 to 112: from where launches are all the cost to 400 MiB.
 CUDA_SHAPES: tuple[Shape, ...] = (
     (8, 64, 7, 7),
     (8, 256, 7, 7),

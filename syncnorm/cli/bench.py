@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import click
@@ -80,6 +81,8 @@ def bench(
     torchrun --nproc-per-node 2 -m syncnorm bench
     """
     check_writable(json_file, csv_file, plot_file)
+    if plot_file is not None:
+        importlib.import_module("matplotlib")  # missing: told now, not after the measuring
     try:
         benchmark = run(
             what,
