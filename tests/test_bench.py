@@ -1,4 +1,5 @@
 import csv
+import importlib
 import io
 import json
 import os
@@ -53,12 +54,14 @@ def stepped(name, shape, dtype):
     layer.register_forward_hook(lambda module, args, output: outputs.append(output.detach()))
     step = LayerStep(layer, [(x.requires_grad_(), dy)])
     step()
+    mean = layer.running_mean.clone()
+    step()  # the gradients are this step's, not the sum of both
     return {
         "y": outputs[0],
         "dx": x.grad,
         "dw": layer.weight.grad,
         "db": layer.bias.grad,
-        "mean": layer.running_mean,
+        "mean": mean,
         "w": layer.weight.detach(),
         "b": layer.bias.detach(),
     }
@@ -278,7 +281,7 @@ def test_bad_arguments_cost_one_line_and_exit_2(call, arguments, message):
 
 def test_a_missing_matplotlib_is_told_before_the_measuring(call, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    command = sys.modules["syncnorm.cli.bench"]  # the package has the command under this name
+    command = importlib.import_module("syncnorm.cli.bench")  # the package has the command under this name
     monkeypatch.setattr(command, "run", lambda *args, **kwargs: pytest.fail("it measured"))
     code, _, err = call("--plot", str(tmp_path / "plot.png"))
     assert (code, err) == (2, 'syncnorm: needs matplotlib: pip install "syncnorm[compare]"\n')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from syncnorm.bench.records import Benchmark, Row
@@ -75,17 +76,13 @@ def _panel(ax: Any, title: str, rows: Sequence[Row]) -> None:
         medians = [median * 1e6 for _, median, _, _ in points]
         below = [(median - p25) * 1e6 for _, median, p25, _ in points]
         above = [(p75 - median) * 1e6 for _, median, _, p75 in points]
-        ax.errorbar(
-            sizes,
-            medians,
-            yerr=(below, above),
-            label=label,
-            marker=marker,
-            linestyle=line,
-            color=colour,
-            linewidth=width,
-            markersize=6,
-            markerfacecolor=colour if name == "syncnorm" else "white",
-            elinewidth=0.8,
-            capsize=2,
-        )
+        look = {"color": colour, "linewidth": width}
+        fill = colour if name == "syncnorm" else "white"
+        points_look = {"marker": marker, "markersize": 6, "markerfacecolor": fill}
+        spread = {"yerr": (below, above), "elinewidth": 0.8, "capsize": 2}
+        ax.errorbar(sizes, medians, linestyle="none", zorder=4, **look, **points_look, **spread)
+        # Shapes of one size differ in width and in sides: the line goes between them.
+        at_size = {size: [m for s, m in zip(sizes, medians, strict=True) if s == size] for size in sizes}
+        middles = [geometric_mean(each) for each in at_size.values()]
+        ax.plot(list(at_size), middles, linestyle=line, zorder=3, **look)
+        ax.plot([], [], linestyle=line, label=label, **look, **points_look)
