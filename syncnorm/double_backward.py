@@ -64,7 +64,7 @@ def double_backward(
     local = [local_v, local_vx, local_vdy, u * dy_.sum(dims), u * (dy_ * xhat).sum(dims)]
     mean_v, mean_vx, mean_vdy, mean_udy, mean_udyx = (
         total / count
-        for total in collectives.reduce_sums(local, group, layer, number, collectives.Kind.DOUBLE_BACKWARD)
+        for total in collectives.reduce_sums(local, group, layer, number, collectives.Kind.DOUBLE_BACKWARD)()
     )
     mean_dy, mean_dyx = sum_dy / count, sum_dy_xmu * s / count
 

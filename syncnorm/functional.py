@@ -244,16 +244,20 @@ def _gradients(
     else:
         sum_dy, sum_dy_xmu = torch.zeros_like(mean), torch.zeros_like(mean)
     # Local on purpose: DDP averages the gradients of parameters over ranks.
-    d_weight = (sum_dy_xmu * invstd).to(weight.dtype) if weight is not None and needed[1] else None
     d_bias = sum_dy.to(bias_dtype) if needed[2] else None
 
     # Also where this rank's own input needs no gradient, as that of an empty rank may: the others wait.
-    sum_dy, sum_dy_xmu = collectives.reduce_sums([sum_dy, sum_dy_xmu], group, layer, number)
+    finish = collectives.reduce_sums([sum_dy, sum_dy_xmu], group, layer, number)
+    # While the sums travel: what does not need them.
+    d_weight = (sum_dy_xmu * invstd).to(weight.dtype) if weight is not None and needed[1] else None
     dx = None
     if needed[0] and x.numel() > 0:
-        dx = passes.apply_grad(dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count)
+        dx = passes.begin_grad(dy, invstd, weight)
     elif needed[0]:
         dx = torch.empty_like(x)
+    sum_dy, sum_dy_xmu = finish()
+    if dx is not None and x.numel() > 0:
+        dx = passes.finish_grad(dx, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count)
     return dx, d_weight, d_bias, sum_dy, sum_dy_xmu
 
 

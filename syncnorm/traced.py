@@ -14,7 +14,7 @@ from torch._library.effects import EffectType
 
 from syncnorm import collectives, moments, recomputation
 from syncnorm.errors import SyncNormError
-from syncnorm.kernels.cpu import apply_grad, local_moments, masked_moments, per_channel
+from syncnorm.kernels.cpu import begin_grad, finish_grad, local_moments, masked_moments, per_channel
 from syncnorm.whole_batch import of_all_ranks
 
 ALONE = ""  # the name of no group: this process by itself
@@ -104,7 +104,7 @@ def _(
 @torch.library.custom_op("syncnorm::reduce_sums", mutates_args=())
 def reduce_sums(sum_dy: Tensor, sum_dy_xmu: Tensor, number: Tensor, group: str, layer: str) -> tuple[Tensor, Tensor]:
     """``collectives.reduce_sums`` of a backward; ``number`` is what :func:`gather_moments` returned."""
-    first, second = collectives.reduce_sums([sum_dy, sum_dy_xmu], named(group), layer, int(number))
+    first, second = collectives.reduce_sums([sum_dy, sum_dy_xmu], named(group), layer, int(number))()
     return first.clone(), second.clone()  # an operator's results share no memory
 
 
@@ -164,5 +164,5 @@ class SyncBatchNorm(torch.autograd.Function):
         d_weight = None if weight is None else (sum_dy_xmu * invstd).to(weight.dtype)
         d_bias = None if ctx.bias_dtype is None else sum_dy.to(ctx.bias_dtype)
         sum_dy, sum_dy_xmu = reduce_sums(sum_dy, sum_dy_xmu, number, ctx.group, ctx.layer)
-        dx = apply_grad(dy, input, mean, invstd, weight, sum_dy, sum_dy_xmu, count)
+        dx = finish_grad(begin_grad(dy, invstd, weight), input, mean, invstd, weight, sum_dy, sum_dy_xmu, count)
         return dx, d_weight, d_bias, None, None, None, None

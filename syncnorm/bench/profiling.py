@@ -28,7 +28,7 @@ STEPS = 3
 WARM_UP = 1
 
 # Where tensors of norm layers are communicated.
-_COMMUNICATING = ((Exchange, "__call__"), (direct, "gather"), (direct, "reduce"))
+_COMMUNICATING = ((Exchange, "wait"), (direct, "gather"), (direct, "reduce"))
 
 
 class Training(Protocol):

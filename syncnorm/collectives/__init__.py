@@ -5,7 +5,7 @@ are for; elsewhere they are ``direct``: an all_gather and an all_reduce of the g
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -141,8 +141,8 @@ def gather_moments(
 
 def reduce_sums(
     sums: Sequence[Tensor], group: dist.ProcessGroup | None, layer: str, number: int, kind: Kind = Kind.BACKWARD
-) -> Sequence[Tensor]:
-    """Each of ``sums`` over all ranks, from one collective of them packed.
+) -> Callable[[], Sequence[Tensor]]:
+    """Starts to add up each of ``sums`` over all ranks, in one collective of them packed.
 
     In the backward these are ``[sum_dy (C), sum_dy_xmu (C)]``. Over gloo every rank gets the others' sums and adds
     them up itself: for a few KiB that takes less time than gloo's all_reduce.
@@ -154,20 +154,22 @@ def reduce_sums(
         number: what that one returned.
         kind: what they are the sums of.
 
+    Returns:
+        What waits for the sums and returns them. No other collective of the group may begin before that.
+
     Raises:
-        SyncNormError: the ranks came for different things, or the collective failed.
+        SyncNormError: now or at the end: the ranks came for different things, or the collective failed.
     """
     if group is None:
-        return sums
+        return lambda: sums
     like = sums[0]
     call = Call(kind, layer, number, like.numel(), like.dtype)
     exchange = exchange_of(group, like.device, call)
     if exchange is None:
-        packed = direct.reduce(torch.cat(tuple(sums)), group, call, peers_of(group).is_first(call))
-    else:
-        _, received = exchange(call, sums)
-        packed = received.sum(0).to(like.device)
-    return packed.chunk(len(sums))
+        finish = direct.reduce(torch.cat(tuple(sums)), group, call, peers_of(group).is_first(call))
+        return lambda: finish().chunk(len(sums))
+    receive = exchange.start(call, sums)
+    return lambda: receive().payloads.sum(0).to(like.device).chunk(len(sums))
 
 
 _told: set[str] = set()  # while tracing; torch.compile may run the same in eager mode afterwards

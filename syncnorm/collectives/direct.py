@@ -5,7 +5,7 @@ sums. Names are compared, at the price of a wait, at a layer's first call and at
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -44,17 +44,23 @@ def gather(packed: Tensor, group: dist.ProcessGroup, call: Call, first: bool) ->
     return gathered[:, :-1]
 
 
-def reduce(packed: Tensor, group: dist.ProcessGroup, call: Call, first: bool) -> Tensor:
-    """``packed`` (n) summed over all ranks."""
+def reduce(packed: Tensor, group: dist.ProcessGroup, call: Call, first: bool) -> Callable[[], Tensor]:
+    """Starts to sum ``packed`` (n) over all ranks; what is returned waits for it."""
     if (first or _debug) and not _fake(group):
         _compare(group, call)
     # Sums of fp32 are exact to 2**24.
     tag = float((call.key() + call.number) % (2**24 // group.size()))
     packed = torch.cat([packed, packed.new_full((1,), tag)])
     with _explained(group, call):
-        dist.all_reduce(packed, group=group)
-    _check(packed[-1] == tag * group.size(), group, call)
-    return packed[:-1]
+        work = dist.all_reduce(packed, group=group, async_op=True)
+
+    def finish() -> Tensor:
+        with _explained(group, call):
+            work.wait()
+        _check(packed[-1] == tag * group.size(), group, call)
+        return packed[:-1]
+
+    return finish
 
 
 def _compare(group: dist.ProcessGroup, call: Call) -> None:

@@ -4,11 +4,13 @@ Of its own, so that DDP's collectives and the layer's never meet: ranks that fal
 frames that say so, and not with a gradient bucket of another size.
 """
 
+import functools
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,8 +21,19 @@ from syncnorm.collectives.frames import Frames, Header, agreed, capacity_for
 from syncnorm.errors import SyncNormError
 
 _PATIENCE = timedelta(seconds=0.3)  # how long a rank waits before it looks whether another has failed
+# Seconds that a waiting rank stays awake. A thread that sleeps is woken late, on a core that has gone cold; one that
+# yields leaves the core to gloo's own threads, and to whoever else has work.
+_SPIN = 0.002
+_yield = getattr(os, "sched_yield", functools.partial(time.sleep, 0))
 _FIRST = 1024  # bytes of a frame of which nothing is known yet
 _ROLL_CALL = 0.6  # seconds that a failed rank waits for the others to say where they were
+
+
+class Received(NamedTuple):
+    """What an exchange brought."""
+
+    headers: list[Header]  # in rank order
+    payloads: Tensor  # (W, numbers), zero where a rank has joined; a view that the next exchange overwrites
 
 
 class Exchange:
@@ -44,7 +57,7 @@ class Exchange:
         self._group = _connect(self._store, group)
         self._pending: list[object] = []
 
-    def __call__(self, call: Call, vectors: Sequence[Tensor] = (), values: int = 0) -> tuple[list[Header], Tensor]:
+    def __call__(self, call: Call, vectors: Sequence[Tensor] = (), values: int = 0) -> Received:
         """Gives this rank's ``vectors`` to the others, and theirs to this one.
 
         Args:
@@ -52,19 +65,24 @@ class Exchange:
             vectors: of one dtype; all that come for the same call bring as many numbers.
             values: a channel; goes into the header.
 
-        Returns:
-            ``(headers, payloads (W, numbers))`` in rank order; the latter is a view that the next exchange
-            overwrites, and zero where a rank has joined.
-
         Raises:
             SyncNormError: the ranks came for different calls, or one refused its input, on all ranks alike; or
                 the exchange failed.
         """
+        return self.start(call, vectors, values)()
+
+    def start(self, call: Call, vectors: Sequence[Tensor], values: int = 0) -> Callable[[], Received]:
+        """The exchange under way; what is returned waits for it. No other may start before that has been called."""
         self.calls += 1
         frames = self._of(self._follows.get(self._last, _FIRST))
+        own = frames.write(call, vectors, values)
+        return functools.partial(self._finish, call, vectors, own, frames, self._send(frames, call))
+
+    def _finish(
+        self, call: Call, vectors: Sequence[Tensor], own: Header, frames: Frames, work: dist.Work
+    ) -> Received:
         while True:
-            own = frames.write(call, vectors, values)
-            self._exchange(frames, call)
+            self.wait(work, call)
             found = frames.headers()
             if any(h[:4] != own[:4] for h in found):
                 self._check(call, found, frames)
@@ -72,13 +90,15 @@ class Exchange:
             if size <= frames.room:
                 break
             frames = self._of(capacity_for(size))
+            frames.write(call, vectors, own.values)
+            work = self._send(frames, call)
         self._follows[self._last] = max(capacity_for(size), self._follows.get(self._last, 0))
         self._last = next((h.key for h in found if h.kind != Kind.JOINED), 0)
         payloads = frames.payloads(size, vectors[0].dtype if vectors else torch.uint8)
         for row, header in enumerate(found):
             if header.size == 0:
                 payloads[row] = 0  # what was there is of another exchange
-        return found, payloads
+        return Received(found, payloads)
 
     def refuse(self, reason: str) -> None:
         """Tells the ranks that come, or will come, to the next exchange that this one will not, and why."""
@@ -110,19 +130,25 @@ class Exchange:
         # All ranks see the same headers, so all of them come here.
         names = Frames(len(self.ranks), _FIRST)
         names.write(call, [_text(str(call), names.room)], 0)
-        self._exchange(names, call)
+        self.wait(self._send(names, call), call)
         told = _told(names, names.headers())
         raise SyncNormError(explain_disagreement(self.rank, dict(zip(self.ranks, told, strict=True))))
 
-    def _exchange(self, frames: Frames, call: Call) -> None:
+    def _send(self, frames: Frames, call: Call) -> dist.Work:
         try:
             # Each rank sends its frame to each other one: gloo's all_gather passes them round a ring instead.
-            work = self._group.alltoall_base(frames.received, frames.sent, [], [])
+            return self._group.alltoall_base(frames.received, frames.sent, [], [])
+        except RuntimeError as error:  # torch.distributed's own errors are RuntimeErrors
+            raise SyncNormError(self._explain(call, error)) from error
+
+    def wait(self, work: dist.Work, call: Call) -> None:
+        """Returns when all ranks' frames are here."""
+        try:
             while not _done(work):
                 # A rank whose neighbour died need not be the dead one's neighbour.
                 if self._store.check(["failed"]):
                     raise RuntimeError("another rank's exchange failed")
-        except RuntimeError as error:  # torch.distributed's own errors are RuntimeErrors
+        except RuntimeError as error:
             raise SyncNormError(self._explain(call, error)) from error
 
     def _explain(self, call: Call, error: RuntimeError) -> str:
@@ -155,6 +181,9 @@ def _told(frames: Frames, found: Sequence[Header]) -> list[str]:
 
 
 def _done(work: dist.Work) -> bool:
+    deadline = time.monotonic() + _SPIN
+    while not work.is_completed() and time.monotonic() < deadline:
+        _yield()
     try:
         work.wait(_PATIENCE)
     except RuntimeError:

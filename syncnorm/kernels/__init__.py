@@ -6,8 +6,9 @@ Each device's module has the same four functions. ``x`` and ``dy`` are dense in 
 - ``local_moments(x, eps, scratch) -> mean, invstd``: of this rank's values; ``scratch``, like x, may be overwritten
 - ``normalise(x, mean, invstd, weight, bias, y) -> y``: into ``y``, like x, or into memory of its own
 - ``reduce_grad(dy, x, mean, invstd) -> sum_dy, sum_dy_xmu``: over this rank's values
-- ``apply_grad(dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count) -> dx``: dx like x; the sums and the
-  count are those of all ranks
+- ``begin_grad(dy, invstd, weight) -> begun``: as much of dx as needs no other rank
+- ``finish_grad(begun, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count) -> dx``: dx like x; the sums and the
+  count are those of all ranks; ``begun`` may be overwritten
 """
 
 from types import ModuleType

@@ -86,8 +86,13 @@ def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Te
     return sum_dy, sum_dy_xmu
 
 
-def apply_grad(
-    dy: Tensor,
+def begin_grad(dy: Tensor, invstd: Tensor, weight: Tensor | None) -> Tensor:
+    """``weight * invstd * dy``, in the statistics' dtype."""
+    return dy * per_channel(_scale(invstd, weight), dy)
+
+
+def finish_grad(
+    begun: Tensor,
     x: Tensor,
     mean: Tensor,
     invstd: Tensor,
@@ -96,7 +101,10 @@ def apply_grad(
     sum_dy_xmu: Tensor,
     count: Count,
 ) -> Tensor:
-    """``weight * invstd * (dy - sum_dy / N - (x - mean) * invstd^2 * sum_dy_xmu / N)`` as a * dy - b * x + c."""
+    """``weight * invstd * (dy - sum_dy / N - (x - mean) * invstd^2 * sum_dy_xmu / N)`` as a * dy - b * x + c.
+
+    In place of a * dy; half precision is rounded once, at the end.
+    """
     per_value = 1.0
     if isinstance(count, Tensor):
         sum_dy, sum_dy_xmu = sum_dy / count, sum_dy_xmu / count
@@ -105,13 +113,8 @@ def apply_grad(
     a = _scale(invstd, weight)
     b = torch.mul(a, invstd).mul_(invstd).mul_(sum_dy_xmu)
     c = torch.mul(mean, b).addcmul_(a, sum_dy, value=-1)
-    a, b, c = per_channel(a, x), per_channel(b, x), per_channel(c, x)
-    # Half precision is computed in fp32 and rounded once, at the end.
-    if _channel_is_fastest(x):
-        dx = torch.addcmul(c.mul_(per_value), dy, a)
-    else:
-        dx = torch.mul(dy, a).add_(c, alpha=per_value)
-    return dx.addcmul_(x, b, value=-per_value).to(x.dtype)
+    begun.add_(per_channel(c, x), alpha=per_value)
+    return begun.addcmul_(x, per_channel(b, x), value=-per_value).to(x.dtype)
 
 
 def _channel_is_fastest(x: Tensor) -> bool:

@@ -30,8 +30,13 @@ def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Te
     return sum_dy, sum_dy_xmu
 
 
-def apply_grad(
-    dy: Tensor,
+def begin_grad(dy: Tensor, invstd: Tensor, weight: Tensor | None) -> Tensor:
+    """``dy``: the one kernel comes at the end."""
+    return dy
+
+
+def finish_grad(
+    begun: Tensor,
     x: Tensor,
     mean: Tensor,
     invstd: Tensor,
@@ -44,7 +49,7 @@ def apply_grad(
     # The kernel divides by the sum of int32 counts, which 2**31 values a channel would overflow: divide here.
     one = torch.ones(1, dtype=torch.int32, device=x.device)
     return torch.batch_norm_backward_elemt(
-        dy, x, mean, invstd, _as(weight, mean), sum_dy / count, sum_dy_xmu / count, one
+        begun, x, mean, invstd, _as(weight, mean), sum_dy / count, sum_dy_xmu / count, one
     )
 
 

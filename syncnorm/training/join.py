@@ -154,7 +154,7 @@ class _Shadow(JoinHook):
             assert exchange is not None
             sources: list[int] = []
             while not sources:
-                headers, _ = exchange(collectives.Call(Kind.JOINED), values=is_last_joiner)
+                headers = exchange(collectives.Call(Kind.JOINED), values=is_last_joiner).headers
                 if all(h.kind == Kind.JOINED for h in headers):
                     sources = [row for row, h in enumerate(headers) if h.values]
             for layer in layers:
@@ -169,7 +169,7 @@ def _copy_buffers(exchange: Exchange, source: int, layer: nn.Module) -> None:
     buffers = list(layer.buffers(recurse=False))
     if not buffers:
         return
-    _, received = exchange(collectives.Call(Kind.JOINED), [_bytes(b) for b in buffers])
+    received = exchange(collectives.Call(Kind.JOINED), [_bytes(b) for b in buffers]).payloads
     parts = torch.split(received[source], [b.numel() * b.element_size() for b in buffers])
     for buffer, part in zip(buffers, parts, strict=True):
         buffer.copy_(part.clone().view(buffer.dtype).view_as(buffer))
