@@ -14,7 +14,7 @@ from torch._library.effects import EffectType
 
 from syncnorm import collectives, moments, recomputation
 from syncnorm.errors import SyncNormError
-from syncnorm.kernels.cpu import begin_grad, finish_grad, local_moments, masked_moments, per_channel
+from syncnorm.kernels.cpu import begin_grad, corrected_moments, finish_grad, masked_moments, per_channel
 from syncnorm.whole_batch import of_all_ranks
 
 ALONE = ""  # the name of no group: this process by itself
@@ -137,7 +137,7 @@ class SyncBatchNorm(torch.autograd.Function):
         if padding is not None and count > 0:
             local_mean, local_invstd, valid = masked_moments(input, eps, padding)
         elif count > 0:
-            local_mean, local_invstd = local_moments(input, eps)
+            local_mean, local_invstd = corrected_moments(input, eps)
         else:
             local_mean = input.new_zeros(input.size(1), dtype=moments.statistics_dtype(input.dtype))
             local_invstd = torch.ones_like(local_mean)

@@ -12,12 +12,33 @@ from syncnorm.moments import Count, statistics_dtype
 
 _batch_norm_into = torch.ops.aten.native_batch_norm.out
 _batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
+_squared_distance_into = torch.ops.aten.mse_loss.out
 _SMALL = 2**16  # values; below, one operator takes less time than a quicker three
+_FAR = 2.0  # standard deviations from zero, beyond which the rounding of a mean is no longer that of a deviation
 
 
-def local_moments(x: Tensor, eps: float, scratch: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and invstd, each (C), of one rank's values."""
-    return _moments(x, eps, x.numel() // x.size(1), None, scratch)
+def local_moments(x: Tensor, eps: float, scratch: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and invstd, each (C), of one rank's values, by the two-pass algorithm.
+
+    With the correction of :func:`corrected_moments` for the channels that need it: those whose mean is so far from
+    zero that what rounding leaves of it counts beside the standard deviation.
+    """
+    dims = [d for d in range(x.dim()) if d != 1]
+    wide = x.to(statistics_dtype(x.dtype))
+    mean = wide.mean(dims)
+    squares = _squared_distance_into(wide, per_channel(mean, x), 0, out=scratch if wide is x else wide)
+    var = squares.mean(dims)
+    invstd = torch.rsqrt(var + eps)
+    margin = torch.addcmul(var, mean, mean, value=-(_FAR**-2))
+    if margin.min() < 0:
+        far = margin.less(0).nonzero().squeeze(1)
+        mean[far], invstd[far] = corrected_moments(x.index_select(1, far), eps)
+    return mean, invstd
+
+
+def corrected_moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and invstd, right to the last place however far the mean is from zero."""
+    return _corrected(x, eps, x.numel() // x.size(1), None)
 
 
 def masked_moments(x: Tensor, eps: float, padding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,33 +53,25 @@ def masked_moments(x: Tensor, eps: float, padding: Tensor) -> tuple[Tensor, Tens
         ``(mean (C), invstd (C), count ())``; finite where the count is zero.
     """
     valid = padding.logical_not().sum()
-    return *_moments(x, eps, valid.clamp(min=1), padding, None), valid
+    return *_corrected(x, eps, valid.clamp(min=1), padding), valid
 
 
-def _moments(
-    x: Tensor, eps: float, count: Count, padding: Tensor | None, scratch: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _corrected(x: Tensor, eps: float, count: Count, padding: Tensor | None) -> tuple[Tensor, Tensor]:
     """The corrected two-pass algorithm.
 
     E[x^2] - E[x]^2 would lose everything where the mean is far above the standard deviation. ``sum`` adds up in a
-    cascade, so the error does not grow with the count.
+    cascade, so the error does not grow with the count; what its rounding left of the mean, the second pass finds.
 
     Source: Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983), equation 1.7.
     """
     dims = [d for d in range(x.dim()) if d != 1]
-    dtype = statistics_dtype(x.dtype)
-    wide = x.to(dtype)
-    mean = _mean(wide, dims, count)
-    centred = torch.sub(wide, per_channel(mean, x), out=scratch if wide is x else wide)
+    mean = x.sum(dims, dtype=statistics_dtype(x.dtype)) / count
+    centred = x - per_channel(mean, x)
     if padding is not None:
         centred.masked_fill_(padding, 0)
-    residual = _mean(centred, dims, count)
-    var = _mean(centred.square_(), dims, count).addcmul_(residual, residual, value=-1)
-    return mean.add_(residual), var.add_(eps).rsqrt_()
-
-
-def _mean(x: Tensor, dims: list[int], count: Count) -> Tensor:
-    return x.sum(dims) / count if isinstance(count, Tensor) else x.mean(dims)
+    residual = centred.sum(dims) / count
+    var = centred.square_().sum(dims) / count - residual.square()
+    return mean + residual, torch.rsqrt(var + eps)
 
 
 def normalise(
@@ -87,8 +100,8 @@ def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Te
 
 
 def begin_grad(dy: Tensor, invstd: Tensor, weight: Tensor | None) -> Tensor:
-    """``weight * invstd * dy``, in the statistics' dtype."""
-    return dy * per_channel(_scale(invstd, weight), dy)
+    """``weight * invstd * dy``; ``dy`` itself where the last pass can do this, too."""
+    return dy if _channel_is_fastest(dy) else dy * per_channel(_scale(invstd, weight), dy)
 
 
 def finish_grad(
@@ -103,7 +116,7 @@ def finish_grad(
 ) -> Tensor:
     """``weight * invstd * (dy - sum_dy / N - (x - mean) * invstd^2 * sum_dy_xmu / N)`` as a * dy - b * x + c.
 
-    In place of a * dy; half precision is rounded once, at the end.
+    Half precision is computed in fp32 and rounded once, at the end.
     """
     per_value = 1.0
     if isinstance(count, Tensor):
@@ -113,8 +126,11 @@ def finish_grad(
     a = _scale(invstd, weight)
     b = torch.mul(a, invstd).mul_(invstd).mul_(sum_dy_xmu)
     c = torch.mul(mean, b).addcmul_(a, sum_dy, value=-1)
-    begun.add_(per_channel(c, x), alpha=per_value)
-    return begun.addcmul_(x, per_channel(b, x), value=-per_value).to(x.dtype)
+    if _channel_is_fastest(x):
+        dx = torch.addcmul(per_channel(c.mul_(per_value), x), begun, per_channel(a, x))
+    else:
+        dx = begun.add_(per_channel(c, x), alpha=per_value)
+    return dx.addcmul_(x, per_channel(b, x), value=-per_value).to(x.dtype)
 
 
 def _channel_is_fastest(x: Tensor) -> bool:
