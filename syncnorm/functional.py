@@ -8,8 +8,7 @@ Source: Ioffe and Szegedy, "Batch Normalization" (2015), algorithm 1 and the der
 """
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -80,10 +79,13 @@ def sync_batch_norm(
         True
     """
     group = groups.synced_group(groups.resolve(process_group)) if training else None
-    with refusing(group, input):
+    try:
         check_input(input)
         check_vectors(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
         check_mask(input, mask)
+    except SyncNormError as error:
+        refuse(error, group, input)
+        raise
     return batch_norm_over(
         group,
         layer,
@@ -100,19 +102,14 @@ def sync_batch_norm(
     )
 
 
-@contextmanager
-def refusing(group: dist.ProcessGroup | None, input: Tensor) -> Iterator[None]:
-    """Passes an error of the block on to the other ranks, who would wait for this one."""
-    try:
-        yield
-    except (SyncNormError, ValueError) as error:  # ValueErrors are those of nn.BatchNorm's own checks
-        if group is not None and torch.compiler.is_compiling():
-            from syncnorm import traced
+def refuse(error: Exception, group: dist.ProcessGroup | None, input: Tensor) -> None:
+    """Passes ``error``, about to be raised, on to the other ranks, who would wait for this one."""
+    if group is not None and torch.compiler.is_compiling():
+        from syncnorm import traced
 
-            traced.while_tracing(traced.refuse, str(error), traced.name_of(group), str(input.device))
-        elif group is not None:
-            collectives.refuse(str(error), group, input.device)
-        raise
+        traced.while_tracing(traced.refuse, str(error), traced.name_of(group), str(input.device))
+    elif group is not None:
+        collectives.refuse(str(error), group, input.device)
 
 
 def batch_norm_over(
@@ -132,13 +129,17 @@ def batch_norm_over(
     """:func:`sync_batch_norm` of checked arguments, over a group of two ranks or more; None is this process alone."""
     if training and not groups.syncing():
         group = running_mean = running_var = None
-    with refusing(group, input):
-        if running_mean is None:
-            num_batches_tracked = None  # counts what the running statistics have seen
-        elif training and momentum is None and num_batches_tracked is None:
-            raise InputError("momentum=None averages over num_batches_tracked, which was not given")
-        if training and eps <= 0 and (group is not None or mask is not None):
-            raise InputError(f"eps must be positive in training, got {eps}")
+    wrong = ""
+    if running_mean is None:
+        num_batches_tracked = None  # counts what the running statistics have seen
+    elif training and momentum is None and num_batches_tracked is None:
+        wrong = "momentum=None averages over num_batches_tracked, which was not given"
+    if training and eps <= 0 and (group is not None or mask is not None):
+        wrong = f"eps must be positive in training, got {eps}"
+    if wrong:
+        error = InputError(wrong)
+        refuse(error, group, input)
+        raise error
     padding = None
     if mask is not None:
         padding = ~mask.expand(input.size(0), *input.shape[2:]).unsqueeze(1)
@@ -250,14 +251,13 @@ def _gradients(
     finish = collectives.reduce_sums([sum_dy, sum_dy_xmu], group, layer, number)
     # While the sums travel: what does not need them.
     d_weight = (sum_dy_xmu * invstd).to(weight.dtype) if weight is not None and needed[1] else None
+    begun = passes.begin_grad(dy, invstd, weight) if needed[0] and x.numel() > 0 else None
+    sum_dy, sum_dy_xmu = finish()
     dx = None
-    if needed[0] and x.numel() > 0:
-        dx = passes.begin_grad(dy, invstd, weight)
+    if begun is not None:
+        dx = passes.finish_grad(begun, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count)
     elif needed[0]:
         dx = torch.empty_like(x)
-    sum_dy, sum_dy_xmu = finish()
-    if dx is not None and x.numel() > 0:
-        dx = passes.finish_grad(dx, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count)
     return dx, d_weight, d_bias, sum_dy, sum_dy_xmu
 
 

@@ -81,12 +81,12 @@ def synced_group(group: Any) -> dist.ProcessGroup | None:
         raise SyncNormError(
             f"rank {dist.get_rank()}: the process group of this layer was destroyed. Bind it to another: {BIND}"
         )
-    if group == dist.GroupMember.NON_GROUP_MEMBER or dist.get_rank(group) < 0:
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
         raise InputError(
             f"rank {dist.get_rank()} is not a member of the process group that this layer synchronises over. "
             f"Give each rank a group that holds it: syncnorm.convert(model, group_size=...) does."
         )
-    return group if dist.get_world_size(group) > 1 else None
+    return group if group.size() > 1 else None
 
 
 def subgroup(size: int | Literal["node"]) -> dist.ProcessGroup:

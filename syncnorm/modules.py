@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncnorm import checks, collectives, functional, groups
+from syncnorm import checks, collectives, errors, functional, groups
 
 
 class Synced:
@@ -76,22 +76,26 @@ class SyncMixin(Synced):
         """
         group = groups.synced_group(self.process_group) if self.training else None
         # what the layer holds, not what it was built with: pruning shortens the one and not the other
-        channels = self.num_features if self.running_mean is None else self.running_mean.numel()
-        with functional.refusing(group, input):
+        running_mean, running_var = self.running_mean, self.running_var
+        channels = self.num_features if running_mean is None else running_mean.numel()
+        try:
             self._check_input_dim(input)
             checks.check_input(input, channels)
             checks.check_mask(input, mask)
+        except (errors.SyncNormError, ValueError) as error:  # ValueErrors are those of nn.BatchNorm's own checks
+            functional.refuse(error, group, input)
+            raise
         in_replica = warn_under_data_parallel(self)
         if mask is None and (not self.training or in_replica):
             return super().forward(input)  # type: ignore[misc,no-any-return]
-        training = self.training or self.running_mean is None
+        training = self.training or running_mean is None
         buffers = self.track_running_stats or not self.training
         return functional.batch_norm_over(
             None if in_replica else group,
             self.sync_name(group),
             input,
-            self.running_mean if buffers else None,
-            self.running_var if buffers else None,
+            running_mean if buffers else None,
+            running_var if buffers else None,
             self.weight,
             self.bias,
             training,

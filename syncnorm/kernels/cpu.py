@@ -99,13 +99,15 @@ def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Te
     return sum_dy, sum_dy_xmu
 
 
-def begin_grad(dy: Tensor, invstd: Tensor, weight: Tensor | None) -> Tensor:
-    """``weight * invstd * dy``; ``dy`` itself where the last pass can do this, too."""
-    return dy if _channel_is_fastest(dy) else dy * per_channel(_scale(invstd, weight), dy)
+def begin_grad(dy: Tensor, invstd: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """``weight * invstd * dy``, or ``dy`` itself where the last pass can do this, too; and the factors (C) of dx."""
+    scale = _scale(invstd, weight)
+    slope = torch.mul(scale, invstd).mul_(invstd)
+    return dy if _channel_is_fastest(dy) else dy * per_channel(scale, dy), scale, slope
 
 
 def finish_grad(
-    begun: Tensor,
+    begun: tuple[Tensor, Tensor, Tensor],
     x: Tensor,
     mean: Tensor,
     invstd: Tensor,
@@ -114,22 +116,22 @@ def finish_grad(
     sum_dy_xmu: Tensor,
     count: Count,
 ) -> Tensor:
-    """``weight * invstd * (dy - sum_dy / N - (x - mean) * invstd^2 * sum_dy_xmu / N)`` as a * dy - b * x + c.
+    """``weight * invstd * (dy - sum_dy / N - (x - mean) * invstd^2 * sum_dy_xmu / N)`` as a * dy + (c - b * x) / N.
 
     Half precision is computed in fp32 and rounded once, at the end.
     """
+    dx, a, slope = begun
     per_value = 1.0
     if isinstance(count, Tensor):
         sum_dy, sum_dy_xmu = sum_dy / count, sum_dy_xmu / count
     else:
         per_value = 1 / max(count, 1)
-    a = _scale(invstd, weight)
-    b = torch.mul(a, invstd).mul_(invstd).mul_(sum_dy_xmu)
+    b = slope * sum_dy_xmu
     c = torch.mul(mean, b).addcmul_(a, sum_dy, value=-1)
     if _channel_is_fastest(x):
-        dx = torch.addcmul(per_channel(c.mul_(per_value), x), begun, per_channel(a, x))
+        dx = torch.addcmul(per_channel(c.mul_(per_value), x), dx, per_channel(a, x))
     else:
-        dx = begun.add_(per_channel(c, x), alpha=per_value)
+        dx = dx.add_(per_channel(c, x), alpha=per_value)
     return dx.addcmul_(x, per_channel(b, x), value=-per_value).to(x.dtype)
 
 
@@ -147,4 +149,4 @@ def _as(vector: Tensor | None, like: Tensor) -> Tensor | None:
 
 def per_channel(vector: Tensor, x: Tensor) -> Tensor:
     """(C) -> (1, C, 1, ...), to broadcast over x."""
-    return vector.view(-1, *(1,) * (x.dim() - 2))
+    return vector if x.dim() == 2 else vector.view(-1, *(1,) * (x.dim() - 2))
