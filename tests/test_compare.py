@@ -68,9 +68,9 @@ def test_synced_arm_adds_two_exchanges_a_layer(comparison):
     ddp, synced = comparison["ddp"], comparison["ddp+syncbn"]
     assert [c for c in synced.collectives if c.origin == "ddp"] == list(ddp.collectives)
     norm = {c.op: c for c in synced.collectives if c.origin == "norm"}
-    # Forward and backward: frames of one size, which these narrow layers do not fill.
-    assert {op: c.calls for op, c in norm.items()} == {"all_gather": 2 * layers}
-    assert norm["all_gather"].payload_bytes == 2 * layers * 1024
+    # Forward and backward: frames for each rank, of 2C numbers of fp32 under a header.
+    assert {op: c.calls for op, c in norm.items()} == {"all_to_all": 2 * layers}
+    assert norm["all_to_all"].payload_bytes == 2 * 2 * sum(capacity_for(8 * c) for c in CHANNELS)
 
 
 def test_ddp_reduces_each_gradient_once(comparison):

@@ -58,6 +58,7 @@ _PAYLOAD = {
     "c10d._allgather_base_": ("all_gather", 1),
     "c10d.allgather_coalesced_": ("all_gather", 1),
     "c10d.allgather_into_tensor_coalesced_": ("all_gather", 1),
+    "c10d.alltoall_base_": ("all_to_all", 1),
     "c10d.broadcast_": ("broadcast", 0),
     "c10d.reduce_scatter_": ("reduce_scatter", 1),
     "c10d._reduce_scatter_base_": ("reduce_scatter", 1),
