@@ -6,10 +6,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from syncnorm.collectives.frames import capacity_for
 from syncnorm.compare import ARMS, Comparison, run
 from syncnorm.compare.arms import EmulatedDataParallel
 from syncnorm.compare.data import batch_indices, load_digits
 from syncnorm.compare.measure import CollectiveRecorder, median_step, parity, snapshot
+from syncnorm.compare.models import build_model
 from syncnorm.errors import InputError
 from syncnorm.report.records_json import read_json, write_json
 from syncnorm.testing import run_ranks
@@ -68,9 +70,10 @@ def test_synced_arm_adds_two_exchanges_a_layer(comparison):
     ddp, synced = comparison["ddp"], comparison["ddp+syncbn"]
     assert [c for c in synced.collectives if c.origin == "ddp"] == list(ddp.collectives)
     norm = {c.op: c for c in synced.collectives if c.origin == "norm"}
+    channels = [m.num_features for m in build_model(0).modules() if isinstance(m, nn.BatchNorm2d)]
     # Forward and backward: frames for each rank, of 2C numbers of fp32 under a header.
     assert {op: c.calls for op, c in norm.items()} == {"all_to_all": 2 * layers}
-    assert norm["all_to_all"].payload_bytes == 2 * 2 * sum(capacity_for(8 * c) for c in CHANNELS)
+    assert norm["all_to_all"].payload_bytes == 2 * 2 * sum(capacity_for(8 * c) for c in channels)
 
 
 def test_ddp_reduces_each_gradient_once(comparison):
