@@ -48,6 +48,19 @@ def test_gradient_penalty_pulls_the_gradients_to_one(tmp_path):
     assert abs(norms[-1] - 1) < abs(norms[0] - 1) / 2
 
 
+def test_the_compiled_layer_is_fused_with_its_neighbours(tmp_path):
+    forward, backward, *kernel = torchrun(str(ROOT / "examples" / "compiled_kernels.py"), cwd=tmp_path).splitlines()
+    before, after = forward.split("gather_moments, ")
+    assert before.count("sum") == 1  # one kernel, for all the local moments
+    assert re.search(r"sub\w*", after)
+    assert re.search(r"relu", after)
+    assert any("clamp_min" in line for line in kernel)
+    assert sum("loadu(in_ptr" in line for line in kernel) > 4  # input, mean, invstd, weight, bias, shortcut
+    before, after = backward.split("reduce_sums, ")
+    assert re.search(r"sum_threshold_backward", before)
+    assert re.search(r"threshold_backward", after.split(",")[0])
+
+
 def test_readme_examples_run(tmp_path):
     """Its Python blocks, as written; a test in a block runs under pytest with the plugin's fixtures."""
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)):

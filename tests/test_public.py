@@ -5,6 +5,7 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,18 @@ def test_import_brings_no_plotting_command_line_or_accelerate():
         check=True,
     )
     assert out.stdout == already.stdout
+
+
+def test_import_takes_at_most_a_fifth_of_torchs_own():
+    code = (
+        "import time; start = time.perf_counter(); import torch; between = time.perf_counter(); import syncnorm; "
+        "print((time.perf_counter() - start) / (between - start))"
+    )
+    ratios = [
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        for _ in range(3)
+    ]
+    assert statistics.median(ratios) < 1.2
 
 
 @pytest.mark.parametrize(

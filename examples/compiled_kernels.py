@@ -1,0 +1,48 @@
+"""Prints the kernels that torch.compile makes of a convolution, a synced batch norm, a shortcut and a ReLU.
+
+torchrun --nproc-per-node 2 examples/compiled_kernels.py
+
+One kernel for the statistics, one for all that follows the gather; in the backward one for both sums and one for dx,
+each with the ReLU's part in it. ``syncnorm::gather_moments`` and ``syncnorm::reduce_sums`` stand between them.
+"""
+
+import re
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
+
+import syncnorm
+
+
+class Block(nn.Module):
+    """``relu(norm(conv(x)) + x)``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(64, 64, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 64, H, W) -> the same."""
+        return torch.relu(self.norm(self.conv(x)) + x)
+
+
+def step() -> None:
+    """A forward and a backward."""
+    block(x).square().sum().backward()
+
+
+dist.init_process_group("gloo")
+block = torch.compile(syncnorm.convert(Block()), fullgraph=True)
+x = torch.randn(4, 64, 16, 16, requires_grad=True)
+_, codes = run_and_get_code(step)
+if dist.get_rank() == 0:
+    for direction, code in zip(("forward", "backward"), codes, strict=True):
+        calls = code[code.index("def call(") :]
+        names = re.findall(r"(?:cpp_fused_|ops\.syncnorm\.|ops\.aten\.)(\w+)(?:\.default)?\(", calls)
+        print(f"{direction}: {', '.join(names)}")
+    normalise = re.findall(r"cpp_fused_\w*relu\w* = .*?'''\n(.*?)'''", codes[0], re.DOTALL)[0]
+    print(normalise)
+dist.destroy_process_group()
