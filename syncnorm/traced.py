@@ -14,7 +14,7 @@ from torch._library.effects import EffectType
 
 from syncnorm import collectives, moments, recomputation
 from syncnorm.errors import SyncNormError
-from syncnorm.kernels.cpu import begin_grad, corrected_moments, finish_grad, masked_moments, per_channel
+from syncnorm.kernels.cpu import corrected_moments, masked_moments, per_channel
 from syncnorm.whole_batch import of_all_ranks
 
 ALONE = ""  # the name of no group: this process by itself
@@ -87,7 +87,7 @@ def gather_moments(
     total = torch.as_tensor(whole.count, dtype=torch.float64, device=mean.device)
     new = total.clone()
     if var is None:  # a checkpointed forward, computed again
-        var, new = torch.zeros_like(whole.mean, dtype=torch.float64), torch.zeros_like(total)
+        var, new = torch.zeros_like(whole.mean), torch.zeros_like(total)
     # Clones, for an operator's results belong to nobody else.
     return whole.mean.clone(), whole.invstd.clone(), var, total.clone(), new, torch.tensor(whole.number)
 
@@ -96,9 +96,9 @@ def gather_moments(
 def _(
     mean: Tensor, invstd: Tensor, count: int, valid: Tensor | None, eps: float, group: str, layer: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    var = mean.new_empty(mean.shape, dtype=torch.float64)
     number = torch.empty((), dtype=torch.int64, device="cpu")
-    return torch.empty_like(mean), torch.empty_like(mean), var, var.new_empty(()), var.new_empty(()), number
+    total, new = (mean.new_empty((), dtype=torch.float64) for _ in range(2))
+    return torch.empty_like(mean), torch.empty_like(mean), torch.empty_like(mean), total, new, number
 
 
 @torch.library.custom_op("syncnorm::reduce_sums", mutates_args=())
@@ -164,5 +164,8 @@ class SyncBatchNorm(torch.autograd.Function):
         d_weight = None if weight is None else (sum_dy_xmu * invstd).to(weight.dtype)
         d_bias = None if ctx.bias_dtype is None else sum_dy.to(ctx.bias_dtype)
         sum_dy, sum_dy_xmu = reduce_sums(sum_dy, sum_dy_xmu, number, ctx.group, ctx.layer)
-        dx = finish_grad(begin_grad(dy, invstd, weight), input, mean, invstd, weight, sum_dy, sum_dy_xmu, count)
-        return dx, d_weight, d_bias, None, None, None, None
+        scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
+        slope = scale * invstd.square() * (sum_dy_xmu / count).to(invstd.dtype)
+        dx = per_channel(scale, dy) * dy - per_channel(slope, dy) * (input - per_channel(mean, input))
+        dx = dx - per_channel(scale * (sum_dy / count).to(invstd.dtype), dy)
+        return dx.to(input.dtype), d_weight, d_bias, None, None, None, None

@@ -167,9 +167,9 @@ def calls_of_a_step(backend: str) -> tuple[list[str], list[int]]:
 
     calls, write = [], exchange.Frames.write
 
-    def noted(frames: Any, call: Any, *rest: Any) -> None:
+    def noted(frames: Any, call: Any, *rest: Any) -> Any:
         calls.append(f"{call.kind.name} {call.number} {call.layer[-1]}")
-        write(frames, call, *rest)
+        return write(frames, call, *rest)
 
     exchange.Frames.write = noted
     try:
@@ -315,3 +315,16 @@ def test_ddp_inside_and_outside():
     for how in ("compiled inside", "compiled outside"):
         for got, expected in zip(run_ranks(ddp_steps, args=(how,), timeout=100), want, strict=True):
             torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("valid", [None, torch.tensor(6)])
+def test_what_the_tracer_is_told_of_the_operators_is_what_they_return(dtype, valid):
+    """A wrong dtype here is not an error at run time, but memory read as something else."""
+    from syncnorm import traced
+
+    mean, invstd = torch.randn(4, dtype=dtype), torch.rand(4, dtype=dtype)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(traced.gather_moments, (mean, invstd, 6, valid, 1e-5, traced.ALONE, "a"), test_utils=checks)
+    number = torch.tensor(1)
+    torch.library.opcheck(traced.reduce_sums, (mean, invstd, number, traced.ALONE, "a"), test_utils=checks)

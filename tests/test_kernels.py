@@ -53,3 +53,23 @@ def test_dense_copies_only_what_has_gaps_and_mends_odd_strides():
     assert mended.stride() == torch.empty(odd.shape).contiguous(memory_format=kernels.memory_format(odd)).stride()
     assert kernels.for_device(torch.device("cpu")) is cpu
     assert kernels.for_device(torch.device("cuda")) is not cpu
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "shape", [(3, 5), (9, 1), (6, 5, 7), (2, 5, 300, 401), (3, 700, 20, 13), (1, 2**19)], ids=str
+)
+def test_a_gradient_in_parts_is_the_fp32_gradient_rounded_once(shape, dtype, layout):
+    generator = torch.Generator().manual_seed(0)
+    channels, format_ = shape[1], FORMATS[layout] if len(shape) == 4 else torch.contiguous_format
+    x, dy = (torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=format_) for _ in range(2))
+    mean, invstd, weight, *sums = (torch.rand(channels, generator=generator) + 0.5 for _ in range(5))
+    rest = x, mean, invstd, weight, *sums, 77
+    got = cpu.finish_grad(cpu.begin_grad(dy, invstd, weight), *rest)
+    wide = [t.float() if t is x else t for t in rest]
+    want = cpu.finish_grad(cpu.begin_grad(dy.float(), invstd, weight), *wide)
+    assert got.dtype == dtype
+    assert got.stride() == x.stride()
+    # A rounding that lies between two values may go either way.
+    torch.testing.assert_close(got.float(), want, rtol=torch.finfo(dtype).eps, atol=1e-6)

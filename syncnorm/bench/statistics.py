@@ -56,10 +56,10 @@ def median_ratio(ours: Sequence[float], baseline: Sequence[float]) -> float:
 
 
 def summary(rows: Sequence[Row], model: ModelResult | None, device: str) -> tuple[Figure, ...]:
-    """The figures that the benchmark is for; targets are for CPUs, but for that against torch's own layer."""
-    cpu = device == "cpu"
+    """The figures that the benchmark is for; targets are for fp32 on CPUs, but for that against torch's own layer."""
     figures = []
     for dtype in dict.fromkeys(row.dtype for row in rows):
+        cpu = device == "cpu" and dtype == "fp32"
         of_dtype = [row for row in rows if row.dtype == dtype]
         limits = {
             "floor": (FLOOR_LIMIT, FLOOR_WORST_LIMIT) if cpu else (None, None),
@@ -69,7 +69,7 @@ def summary(rows: Sequence[Row], model: ModelResult | None, device: str) -> tupl
         for baseline, (mean_limit, worst_limit) in limits.items():
             figures += _of_rows(of_dtype, dtype, baseline, mean_limit, worst_limit)
     if model is not None:
-        figures += _of_model(model, cpu)
+        figures += _of_model(model, device == "cpu")
     return tuple(figures)
 
 

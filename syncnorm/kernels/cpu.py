@@ -14,6 +14,7 @@ _batch_norm_into = torch.ops.aten.native_batch_norm.out
 _batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
 _squared_distance_into = torch.ops.aten.mse_loss.out
 _SMALL = 2**16  # values; below, one operator takes less time than a quicker three
+_PART = 2**18  # values, that is a MiB of fp32
 _FAR = 2.0  # standard deviations from zero, beyond which the rounding of a mean is no longer that of a deviation
 
 
@@ -100,10 +101,11 @@ def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Te
 
 
 def begin_grad(dy: Tensor, invstd: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """``weight * invstd * dy``, or ``dy`` itself where the last pass can do this, too; and the factors (C) of dx."""
+    """``weight * invstd * dy``, or ``dy`` itself where the last pass does this, too; and the factors (C) of dx."""
     scale = _scale(invstd, weight)
     slope = torch.mul(scale, invstd).mul_(invstd)
-    return dy if _channel_is_fastest(dy) else dy * per_channel(scale, dy), scale, slope
+    in_last_pass = _channel_is_fastest(dy) or dy.dtype != scale.dtype
+    return dy if in_last_pass else dy * per_channel(scale, dy), scale, slope
 
 
 def finish_grad(
@@ -116,10 +118,7 @@ def finish_grad(
     sum_dy_xmu: Tensor,
     count: Count,
 ) -> Tensor:
-    """``weight * invstd * (dy - sum_dy / N - (x - mean) * invstd^2 * sum_dy_xmu / N)`` as a * dy + (c - b * x) / N.
-
-    Half precision is computed in fp32 and rounded once, at the end.
-    """
+    """``weight * invstd * (dy - sum_dy / N - (x - mean) * invstd^2 * sum_dy_xmu / N)``, a * dy + (c - b * x) / N."""
     dx, a, slope = begun
     per_value = 1.0
     if isinstance(count, Tensor):
@@ -128,11 +127,37 @@ def finish_grad(
         per_value = 1 / max(count, 1)
     b = slope * sum_dy_xmu
     c = torch.mul(mean, b).addcmul_(a, sum_dy, value=-1)
+    if x.dtype != mean.dtype:
+        return _in_parts(dx, x, a, b.mul_(-per_value), c.mul_(per_value))
     if _channel_is_fastest(x):
         dx = torch.addcmul(per_channel(c.mul_(per_value), x), dx, per_channel(a, x))
     else:
-        dx = dx.add_(per_channel(c, x), alpha=per_value)
-    return dx.addcmul_(x, per_channel(b, x), value=-per_value).to(x.dtype)
+        dx.add_(per_channel(c, x), alpha=per_value)
+    return dx.addcmul_(x, per_channel(b, x), value=-per_value)
+
+
+def _in_parts(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """``a * dy + b * x + c`` in half precision: in fp32, rounded once, and a part at a time that fits in the cache.
+
+    Operators on two dtypes at once are slower than a copy, and fp32 copies of whole tensors twice as large as these.
+    """
+    dx = torch.empty_like(x)
+    wide = [torch.empty(min(_PART, x.numel()) + x.size(1), dtype=a.dtype, device=x.device) for _ in range(2)]
+    for dx_part, dy_part, x_part in zip(_parts(dx), _parts(dy), _parts(x), strict=True):
+        dy_wide, x_wide = (
+            w[: part.numel()].view(part.shape).copy_(part) for w, part in zip(wide, (dy_part, x_part), strict=True)
+        )
+        dy_wide.mul_(per_channel(a, dy_wide)).add_(per_channel(c, dy_wide))
+        dx_part.copy_(dy_wide.addcmul_(x_wide, per_channel(b, x_wide)))
+    return dx
+
+
+def _parts(x: Tensor) -> tuple[Tensor, ...]:
+    """Views of at most about ``_PART`` values, (n, C) where the channel is the fastest axis, else (N, C, n)."""
+    if x.dim() > 2:
+        x = x.movedim(1, -1).flatten(0, -2) if _channel_is_fastest(x) else x.flatten(2)
+    axis = 0 if x.dim() == 2 else 2
+    return torch.split(x, max(1, _PART * x.size(axis) // x.numel()), axis)
 
 
 def _channel_is_fastest(x: Tensor) -> bool:
