@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from syncnorm.bench.growth_records import Growth, Simulation
 from syncnorm.compare.records import Hardware
 
 SCHEMA = "syncnorm.bench"
@@ -17,8 +18,8 @@ class Settings:
     """What was asked for.
 
     Attributes:
-        what: layer, model or all.
-        world_size: ranks.
+        what: layer, model, all or growth.
+        world_size: ranks; of growth, those of the largest world, and 0 where none is measured.
         device: cpu or cuda.
         dtypes: of the layer's input.
         repetitions: blocks of each contender.
@@ -29,6 +30,7 @@ class Settings:
         width: channels of the model's first stage.
         compiled: whether the compiled model was measured too.
         profile: folder of the traces, if any.
+        simulate: ranks of the largest simulated world, if any.
     """
 
     what: str
@@ -43,6 +45,7 @@ class Settings:
     width: int
     compiled: bool
     profile: str | None
+    simulate: int | None = None
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,10 @@ class Figure:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A whole run: what was asked, where and when it ran, a row for each input, the model, and the summary."""
+    """A whole run: what was asked, where and when it ran, a row for each input, the model, and the summary.
+
+    ``growth`` and ``simulation`` are there where they were asked for, and the others then empty.
+    """
 
     settings: Settings
     hardware: Hardware
@@ -177,6 +183,8 @@ class Benchmark:
     model: ModelResult | None
     summary: tuple[Figure, ...]
     wall_seconds: float
+    growth: Growth | None = None
+    simulation: Simulation | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, numbers and strings, with the schema's name and version in front."""

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from syncnorm.bench.growth_runner import GROWTH_BLOCK_SECONDS, check_growth, run_growth
 from syncnorm.bench.models import WIDTH
 from syncnorm.bench.profiling import make_folder
 from syncnorm.bench.progress import ProgressFactory, silent
 from syncnorm.bench.records import Benchmark, Settings
 from syncnorm.bench.session import measure_on_rank
 from syncnorm.bench.shapes import DTYPES, Shape
+from syncnorm.bench.simulation import Parameters
+from syncnorm.bench.threads import threads
 from syncnorm.compare.ranks import a_gpu_for_each_launched_rank, initialised_ranks, launched_ranks, world_size_for
 from syncnorm.errors import InputError
 from syncnorm.launcher import launched_world_size
 from syncnorm.testing import run_ranks
 
-WHAT = ("layer", "model", "all")
+WHAT = ("layer", "model", "all", "growth")
 DEFAULT_REPETITIONS = 15
 DEFAULT_BATCH_PER_RANK = 8
 SIDE = 64
 # Long against a clock's resolution and a barrier's jitter, short against what else goes on in the machine.
 BLOCK_SECONDS = 0.02
+DEFAULT_PARAMETERS = Parameters()
 QUICK_REPETITIONS, QUICK_BLOCK_SECONDS, QUICK_SIDE, QUICK_WIDTH = 2, 0.002, 16, 8
 # Only to end a run whose ranks hang.
 TIMEOUT = 6 * 3600.0
@@ -44,6 +47,8 @@ def run(
     quick: bool = False,
     compiled: bool = False,
     profile: Path | None = None,
+    simulate: int | None = None,
+    parameters: Parameters = DEFAULT_PARAMETERS,
     progress: ProgressFactory = silent,
 ) -> Benchmark:
     """Times the synced layer against its peers, and a residual network's training step against plain DDP.
@@ -52,8 +57,10 @@ def run(
     its GPUs where ``device`` is ``"cuda"``. A rank on a CPU runs on one thread.
 
     Args:
-        what: ``"layer"``, ``"model"`` or ``"all"``.
-        ranks: how many ranks to start; 2 by default. Under a launcher it must agree with the launcher's.
+        what: ``"layer"``, ``"model"`` or ``"all"``, which is the two of them; ``"growth"``: what a layer costs in
+            worlds of 1, 2, 3 and 4 ranks of our own.
+        ranks: how many ranks to start; 2 by default. Under a launcher it must agree with the launcher's. Of growth,
+            the largest world.
         device: ``"cpu"`` or ``"cuda"``; by default cuda where there is one.
         dtypes: of the layer's input, names out of ``DTYPES``.
         shapes: of the layer's input on a rank; the device's table by default.
@@ -62,6 +69,8 @@ def run(
         quick: few repetitions of few steps, of a narrow model on small images: to see that it works.
         compiled: measure the compiled model too.
         profile: a folder for traces of the synced model's step.
+        simulate: with growth: what a cost model says of worlds of up to so many ranks.
+        parameters: of that model; what it does not say is fitted to the measured worlds.
         progress: opened by rank 0, in its own process, to follow the run.
 
     Returns:
@@ -82,43 +91,41 @@ def run(
     for name, value in (("repetitions", repetitions), ("batch_per_rank", batch_per_rank)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
-    if what == "layer" and (profile is not None or compiled):
+    if what == "growth" and shapes is not None:
+        raise InputError("shapes are the layer's: growth has its own")
+    if what in ("layer", "growth") and (profile is not None or compiled):
         raise InputError("profile and compile are the model's: ask for the model as well")
+    growth = what == "growth"
+    if not growth and (simulate is not None or parameters != DEFAULT_PARAMETERS):
+        raise InputError(f"a simulation goes with growth, got {what!r}")
     settings = Settings(
         what=what,
-        world_size=world_size_for("bench", ranks),
-        device=_device(device),
-        dtypes=tuple(dict.fromkeys(dtypes)),
+        world_size=check_growth(ranks, device, simulate, parameters) if growth else world_size_for("bench", ranks),
+        device="cpu" if growth else _device(device),
+        dtypes=("fp32",) if growth else tuple(dict.fromkeys(dtypes)),
         repetitions=repetitions,
-        block_seconds=QUICK_BLOCK_SECONDS if quick else BLOCK_SECONDS,
+        block_seconds=QUICK_BLOCK_SECONDS if quick else GROWTH_BLOCK_SECONDS if growth else BLOCK_SECONDS,
         shapes=None if shapes is None else tuple(shapes),
         batch_per_rank=batch_per_rank,
         side=QUICK_SIDE if quick else SIDE,
         width=QUICK_WIDTH if quick else WIDTH,
         compiled=compiled,
         profile=None if profile is None else str(profile),
+        simulate=simulate,
     )
     if profile is not None:
         make_folder(profile)
     command = " ".join(["syncnorm", *sys.argv[1:]])
+    if growth:
+        return run_growth(settings, parameters, quick, command, progress)
     if launched_world_size() is None:
         results: list[Benchmark] = run_ranks(
             _started_rank, settings.world_size, args=(settings, command, progress), timeout=TIMEOUT
         )
         return results[0]
     on_cpu = settings.device == "cpu"
-    with _threads(1 if on_cpu else torch.get_num_threads()), launched_ranks(cpu=on_cpu) as given:
+    with threads(1 if on_cpu else torch.get_num_threads()), launched_ranks(cpu=on_cpu) as given:
         return measure_on_rank(settings, command, given, progress)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _started_rank(settings: Settings, command: str, progress: ProgressFactory) -> Benchmark:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 import click
 
-from syncnorm.bench import run
+from syncnorm.bench import Parameters, run
+from syncnorm.bench.growth_runner import DEFAULT_LARGEST_WORLD
 from syncnorm.bench.runner import DEFAULT_BATCH_PER_RANK, DEFAULT_REPETITIONS, WHAT
 from syncnorm.bench.shapes import DTYPES, parse_shapes
 from syncnorm.cli.files import check_writable
@@ -20,13 +22,18 @@ from syncnorm.report.bench_terminal import print_benchmark
 from syncnorm.report.progress import counted_on_stderr
 from syncnorm.report.records_json import write_json
 
+RING = Parameters()
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command(short_help="The synced layer's speed against its peers.")
-@click.option("--what", metavar="WHAT", default="all", show_default=True, help=f"One of {', '.join(WHAT)}.")
+@click.option("--what", metavar="WHAT", help=f"One of {', '.join(WHAT)}; all, the first two, by default.")
 @click.option(
-    "--ranks", type=int, metavar="N", help=f"Ranks to start, {DEFAULT_RANKS} by default; not under a launcher."
+    "--ranks",
+    type=int,
+    metavar="N",
+    help=f"Ranks to start, {DEFAULT_RANKS} by default; not under a launcher. Of growth: the largest world, "
+    f"{DEFAULT_LARGEST_WORLD} by default.",
 )
 @click.option("--device", metavar="DEVICE", help="cpu or cuda; cuda by default where there is one.")
 @click.option(
@@ -58,9 +65,32 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 )
 @click.option("--json", "json_file", type=_FILE, metavar="FILE", help="Write the result to FILE as well.")
 @click.option("--csv", "csv_file", type=_FILE, metavar="FILE", help="Write the layers' rows to FILE, a line a peer.")
-@click.option("--plot", "plot_file", type=_FILE, metavar="FILE.png", help="Draw cost against size.")
+@click.option("--plot", "plot_file", type=_FILE, metavar="FILE.png", help="Draw cost against size, or ranks.")
+@click.option(
+    "--simulate",
+    type=int,
+    metavar="N",
+    help="What a cost model says of worlds of up to N ranks: --what growth, and what follows from it.",
+)
+@click.option("--latency-us", type=float, metavar="US", help="Simulated: of an exchange; fitted by default.")
+@click.option("--per-message-us", type=float, metavar="US", help="Simulated: for each other rank; fitted by default.")
+@click.option("--bandwidth-gb", type=float, metavar="GB", help="Simulated: GB/s of a rank; fitted by default.")
+@click.option(
+    "--nccl-launch-us", type=float, metavar="US", default=RING.nccl_launch_us, show_default=True, help="Simulated."
+)
+@click.option(
+    "--nccl-hop-us", type=float, metavar="US", default=RING.nccl_hop_us, show_default=True, help="Simulated."
+)
+@click.option(
+    "--nccl-bandwidth-gb",
+    type=float,
+    metavar="GB",
+    default=RING.nccl_bandwidth_gb,
+    show_default=True,
+    help="Simulated.",
+)
 def bench(
-    what: str,
+    what: str | None,
     ranks: int | None,
     device: str | None,
     dtypes: str,
@@ -73,13 +103,23 @@ def bench(
     json_file: Path | None,
     csv_file: Path | None,
     plot_file: Path | None,
+    simulate: int | None,
+    **network: Any,
 ) -> None:
     """Time the synced layer against local batch norm, the bare collectives and the usual work-around.
 
     Alone it starts gloo ranks on this machine, one thread each. Under a launcher it uses the ranks that it is given:
 
     torchrun --nproc-per-node 2 -m syncnorm bench
+
+    How the cost grows with ranks, channels and layers, and what a cost model says of worlds that are not at hand:
+
+    syncnorm bench --simulate 1024
     """
+    if what is None:
+        what = "all" if simulate is None else "growth"
+    if what == "growth" and csv_file is not None:
+        raise click.UsageError("--csv has the layers' rows, and growth has none: take --json")
     check_writable(json_file, csv_file, plot_file)
     if plot_file is not None:
         importlib.import_module("matplotlib")  # missing: told now, not after the measuring
@@ -95,6 +135,8 @@ def bench(
             quick=quick,
             compiled=compiled,
             profile=profile,
+            simulate=simulate,
+            parameters=Parameters(**network),
             progress=counted_on_stderr,
         )
     except InputError as error:

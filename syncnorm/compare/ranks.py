@@ -59,14 +59,23 @@ class Ranks:
 
     def hardware(self) -> Hardware:
         """What this rank runs on."""
-        on_gpu = self.device.type == "cuda"
-        return Hardware(
-            device=self.device.type,
-            device_name=torch.cuda.get_device_name(self.device) if on_gpu else _cpu_name(),
-            backend=self.backend,
-            cpu_count=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-            threads_per_rank=torch.get_num_threads(),
-        )
+        return hardware_of(self.device, self.backend)
+
+
+def hardware_of(device: torch.device, backend: str) -> Hardware:
+    """What this process runs on."""
+    return Hardware(
+        device=device.type,
+        device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        backend=backend,
+        cpu_count=cpu_count(),
+        threads_per_rank=torch.get_num_threads(),
+    )
+
+
+def cpu_count() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -1,0 +1,155 @@
+"""How the cost grows with ranks, channels and layers: worlds of 1, 2, 3, ... of the same ranks, in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from syncnorm.bench.cost_model import frame_bytes
+from syncnorm.bench.growth_records import Cost, Growth
+from syncnorm.bench.layers import LayerStep, make_inputs
+from syncnorm.bench.measure import WARM_UP, Step, block_length, interleaved, warm_up
+from syncnorm.bench.statistics import median_ratio, quartiles
+from syncnorm.collectives import Call, Kind, exchange_of
+from syncnorm.collectives.frames import capacity_for
+from syncnorm.compare.ranks import Ranks, cpu_count
+from syncnorm.modules import SyncBatchNorm2d
+
+GROWTH_STAGES = 2  # what `measure_growth` tells its watcher
+BATCH, SIDE = 4, 4  # of images so small that communication is nearly all
+CHANNELS = (16, 64, 256, 1024)
+STACKS = (1, 4, 16)
+STACK_CHANNELS = 64
+PAYLOADS = (512, 2048, 8192, 32768, 65536)
+QUICK_CHANNELS, QUICK_STACKS, QUICK_PAYLOADS = (16, 64), (1, 2), (512, 65536)
+
+# Kind of contender, ranks, size.
+Key = tuple[str, int, int]
+
+
+@dataclass
+class ExchangeStep:
+    """One exchange of a payload of ``num_bytes``. Collective: the ranks of ``group``."""
+
+    group: dist.ProcessGroup
+    num_bytes: int
+    _vector: Tensor = field(init=False)
+    _calls: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self._vector = torch.ones(self.num_bytes // 4)
+
+    def __call__(self) -> None:
+        """Brings the others' payloads."""
+        self._calls += 1
+        call = Call(Kind.FORWARD, "the bare exchange", self._calls, self._vector.numel())
+        exchange = exchange_of(self.group, self._vector.device, call)
+        assert exchange is not None, "a CPU group over gloo has one"
+        exchange(call, [self._vector])
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """``step`` as often as fills a block. Blocks of one count would take minutes for some, or be noise for others."""
+
+    step: Step
+    count: int
+
+    def __call__(self) -> None:
+        """One block."""
+        for _ in range(self.count):
+            self.step()
+
+
+def growing_worlds(largest: int) -> tuple[int, ...]:
+    """1 to 4, then powers of two, and ``largest``.
+
+    Example:
+        >>> growing_worlds(12)
+        (1, 2, 3, 4, 8, 12)
+    """
+    worlds = [w for w in (1, 2, 3, *(2**n for n in range(2, 16))) if w < largest]
+    return (*worlds, largest)
+
+
+def timed_in_blocks(
+    steps: Mapping[Key, Step], ranks: Ranks, repetitions: int, block_seconds: float
+) -> dict[Key, tuple[int, tuple[float, ...]]]:
+    """Steps a block, and seconds a step by repetition, of contenders whose steps differ by orders of magnitude.
+
+    Collective: all ranks.
+    """
+    named = {"/".join(map(str, key)): step for key, step in steps.items()}
+    rough = interleaved(named, ranks, 1, WARM_UP)  # the slowest rank's, so all come to the same counts
+    counts = {name: block_length(times[0], block_seconds) for name, times in rough.items()}
+    blocks = {name: Repeated(step, counts[name]) for name, step in named.items()}
+    seconds = interleaved(blocks, ranks, repetitions, 1)
+    return {
+        key: (counts[name], tuple(t / counts[name] for t in seconds[name]))
+        for key, name in zip(steps, named, strict=True)
+    }
+
+
+def measure_growth(
+    ranks: Ranks, repetitions: int, block_seconds: float, quick: bool, tell: Callable[[str], None]
+) -> Growth:
+    """Times the contenders in worlds of the first 1, 2, 3, ... of these ranks; the others wait meanwhile.
+
+    Collective: all ranks.
+    """
+    worlds = growing_worlds(ranks.world_size)
+    tell("growth: warm-up")
+    steps = _contenders(worlds, ranks, quick)
+    warm_up({"/".join(map(str, key)): step for key, step in steps.items()})
+    tell(f"growth: worlds of {', '.join(map(str, worlds))} in turns")
+    timed = timed_in_blocks(steps, ranks, repetitions, block_seconds)
+
+    def costs(kind: str) -> tuple[Cost, ...]:
+        found = []
+        for (what, world_size, size), (count, seconds) in timed.items():
+            if what == kind:
+                p25, median, p75 = quartiles(seconds)
+                ratio = median_ratio(seconds, timed[kind, 2, size][1])
+                over = world_size > cpu_count()
+                found.append(Cost(world_size, size, over, count, seconds, median, p25, p75, ratio))
+        return tuple(found)
+
+    return Growth(worlds, BATCH * SIDE**2, STACK_CHANNELS, costs("layer"), costs("stack"), costs("exchange"))
+
+
+def _contenders(worlds: Sequence[int], ranks: Ranks, quick: bool) -> dict[Key, Step]:
+    channels, stacks, payloads = (
+        (QUICK_CHANNELS, QUICK_STACKS, QUICK_PAYLOADS) if quick else (CHANNELS, STACKS, PAYLOADS)
+    )
+    # An exchange's frames are as large as what followed the same exchange before, so contenders of different sizes
+    # in one group would pay for each other's: a group, and so connections, for each size of frame.
+    sizes = sorted({*map(frame_bytes, (*channels, STACK_CHANNELS)), *map(capacity_for, payloads)})
+    groups = {(w, size): dist.new_group(list(range(w))) for w in worlds for size in sizes}
+
+    def synced(world_size: int, width: int, count: int) -> Step:
+        if ranks.rank >= world_size:
+            return _idle
+        group = groups[world_size, frame_bytes(width)]
+        layers = nn.Sequential(*(SyncBatchNorm2d(width, process_group=group) for _ in range(count)))
+        shape = (BATCH, width, SIDE, SIDE)
+        return LayerStep(layers, make_inputs(shape, "contiguous", "fp32", ranks.device, seed=ranks.rank))
+
+    def exchanged(world_size: int, payload: int) -> Step:
+        inside = ranks.rank < world_size
+        return ExchangeStep(groups[world_size, capacity_for(payload)], payload) if inside else _idle
+
+    steps: dict[Key, Step] = {}
+    for world_size in worlds:
+        steps |= {("layer", world_size, c): synced(world_size, c, 1) for c in channels}
+        steps |= {("stack", world_size, n): synced(world_size, STACK_CHANNELS, n) for n in stacks}
+        if world_size > 1:
+            steps |= {("exchange", world_size, p): exchanged(world_size, p) for p in payloads}
+    return steps
+
+
+def _idle() -> None:
+    """What ranks outside a world do while it is timed: they wait for the next block, without a core."""
