@@ -255,7 +255,7 @@ def call(monkeypatch, capsys):
 BAD = [
     (["--dtypes", "fp32,int8"], "no dtype is called 'int8': the dtypes are fp32, bf16"),
     (["--ranks", "1"], "bench needs at least 2 ranks, got 1: ask for --ranks 2"),
-    (["--what", "everything"], "what must be one of layer, model, all, got 'everything'"),
+    (["--what", "everything"], "what must be one of layer, model, all, growth, got 'everything'"),
     (["--shapes", "4,8;4"], "'4' is no shape"),
     (["--shapes", "1,8"], "'1,8' is no shape"),
     (["--repetitions", "0"], "repetitions must be at least 1, got 0"),

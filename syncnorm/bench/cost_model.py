@@ -117,10 +117,12 @@ def over_nccl(ring: Ring) -> LayerCost:
     Each carries one number beside those of the channels by which ranks that disagree are found; the gather the
     count as well.
     """
-    return lambda world_size, channels: (
-        ring.all_gather(world_size, FP32 * (2 * channels + 2))
-        + ring.all_reduce(world_size, FP32 * (2 * channels + 1))
-    )
+
+    def seconds(world_size: int, channels: int) -> float:
+        gathered, summed = FP32 * (2 * channels + 2), FP32 * (2 * channels + 1)
+        return ring.all_gather(world_size, gathered) + ring.all_reduce(world_size, summed)
+
+    return seconds
 
 
 def flat(layer: LayerCost, channels: Iterable[int]) -> Callable[[int], float]:

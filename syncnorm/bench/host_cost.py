@@ -89,8 +89,8 @@ def measure_host(repetitions: int, quick: bool) -> tuple[tuple[HostSample, ...],
 
 
 def _host(seconds: Mapping[Key, tuple[float, ...]], world_size: int, channels: int) -> float:
-    parts = (seconds[what, world_size, channels] for what in ("step", "collectives", "rows"))
-    return median(step - collectives + rows for step, collectives, rows in zip(*parts, strict=True))
+    step, collectives, rows = (seconds[what, world_size, channels] for what in ("step", "collectives", "rows"))
+    return median(s - c + r for s, c, r in zip(step, collectives, rows, strict=True))
 
 
 @contextmanager

@@ -130,9 +130,11 @@ def simulate(
         checks=tuple(checks),
         worlds=tuple(worlds),
         pays_from=PaysFrom(
-            *(pays_from(asked.step, largest) for asked in (of_layer, of_model)),
-            grouped,
-            *(pays_from(asked.step, largest) for asked in (nccl_of_layer, nccl_of_model)),
+            two_level_layer=pays_from(of_layer.step, largest),
+            two_level_model=pays_from(of_model.step, largest),
+            grouped=grouped,
+            nccl_two_level_layer=pays_from(nccl_of_layer.step, largest),
+            nccl_two_level_model=pays_from(nccl_of_model.step, largest),
         ),
     )
 

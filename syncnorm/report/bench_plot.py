@@ -8,6 +8,7 @@ from statistics import geometric_mean
 from typing import Any
 
 from syncnorm.bench.records import Benchmark, Row
+from syncnorm.report.growth_plot import write_growth_plot
 
 # Markers, line styles and greys that differ without colour too; peer -> (label, marker, line style, colour, width).
 _STYLES = {
@@ -23,8 +24,11 @@ _TITLES = {"contiguous": "contiguous", "channels_last": "channels last"}
 def write_plot(benchmark: Benchmark, path: Path) -> None:
     """Writes a PNG: a panel a memory format, elements of a rank's input against microseconds a step, log-log.
 
-    Shows fp32, or the first dtype where fp32 was not measured.
+    Shows fp32, or the first dtype where fp32 was not measured. Of growth, cost against ranks.
     """
+    if benchmark.settings.what == "growth":
+        write_growth_plot(benchmark, path)
+        return
     # Imported here: it takes a second, which only a run that plots should pay.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from syncnorm.bench.records import Benchmark, Figure, ModelResult, Row, Timing
+from syncnorm.report.growth_terminal import render_growth, render_simulation
 
 # What the table of rows needs; longer lines are hard to read.
 WIDTH = 100
@@ -42,6 +43,10 @@ def render(benchmark: Benchmark) -> RenderableType:
     if benchmark.rows:
         parts += [_title("A layer's forward and backward, microseconds"), _rows_table(benchmark)]
         parts += [_rows_legend(benchmark)]
+    if benchmark.growth is not None:
+        parts += render_growth(benchmark.growth, benchmark.hardware.cpu_count)
+    if benchmark.simulation is not None:
+        parts += render_simulation(benchmark.simulation, benchmark.hardware.cpu_count)
     model = benchmark.model
     if model is not None:
         parts += [_title(_model_title(model)), _model_table(model), _model_legend(model)]
@@ -55,14 +60,21 @@ def render(benchmark: Benchmark) -> RenderableType:
 
 def _headline(benchmark: Benchmark) -> Text:
     settings, hardware = benchmark.settings, benchmark.hardware
+    who = f"{settings.world_size} ranks" if settings.what != "growth" else _growing(benchmark)
     return Text(
-        f"{settings.world_size} ranks, {settings.repetitions} repetitions in turns; times are a step's on the "
+        f"{who}, {settings.repetitions} repetitions in turns; times are a step's on the "
         f"slowest rank.\n"
         f"{hardware.device_name}, {hardware.cpu_count} cores, {hardware.threads_per_rank} thread(s) a rank, "
         f"{hardware.backend}.\n"
         f"torch {benchmark.torch_version}, syncnorm {benchmark.syncnorm_version}, {benchmark.date}, "
         f"{benchmark.wall_seconds:.0f} s."
     )
+
+
+def _growing(benchmark: Benchmark) -> str:
+    if benchmark.growth is None:
+        return "No ranks, for the network is given"
+    return f"Worlds of {', '.join(map(str, benchmark.growth.worlds))} ranks"
 
 
 def _table() -> Table:
