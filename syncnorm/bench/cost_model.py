@@ -211,7 +211,7 @@ def _least_squares(
     are not zero are tried, which finds the constrained optimum for sure.
     """
     relative = torch.tensor(target, dtype=torch.float64).reciprocal().unsqueeze(1)
-    a = torch.tensor(columns, dtype=torch.float64) * relative
+    a = torch.tensor(columns, dtype=torch.float64).view(-1, len(given)) * relative
     fixed = [0.0 if value is None else value for value in given]
     b = torch.ones_like(relative) - a @ torch.tensor(fixed, dtype=torch.float64).unsqueeze(1)
     free = [i for i, value in enumerate(given) if value is None]

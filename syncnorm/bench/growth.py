@@ -9,13 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from syncnorm.bench.cost_model import frame_bytes
 from syncnorm.bench.growth_records import Cost, Growth
 from syncnorm.bench.layers import LayerStep, make_inputs
 from syncnorm.bench.measure import WARM_UP, Step, block_length, interleaved, warm_up
 from syncnorm.bench.statistics import median_ratio, quartiles
 from syncnorm.collectives import Call, Kind, exchange_of
-from syncnorm.collectives.frames import capacity_for
 from syncnorm.compare.ranks import Ranks, cpu_count
 from syncnorm.modules import SyncBatchNorm2d
 
@@ -37,6 +35,7 @@ class ExchangeStep:
 
     group: dist.ProcessGroup
     num_bytes: int
+    name: str = "the bare exchange"
     _vector: Tensor = field(init=False)
     _calls: int = field(default=0, init=False)
 
@@ -46,7 +45,7 @@ class ExchangeStep:
     def __call__(self) -> None:
         """Brings the others' payloads."""
         self._calls += 1
-        call = Call(Kind.FORWARD, "the bare exchange", self._calls, self._vector.numel())
+        call = Call(Kind.FORWARD, self.name, self._calls, self._vector.numel())
         exchange = exchange_of(self.group, self._vector.device, call)
         assert exchange is not None, "a CPU group over gloo has one"
         exchange(call, [self._vector])
@@ -77,17 +76,25 @@ def growing_worlds(largest: int) -> tuple[int, ...]:
 
 
 def timed_in_blocks(
-    steps: Mapping[Key, Step], ranks: Ranks, repetitions: int, block_seconds: float
+    steps: Mapping[Key, Step],
+    ranks: Ranks,
+    repetitions: int,
+    block_seconds: float,
+    before: Mapping[Key, Step] | None = None,
 ) -> dict[Key, tuple[int, tuple[float, ...]]]:
     """Steps a block, and seconds a step by repetition, of contenders whose steps differ by orders of magnitude.
 
     Collective: all ranks.
     """
-    named = {"/".join(map(str, key)): step for key, step in steps.items()}
-    rough = interleaved(named, ranks, 1, WARM_UP)  # the slowest rank's, so all come to the same counts
-    counts = {name: block_length(times[0], block_seconds) for name, times in rough.items()}
+    named, before_named = (
+        {"/".join(map(str, key)): step for key, step in each.items()} for each in (steps, before or {})
+    )
+    # The slowest rank's, so all come to the same counts; the best of some, so that a rare hiccup shortens no block.
+    # The slowest rank's, so all come to the same counts; the best of some, so that a rare hiccup shortens no block.
+    rough = interleaved(named, ranks, WARM_UP, WARM_UP, before_named or None)
+    counts = {name: block_length(min(times), block_seconds) for name, times in rough.items()}
     blocks = {name: Repeated(step, counts[name]) for name, step in named.items()}
-    seconds = interleaved(blocks, ranks, repetitions, 1)
+    seconds = interleaved(blocks, ranks, repetitions, 1, before_named or None)
     return {
         key: (counts[name], tuple(t / counts[name] for t in seconds[name]))
         for key, name in zip(steps, named, strict=True)
@@ -103,10 +110,10 @@ def measure_growth(
     """
     worlds = growing_worlds(ranks.world_size)
     tell("growth: warm-up")
-    steps = _contenders(worlds, ranks, quick)
-    warm_up({"/".join(map(str, key)): step for key, step in steps.items()})
+    steps, before = _contenders(worlds, ranks, quick)
+    warm_up({"/".join(map(str, key)): step for key, step in before.items()})
     tell(f"growth: worlds of {', '.join(map(str, worlds))} in turns")
-    timed = timed_in_blocks(steps, ranks, repetitions, block_seconds)
+    timed = timed_in_blocks(steps, ranks, repetitions, block_seconds, before)
 
     def costs(kind: str) -> tuple[Cost, ...]:
         found = []
@@ -121,34 +128,52 @@ def measure_growth(
     return Growth(worlds, BATCH * SIDE**2, STACK_CHANNELS, costs("layer"), costs("stack"), costs("exchange"))
 
 
-def _contenders(worlds: Sequence[int], ranks: Ranks, quick: bool) -> dict[Key, Step]:
+def _contenders(worlds: Sequence[int], ranks: Ranks, quick: bool) -> tuple[dict[Key, Step], dict[Key, Step]]:
+    """What to time, and what to do before each block of it."""
     channels, stacks, payloads = (
         (QUICK_CHANNELS, QUICK_STACKS, QUICK_PAYLOADS) if quick else (CHANNELS, STACKS, PAYLOADS)
     )
-    # An exchange's frames are as large as what followed the same exchange before, so contenders of different sizes
-    # in one group would pay for each other's: a group, and so connections, for each size of frame.
-    sizes = sorted({*map(frame_bytes, (*channels, STACK_CHANNELS)), *map(capacity_for, payloads)})
-    groups = {(w, size): dist.new_group(list(range(w))) for w in worlds for size in sizes}
-
-    def synced(world_size: int, width: int, count: int) -> Step:
-        if ranks.rank >= world_size:
-            return _idle
-        group = groups[world_size, frame_bytes(width)]
-        layers = nn.Sequential(*(SyncBatchNorm2d(width, process_group=group) for _ in range(count)))
-        shape = (BATCH, width, SIDE, SIDE)
-        return LayerStep(layers, make_inputs(shape, "contiguous", "fp32", ranks.device, seed=ranks.rank))
-
-    def exchanged(world_size: int, payload: int) -> Step:
-        inside = ranks.rank < world_size
-        return ExchangeStep(groups[world_size, capacity_for(payload)], payload) if inside else _idle
-
     steps: dict[Key, Step] = {}
+    before: dict[Key, Step] = {}
     for world_size in worlds:
-        steps |= {("layer", world_size, c): synced(world_size, c, 1) for c in channels}
-        steps |= {("stack", world_size, n): synced(world_size, STACK_CHANNELS, n) for n in stacks}
-        if world_size > 1:
-            steps |= {("exchange", world_size, p): exchanged(world_size, p) for p in payloads}
-    return steps
+        # One group a world, for connections are not free while they idle: gloo looks after each 100 times a second.
+        group = dist.new_group(list(range(world_size)))
+        here: dict[Key, Step] = {}
+        if ranks.rank < world_size:
+            here |= {("layer", world_size, c): _synced(c, 1, group, ranks) for c in channels}
+            here |= {("stack", world_size, n): _synced(STACK_CHANNELS, n, group, ranks) for n in stacks}
+            here |= {("exchange", world_size, p): ExchangeStep(group, p) for p in payloads}
+            before |= {key: _Before(ExchangeStep(group, 8, f"before {key}"), step) for key, step in here.items()}
+        else:
+            sizes = [("layer", channels), ("stack", stacks), ("exchange", payloads)]
+            here |= {(what, world_size, size): _idle for what, all_sizes in sizes for size in all_sizes}
+            before |= here
+        steps |= here
+    alone = [key for key in steps if key[:2] == ("exchange", 1)]
+    return {key: step for key, step in steps.items() if key not in alone}, before
+
+
+def _synced(width: int, count: int, group: dist.ProcessGroup, ranks: Ranks) -> Step:
+    layers = nn.Sequential(*(SyncBatchNorm2d(width, process_group=group) for _ in range(count)))
+    shape = (BATCH, width, SIDE, SIDE)
+    return LayerStep(layers, make_inputs(shape, "contiguous", "fp32", ranks.device, seed=ranks.rank))
+
+
+@dataclass(frozen=True)
+class _Before:
+    """Wakes the ranks up; and has no contender pay for another's frames.
+
+    An exchange's frames are as large as what once followed the exchange before it. A small one of its own before each
+    contender is what follows the others.
+    """
+
+    exchange: ExchangeStep
+    step: Step
+
+    def __call__(self) -> None:
+        if self.exchange.group.size() > 1:
+            self.exchange()
+        self.step()
 
 
 def _idle() -> None:

@@ -20,7 +20,11 @@ MAX_STEPS = 1000
 
 
 def interleaved(
-    steps: Mapping[str, Step], ranks: Ranks, repetitions: int, steps_per_block: int
+    steps: Mapping[str, Step],
+    ranks: Ranks,
+    repetitions: int,
+    steps_per_block: int,
+    before: Mapping[str, Step] | None = None,
 ) -> dict[str, tuple[float, ...]]:
     """Seconds a step of each contender, by repetition: the slowest rank's.
 
@@ -31,6 +35,7 @@ def interleaved(
         ranks: this process among the others.
         repetitions: blocks of each contender.
         steps_per_block: the same on all ranks.
+        before: by name, what to do before each block, untimed.
 
     Collective: all ranks; a barrier before each block, one all_reduce at the end.
     """
@@ -38,6 +43,8 @@ def interleaved(
     with _without_garbage_collection():
         for repetition in range(repetitions):
             for name in rotated(list(steps), repetition):
+                if before is not None:
+                    before[name]()
                 ranks.wait()
                 seconds[name].append(_block(steps[name], steps_per_block, ranks.device))
     # Afterwards, not between the blocks, whose caches and sockets are the contenders'.

@@ -126,10 +126,10 @@ def _worlds_legend(simulation: Simulation) -> list[str]:
     size = simulation.group_size
     return [
         "Flat: what the layer does. Two-level: first among g ranks, then among W / g, with exact statistics; the "
-        f"layer has no such gather. Groups of {size}: group_size={size}; another layer, whose statistics are those of "
-        f"{size} ranks. KiB: what a rank receives in a layer's forward and backward over gloo. Steps are fp32, one layer "
-        "after the other, hidden behind nothing. NCCL: rings, also for the all_reduce, where NCCL may choose a tree, "
-        "and without what a GPU takes to merge."
+        f"layer has no such gather. Groups of {size}: group_size={size}; another layer, whose statistics are those "
+        f"of {size} ranks. KiB: what a rank receives in a layer's forward and backward over gloo. Steps are fp32, one "
+        "layer after the other, hidden behind nothing. NCCL: rings, also for the all_reduce, where NCCL may choose a "
+        "tree, and without what a GPU takes to merge."
     ]
 
 
@@ -139,8 +139,8 @@ def _words(simulation: Simulation) -> str:
     channels, layers = simulation.channels, len(simulation.model_channels)
     lines = [
         f"Over gloo a two-level gather would pay {_from(from_.two_level_layer, simulation)} for a layer of "
-        f"{channels} channels, and {_from(from_.two_level_model, simulation)} for the {layers} layers of the model. Over NCCL: "
-        f"{_from(from_.nccl_two_level_layer, simulation)} and {_from(from_.nccl_two_level_model, simulation)}.",
+        f"{channels} channels, and {_from(from_.two_level_model, simulation)} for the {layers} layers of the "
+        f"model. Over NCCL: {_from(from_.nccl_two_level_layer, simulation)} and {_from(from_.nccl_two_level_model, simulation)}.",
         "It saves messages and bytes (W - 1 become g + W / g - 2) and merged rows, and costs one latency more: it "
         "pays the earlier, the smaller the latency is against the cost of a message and its frame, so the wider the "
         f"layers. Here these are {_us(network.latency)} us against "
@@ -151,8 +151,8 @@ def _words(simulation: Simulation) -> str:
     else:
         lines.append(
             f"Groups of {size} cost less from {from_.grouped} ranks on, wherever {size} divides the world: their "
-            "cost no longer grows. But only the ranks of a group share statistics: take the smallest group whose batch is "
-            "large enough."
+            "cost no longer grows. But only the ranks of a group share statistics: take the smallest group whose "
+            "batch is large enough."
         )
         if last.model.grouped is not None:
             saved = f"{last.model.flat / last.model.grouped:,.0f}x less than flat"
