@@ -131,7 +131,7 @@ def test_a_fit_has_no_negative_cost():
 # --- the simulation
 
 
-def made_up_growth():
+def made_up_growth(cores=4):
     """As `NETWORK` and `HOST` have it, but for a world of 4, which takes twice as long."""
 
     def cost(world_size, size, seconds):
@@ -142,7 +142,7 @@ def made_up_growth():
     gloo = over_gloo(NETWORK, HOST)
     layers = [cost(w, c, gloo(w, c) + HOST.own(c)) for w in (1, 2, 3, 4) for c in CHANNELS]
     stacks = [cost(w, n, n * (gloo(w, 64) + HOST.own(64))) for w in (1, 2, 3, 4) for n in (1, 4)]
-    return Growth((1, 2, 3, 4), 64, 64, tuple(layers), tuple(stacks), tuple(exchanges))
+    return Growth((1, 2, 3, 4), cores, 64, 64, tuple(layers), tuple(stacks), tuple(exchanges))
 
 
 def made_up(largest=1024, growth=None, parameters=None):
@@ -160,6 +160,17 @@ def test_the_model_is_checked_against_what_it_was_not_fitted_to():
     assert {key[:2] for key in ratios} == {("exchange", 4), ("layer", 2), ("layer", 3), ("layer", 4), ("host", 512)}
     assert ratios == pytest.approx({key: 0.5 if key[1] == 4 else 1.0 for key in ratios})
     assert {c.world_size for c in found.checks if c.oversubscribed} == {3, 4}
+
+
+def test_a_ranks_own_work_takes_longer_where_ranks_share_cores():
+    found = {
+        c.world_size: c
+        for c in made_up(growth=made_up_growth(cores=2), parameters=Parameters()).checks
+        if c.size == 16
+    }
+    exchanges = 2 * NETWORK.exchange(3, frame_bytes(16))
+    assert found[3].predicted == pytest.approx(exchanges + 1.5 * (HOST.own(16) + HOST.merging(3, 16)))
+    assert found[2].ratio == pytest.approx(1)
 
 
 def test_worlds_of_a_simulation():

@@ -125,7 +125,9 @@ def measure_growth(
                 found.append(Cost(world_size, size, over, count, seconds, median, p25, p75, ratio))
         return tuple(found)
 
-    return Growth(worlds, BATCH * SIDE**2, STACK_CHANNELS, costs("layer"), costs("stack"), costs("exchange"))
+    return Growth(
+        worlds, cpu_count(), BATCH * SIDE**2, STACK_CHANNELS, costs("layer"), costs("stack"), costs("exchange")
+    )
 
 
 def _contenders(worlds: Sequence[int], ranks: Ranks, quick: bool) -> tuple[dict[Key, Step], dict[Key, Step]]:

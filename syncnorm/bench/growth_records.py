@@ -40,6 +40,7 @@ class Growth:
 
     Attributes:
         worlds: how many ranks each has. In a world of one the layer is plain batch norm.
+        cores: that the ranks share.
         places: values a channel of the layers' input.
         stack_channels: of each layer of a stack.
         layers: forward and backward of one synced layer, by channels.
@@ -48,6 +49,7 @@ class Growth:
     """
 
     worlds: tuple[int, ...]
+    cores: int
     places: int
     stack_channels: int
     layers: tuple[Cost, ...]
@@ -141,6 +143,7 @@ class Simulation:
         group_size: of the arrangement in groups.
         network: over gloo.
         given: names of the network's parameters that were not fitted.
+        fit_oversubscribed: whether one of the worlds that it was fitted to was.
         ring: over NCCL; assumed or given, never measured here.
         host: fitted to torch's ``fake`` process group.
         host_samples: those it was fitted to.
@@ -156,6 +159,7 @@ class Simulation:
     group_size: int
     network: Network
     given: tuple[str, ...]
+    fit_oversubscribed: bool
     ring: Ring
     host: Host
     host_samples: tuple[HostSample, ...]

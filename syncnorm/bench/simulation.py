@@ -124,6 +124,8 @@ def simulate(
         group_size=GROUP_SIZE,
         network=network,
         given=parameters.given,
+        fit_oversubscribed=growth is not None
+        and any(e.oversubscribed for e in growth.exchanges if e.world_size in FITTED_WORLDS),
         ring=ring,
         host=host,
         host_samples=tuple(host_samples),
@@ -166,8 +168,10 @@ def _exchange_checks(network: Network, growth: Growth) -> Iterator[Check]:
 def _layer_checks(network: Network, host: Host, growth: Growth) -> Iterator[Check]:
     for cost in growth.layers:
         if cost.world_size > 1:
-            predicted = 2 * network.exchange(cost.world_size, frame_bytes(cost.size)) + host.own(cost.size)
-            predicted += host.merging(cost.world_size, cost.size)
+            work = host.own(cost.size) + host.merging(cost.world_size, cost.size)
+            # The exchanges' parameters were measured with shared cores, a rank's own work with one to itself.
+            work *= max(1, cost.world_size / growth.cores)
+            predicted = 2 * network.exchange(cost.world_size, frame_bytes(cost.size)) + work
             yield _check("layer", cost.world_size, cost.size, predicted, cost.median, cost.oversubscribed)
 
 

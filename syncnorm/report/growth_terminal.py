@@ -39,7 +39,11 @@ def render_simulation(simulation: Simulation, cores: int) -> list[RenderableType
         checks = [check for check in simulation.checks if check.what == what]
         if checks:
             parts += [_title(title), _checks_table(checks, size)]
-    legend = ["Ratio: predicted / measured; above 1 the model sees too high a cost."]
+    legend = [
+        "Ratio: predicted / measured; above 1 the model sees too high a cost. A layer's step is predicted as two "
+        "exchanges and a rank's own work, which takes ranks / cores times as long where they share cores; that ranks "
+        "come to an exchange at different times, and wait, it leaves out."
+    ]
     if any(check.oversubscribed for check in simulation.checks):
         legend.append(_oversubscribed(cores))
     parts.append(_legend(legend))
@@ -81,10 +85,14 @@ def _parameters(simulation: Simulation) -> Text:
     def said(name: str) -> str:
         return "given" if name in simulation.given else "fitted"
 
+    fitted = ""
+    if len(simulation.given) < 3:
+        shared = ", the latter oversubscribed*" if simulation.fit_oversubscribed else ""
+        fitted = f" Fitted to worlds of 2 and 3 ranks{shared}."
     return Text(
         f"gloo: an exchange takes {_us(network.latency)} us ({said('latency_us')}), and for each other rank "
         f"{_us(network.per_message)} us ({said('per_message_us')}) and\n"
-        f"its frame at {_bandwidth(network.per_byte)} ({said('bandwidth_gb')}).\n"
+        f"its frame at {_bandwidth(network.per_byte)} ({said('bandwidth_gb')}).{fitted}\n"
         f"NCCL: {_us(ring.launch)} us a collective, {_us(ring.hop)} us a hop of its ring, "
         f"{_bandwidth(ring.per_byte)}; assumed or given, never measured here.\n"
         f"host: {_us(host.base)} us a step and {host.per_channel * 1e9:.2f} ns a channel in any world; merging, "
@@ -127,9 +135,9 @@ def _worlds_legend(simulation: Simulation) -> list[str]:
     return [
         "Flat: what the layer does. Two-level: first among g ranks, then among W / g, with exact statistics; the "
         f"layer has no such gather. Groups of {size}: group_size={size}; another layer, whose statistics are those "
-        f"of {size} ranks. KiB: what a rank receives in a layer's forward and backward over gloo. Steps are fp32, one "
-        "layer after the other, hidden behind nothing. NCCL: rings, also for the all_reduce, where NCCL may choose a "
-        "tree, and without what a GPU takes to merge."
+        f"of {size} ranks. KiB: what a rank receives in a layer's forward and backward over gloo. Steps are fp32, "
+        "one layer after the other, hidden behind nothing. NCCL: rings, also for the all_reduce, where NCCL may choose "
+        "a tree, and without what a GPU takes to merge."
     ]
 
 
@@ -140,7 +148,8 @@ def _words(simulation: Simulation) -> str:
     lines = [
         f"Over gloo a two-level gather would pay {_from(from_.two_level_layer, simulation)} for a layer of "
         f"{channels} channels, and {_from(from_.two_level_model, simulation)} for the {layers} layers of the "
-        f"model. Over NCCL: {_from(from_.nccl_two_level_layer, simulation)} and {_from(from_.nccl_two_level_model, simulation)}.",
+        f"model. Over NCCL: {_from(from_.nccl_two_level_layer, simulation)} and "
+        f"{_from(from_.nccl_two_level_model, simulation)}. In all worlds from there on, but those of a prime number.",
         "It saves messages and bytes (W - 1 become g + W / g - 2) and merged rows, and costs one latency more: it "
         "pays the earlier, the smaller the latency is against the cost of a message and its frame, so the wider the "
         f"layers. Here these are {_us(network.latency)} us against "
@@ -159,11 +168,13 @@ def _words(simulation: Simulation) -> str:
             if last.model.two_level is not None:
                 saved += f" (two-level: {last.model.flat / last.model.two_level:,.1f}x less)"
             lines.append(f"With {last.world_size:,} ranks the model's layers then cost {saved}.")
-    if len(simulation.given) < 3:
+    if simulation.fit_oversubscribed:
         lines.append(
-            "What is fitted holds for connections and cores like this machine's, where ranks share cores beyond "
-            f"their number. For a cluster, give its own figures, such as {CLUSTER}."
+            "Believe these only for ranks that share cores: in the worlds of the fit the last rank had no core of its "
+            "own, so a message seems dear, a latency cheap, and two levels seem to pay early."
         )
+    if len(simulation.given) < 3:
+        lines.append(f"For a cluster give its own figures, such as {CLUSTER}.")
     return "\n".join(lines)
 
 
