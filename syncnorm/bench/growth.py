@@ -125,9 +125,8 @@ def measure_growth(
                 found.append(Cost(world_size, size, over, count, seconds, median, p25, p75, ratio))
         return tuple(found)
 
-    return Growth(
-        worlds, cpu_count(), BATCH * SIDE**2, STACK_CHANNELS, costs("layer"), costs("stack"), costs("exchange")
-    )
+    places = BATCH * SIDE**2
+    return Growth(worlds, cpu_count(), places, STACK_CHANNELS, costs("layer"), costs("stack"), costs("exchange"))
 
 
 def _contenders(worlds: Sequence[int], ranks: Ranks, quick: bool) -> tuple[dict[Key, Step], dict[Key, Step]]:
@@ -175,7 +174,8 @@ class _Before:
     def __call__(self) -> None:
         if self.exchange.group.size() > 1:
             self.exchange()
-        self.step()
+        for _ in range(WARM_UP):
+            self.step()
 
 
 def _idle() -> None:

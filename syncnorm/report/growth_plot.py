@@ -53,7 +53,7 @@ def _measured(ax: Any, growth: Growth, cores: int) -> None:
     ax.set_xticks(growth.worlds, [str(w) for w in growth.worlds])
     if growth.worlds[-1] > cores:
         ax.axvspan(cores + 0.5, growth.worlds[-1] + 0.5, color="#eeeeee", zorder=0, label="more ranks than cores")
-    ax.legend(frameon=False)
+    ax.legend(facecolor="white", edgecolor="none", framealpha=1)
 
 
 def _simulated(ax: Any, simulation: Simulation) -> None:
@@ -72,7 +72,7 @@ def _simulated(ax: Any, simulation: Simulation) -> None:
     _frame(ax, f"simulated: {layers} layers of {simulation.model_name}", "milliseconds a step, over gloo")
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:,.0f}")
-    ax.legend(frameon=False)
+    ax.legend(facecolor="white", edgecolor="none", framealpha=1)
 
 
 def _frame(ax: Any, title: str, ylabel: str) -> None:

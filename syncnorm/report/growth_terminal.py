@@ -136,8 +136,8 @@ def _worlds_legend(simulation: Simulation) -> list[str]:
         "Flat: what the layer does. Two-level: first among g ranks, then among W / g, with exact statistics; the "
         f"layer has no such gather. Groups of {size}: group_size={size}; another layer, whose statistics are those "
         f"of {size} ranks. KiB: what a rank receives in a layer's forward and backward over gloo. Steps are fp32, "
-        "one layer after the other, hidden behind nothing. NCCL: rings, also for the all_reduce, where NCCL may choose "
-        "a tree, and without what a GPU takes to merge."
+        "one layer after the other, hidden behind nothing. NCCL: rings, also for the all_reduce, where NCCL may "
+        "choose a tree, and without what a GPU takes to merge."
     ]
 
 
@@ -170,8 +170,8 @@ def _words(simulation: Simulation) -> str:
             lines.append(f"With {last.world_size:,} ranks the model's layers then cost {saved}.")
     if simulation.fit_oversubscribed:
         lines.append(
-            "Believe these only for ranks that share cores: in the worlds of the fit the last rank had no core of its "
-            "own, so a message seems dear, a latency cheap, and two levels seem to pay early."
+            "Believe these only for ranks that share cores: in the worlds of the fit the last rank had no core of "
+            "its own, so a message seems dear, a latency cheap, and two levels seem to pay early."
         )
     if len(simulation.given) < 3:
         lines.append(f"For a cluster give its own figures, such as {CLUSTER}.")
