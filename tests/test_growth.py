@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncnorm
 from syncnorm.__main__ import main
-from syncnorm.bench import Parameters
+from syncnorm.bench import Parameters, run
 from syncnorm.bench.cost_model import (
     Host,
     Network,
@@ -295,6 +295,12 @@ def test_under_a_launcher_growth_is_refused(call, monkeypatch):
     code, _, err = call("--what", "growth")
     assert (code, err.count("\n")) == (2, 1)
     assert "run it without a launcher" in err
+
+
+def test_a_process_group_is_told_before_the_measuring(monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    with pytest.raises(syncnorm.SyncNormError, match="simulate needs a process group of its own"):
+        run("growth", simulate=8)
 
 
 def test_a_quick_run_writes_what_it_measured_and_simulated(call, tmp_path):

@@ -139,22 +139,22 @@ def _contenders(worlds: Sequence[int], ranks: Ranks, quick: bool) -> tuple[dict[
     for world_size in worlds:
         # One group a world, for connections are not free while they idle: gloo looks after each 100 times a second.
         group = dist.new_group(list(range(world_size)))
-        here: dict[Key, Step] = {}
-        if ranks.rank < world_size:
-            here |= {("layer", world_size, c): _synced(c, 1, group, ranks) for c in channels}
-            here |= {("stack", world_size, n): _synced(STACK_CHANNELS, n, group, ranks) for n in stacks}
-            here |= {("exchange", world_size, p): ExchangeStep(group, p) for p in payloads}
-            before |= {key: _Before(ExchangeStep(group, 8, f"before {key}"), step) for key, step in here.items()}
-        else:
-            sizes = [("layer", channels), ("stack", stacks), ("exchange", payloads)]
-            here |= {(what, world_size, size): _idle for what, all_sizes in sizes for size in all_sizes}
-            before |= here
-        steps |= here
-    alone = [key for key in steps if key[:2] == ("exchange", 1)]
-    return {key: step for key, step in steps.items() if key not in alone}, before
+        sizes = {"layer": channels, "stack": stacks, "exchange": payloads if world_size > 1 else ()}
+        keys: list[Key] = [(what, world_size, size) for what, of_kind in sizes.items() for size in of_kind]
+        for key in keys:
+            if ranks.rank < world_size:
+                steps[key] = _step(key, group, ranks)
+                before[key] = _Before(ExchangeStep(group, 8, f"before {key}"), steps[key])
+            else:
+                steps[key] = before[key] = _idle
+    return steps, before
 
 
-def _synced(width: int, count: int, group: dist.ProcessGroup, ranks: Ranks) -> Step:
+def _step(key: Key, group: dist.ProcessGroup, ranks: Ranks) -> Step:
+    what, _, size = key
+    if what == "exchange":
+        return ExchangeStep(group, size)
+    width, count = (size, 1) if what == "layer" else (STACK_CHANNELS, size)
     layers = nn.Sequential(*(SyncBatchNorm2d(width, process_group=group) for _ in range(count)))
     shape = (BATCH, width, SIDE, SIDE)
     return LayerStep(layers, make_inputs(shape, "contiguous", "fp32", ranks.device, seed=ranks.rank))

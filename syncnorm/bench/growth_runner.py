@@ -7,6 +7,7 @@ import time
 from datetime import datetime, timezone
 
 import torch
+import torch.distributed as dist
 
 import syncnorm
 from syncnorm.bench.growth import GROWTH_STAGES, measure_growth
@@ -43,6 +44,8 @@ def check_growth(ranks: int | None, device: str | None, largest: int | None, par
         if not 2 <= largest <= LARGEST:
             raise InputError(f"simulate needs 2 to {LARGEST} ranks, got {largest}")
         parameters.check()
+        if dist.is_initialized():  # told now, not after the measuring
+            raise InputError("simulate needs a process group of its own, and this process has one: destroy it first")
         if parameters.complete:
             return 0
     elif parameters != Parameters():
@@ -59,11 +62,7 @@ def check_growth(ranks: int | None, device: str | None, largest: int | None, par
 def run_growth(
     settings: Settings, parameters: Parameters, quick: bool, command: str, progress: ProgressFactory
 ) -> Benchmark:
-    """Measures worlds of up to ``settings.world_size`` ranks, none if 0, and simulates ``settings.simulate``.
-
-    Raises:
-        InputError: this process has a process group, and a simulation would need one of its own.
-    """
+    """Measures worlds of up to ``settings.world_size`` ranks, none if 0, and simulates ``settings.simulate``."""
     started = time.perf_counter()
     growth: Growth | None = None
     if settings.world_size:
