@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from syncnorm.bench.growth_records import Cost, Growth
 from syncnorm.bench.layers import LayerStep, make_inputs
-from syncnorm.bench.measure import WARM_UP, Step, block_length, interleaved, warm_up
+from syncnorm.bench.measure import WARM_UP, Step, block_length, interleaved
 from syncnorm.bench.statistics import median_ratio, quartiles
 from syncnorm.collectives import Call, Kind, exchange_of
 from syncnorm.compare.ranks import Ranks, cpu_count
@@ -89,9 +89,8 @@ def timed_in_blocks(
     named, before_named = (
         {"/".join(map(str, key)): step for key, step in each.items()} for each in (steps, before or {})
     )
-    # The slowest rank's, so all come to the same counts; the best of some, so that a rare hiccup shortens no block.
-    # The slowest rank's, so all come to the same counts; the best of some, so that a rare hiccup shortens no block.
-    rough = interleaved(named, ranks, WARM_UP, WARM_UP, before_named or None)
+    # The slowest rank's, so all come to the same counts; the better of two, so that no hiccup shortens the blocks.
+    rough = interleaved(named, ranks, 2, WARM_UP, before_named or None)
     counts = {name: block_length(min(times), block_seconds) for name, times in rough.items()}
     blocks = {name: Repeated(step, counts[name]) for name, step in named.items()}
     seconds = interleaved(blocks, ranks, repetitions, 1, before_named or None)
@@ -109,9 +108,8 @@ def measure_growth(
     Collective: all ranks.
     """
     worlds = growing_worlds(ranks.world_size)
-    tell("growth: warm-up")
+    tell("growth: connecting")
     steps, before = _contenders(worlds, ranks, quick)
-    warm_up({"/".join(map(str, key)): step for key, step in before.items()})
     tell(f"growth: worlds of {', '.join(map(str, worlds))} in turns")
     timed = timed_in_blocks(steps, ranks, repetitions, block_seconds, before)
 
