@@ -206,7 +206,13 @@ def test_the_tables_fit_and_name_what_is_oversubscribed():
     assert any(line.startswith("*: oversubscribed: more ranks than the 2 cores") for line in lines)
     assert "two-level" in text
     assert "(model only)" in text
-    assert "oversubscribed" not in shown(render_simulation(made_up(), 2))
+    assert "Believe these only for ranks that share cores" in text
+    given = " ".join(shown(render_simulation(made_up(), 2)).split())
+    assert f"would pay from {made_up().pays_from.two_level_layer} ranks on for a layer of 256 channels" in given
+    assert "they cost less than two levels from 16 ranks on" in given
+    assert "oversubscribed" not in given
+    assert "Believe these" not in given
+    assert "would pay nowhere up to 4 ranks for a layer" in " ".join(shown(render_simulation(made_up(4), 2)).split())
 
 
 # --- what is sent, and what the host does

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -39,11 +40,12 @@ def render_simulation(simulation: Simulation, cores: int) -> list[RenderableType
         checks = [check for check in simulation.checks if check.what == what]
         if checks:
             parts += [_title(title), _checks_table(checks, size)]
-    legend = [
-        "Ratio: predicted / measured; above 1 the model sees too high a cost. A layer's step is predicted as two "
-        "exchanges and a rank's own work, which takes ranks / cores times as long where they share cores; that ranks "
-        "come to an exchange at different times, and wait, it leaves out."
-    ]
+    legend = ["Ratio: predicted / measured; above 1 the model sees too high a cost."]
+    if any(check.what == "layer" for check in simulation.checks):
+        legend.append(
+            "A layer's step is predicted as two exchanges and a rank's own work, which takes ranks / cores times as "
+            "long where they share cores; that ranks come to an exchange at different times, and wait, it leaves out."
+        )
     if any(check.oversubscribed for check in simulation.checks):
         legend.append(_oversubscribed(cores))
     parts.append(_legend(legend))
@@ -149,7 +151,7 @@ def _words(simulation: Simulation) -> str:
         f"Over gloo a two-level gather would pay {_from(from_.two_level_layer, simulation)} for a layer of "
         f"{channels} channels, and {_from(from_.two_level_model, simulation)} for the {layers} layers of the "
         f"model. Over NCCL: {_from(from_.nccl_two_level_layer, simulation)} and "
-        f"{_from(from_.nccl_two_level_model, simulation)}. In all worlds from there on, but those of a prime number.",
+        f"{_from(from_.nccl_two_level_model, simulation)}. A world of a prime number of ranks cannot be split.",
         "It saves messages and bytes (W - 1 become g + W / g - 2) and merged rows, and costs one latency more: it "
         "pays the earlier, the smaller the latency is against the cost of a message and its frame, so the wider the "
         f"layers. Here these are {_us(network.latency)} us against "
@@ -167,6 +169,11 @@ def _words(simulation: Simulation) -> str:
             saved = f"{last.model.flat / last.model.grouped:,.0f}x less than flat"
             if last.model.two_level is not None:
                 saved += f" (two-level: {last.model.flat / last.model.two_level:,.1f}x less)"
+            better = [
+                w.world_size for w in simulation.worlds if (w.model.grouped or inf) < (w.model.two_level or inf)
+            ]
+            if better:
+                lines.append(f"Of the worlds above they cost less than two levels from {better[0]:,} ranks on.")
             lines.append(f"With {last.world_size:,} ranks the model's layers then cost {saved}.")
     if simulation.fit_oversubscribed:
         lines.append(
