@@ -169,9 +169,8 @@ def _words(simulation: Simulation) -> str:
             saved = f"{last.model.flat / last.model.grouped:,.0f}x less than flat"
             if last.model.two_level is not None:
                 saved += f" (two-level: {last.model.flat / last.model.two_level:,.1f}x less)"
-            better = [
-                w.world_size for w in simulation.worlds if (w.model.grouped or inf) < (w.model.two_level or inf)
-            ]
+            larger = [w for w in simulation.worlds if w.world_size > size]
+            better = [w.world_size for w in larger if (w.model.grouped or inf) < (w.model.two_level or inf)]
             if better:
                 lines.append(f"Of the worlds above they cost less than two levels from {better[0]:,} ranks on.")
             lines.append(f"With {last.world_size:,} ranks the model's layers then cost {saved}.")
