@@ -92,7 +92,7 @@ def test_synced_peers_are_the_full_batch(name, shape, dtype):
 
 def test_every_contender_is_first_equally_often():
     orders = [rotated(["a", "b", "c"], r) for r in range(6)]
-    assert orders[:4] == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
+    assert ["".join(order) for order in orders] == ["abc", "acb", "bca", "bac", "cab", "cba"]
 
 
 def test_ratios_are_taken_inside_a_repetition():
@@ -182,8 +182,8 @@ def test_the_table_fits_and_says_what_is_met():
     assert "stages.1.norm1 0.50 0.25 0.50 0.25 0.50 0.25" in lines
     assert f"Not run: {NOT_ON_CPU}" in text
     assert "not met" not in text
-    # Mean and worst row over the floor and the mean over E[x^2] in both dtypes, and the model.
-    assert printed(made_up(1.6, 1.2)).count("not met") == 7
+    # Mean and worst row over the floor and the mean over E[x^2] in fp32, and the model.
+    assert printed(made_up(1.6, 1.2)).count("not met") == 4
 
 
 def test_on_a_gpu_torchs_layer_has_columns_and_the_target():

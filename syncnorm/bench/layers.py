@@ -80,7 +80,7 @@ def measure_row(
     rough = interleaved({name: step for name, step in steps.items() if name != LOCAL.name}, ranks, 1, WARM_UP)
     slowest = max(times[0] for times in rough.values())
     count = ranks.share(block_length(slowest, block_seconds))
-    seconds = interleaved(steps, ranks, repetitions, count)
+    seconds = interleaved(steps, ranks, repetitions, count, before=steps)
     num_bytes = math.prod(shape) * DTYPES[dtype].itemsize
     return Row(shape, memory_format, dtype, num_bytes, count, timings(seconds, BASELINES, not_run))
 

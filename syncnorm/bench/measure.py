@@ -35,7 +35,8 @@ def interleaved(
         ranks: this process among the others.
         repetitions: blocks of each contender.
         steps_per_block: the same on all ranks.
-        before: by name, what to do before each block, untimed.
+        before: by name, what to do before each block, untimed: a step, where the caches and the memory that the
+            one before left behind would count.
 
     Collective: all ranks; a barrier before each block, one all_reduce at the end.
     """

@@ -20,14 +20,15 @@ TORCH_LIMIT = 1.0
 
 
 def rotated(names: Sequence[T], repetition: int) -> list[T]:
-    """``names`` in the order of this repetition: each is first, and last, equally often.
+    """``names`` in the order of this repetition: each is first equally often, and not always after the same one.
 
     Example:
-        >>> [rotated("abc", r) for r in range(2)]
-        [['a', 'b', 'c'], ['b', 'c', 'a']]
+        >>> [rotated("abc", r) for r in range(3)]
+        [['a', 'b', 'c'], ['a', 'c', 'b'], ['b', 'c', 'a']]
     """
-    start = repetition % len(names)
-    return [*names[start:], *names[:start]]
+    start = repetition // 2 % len(names)
+    order = [*names[start:], *names[:start]]
+    return order if repetition % 2 == 0 else [order[0], *reversed(order[1:])]
 
 
 def timings(
