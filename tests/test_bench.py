@@ -315,13 +315,13 @@ def test_a_quick_run_writes_what_it_measured(call, tmp_path):
         assert [peer["name"] for peer in row["peers"]] == ["local", "floor", "E[x^2]", "syncnorm", "torch"]
         assert all(len(peer["seconds"]) == 2 and min(peer["seconds"]) > 0 for peer in row["peers"][:4])
         assert row["peers"][4]["not_run"].startswith(NOT_ON_CPU)
-    assert [arm["name"] for arm in found["model"]["arms"]] == ["ddp", "ddp+syncnorm"]
+    assert [arm["name"] for arm in found["model"]["arms"]] == ["ddp", "ddp+floor", "ddp+syncnorm"]
     for rank in found["model"]["profile"]:
         assert len(rank["layers"]) == 20
         assert sum(rank[f"{part}_ms"] for part in ("norm", "compute", "rest")) == pytest.approx(rank["step_ms"])
         assert min(rank[f"{part}_ms"] for part in ("norm", "compute", "rest")) > 0
         assert json.loads((tmp_path / "traces" / f"rank{rank['rank']}.json").read_text())["traceEvents"]
-    assert len(found["summary"]) == 9
+    assert len(found["summary"]) == 10
     assert all("met" in figure for figure in found["summary"])
     lines = list(csv.DictReader(files["csv"].read_text().splitlines()))
     assert len(lines) == 4 * 5

@@ -91,9 +91,11 @@ def _of_model(model: ModelResult, cpu: bool) -> list[Figure]:
     figures = []
     for arm in model.arms:
         for baseline, ratio in (arm.ratio_to or {}).items():
-            compiled = arm.name.endswith("compiled") and baseline != "ddp"
+            compiled = arm.name.endswith("compiled")
             if arm.name == "ddp+syncnorm" and baseline == "ddp":
                 figures.append(Figure("model, ddp+syncnorm / ddp", ratio, MODEL_LIMIT if cpu else None))
-            elif compiled:
+            elif arm.name == "ddp+syncnorm":
+                figures.append(Figure(f"model, ddp+syncnorm / {baseline}", ratio))
+            elif compiled and baseline == "ddp+syncnorm":
                 figures.append(Figure("model, ddp+syncnorm compiled / eager", ratio, COMPILED_LIMIT))
     return figures

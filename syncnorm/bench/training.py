@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from syncnorm.bench.bare import add_bare_collectives
 from syncnorm.bench.measure import interleaved, warm_up
 from syncnorm.bench.models import NAME, NUM_CLASSES, build_model
 from syncnorm.bench.profiling import profiled
@@ -19,10 +20,10 @@ from syncnorm.bench.statistics import timings
 from syncnorm.compare.ranks import Ranks
 from syncnorm.conversion import convert
 
-STEPS_PER_BLOCK = 2
+STEPS_PER_BLOCK = 1
 MODEL_STAGES = 3  # what `measure_model` tells its watcher
 LR, MOMENTUM = 0.01, 0.9
-DDP, SYNCED, COMPILED = "ddp", "ddp+syncnorm", "ddp+syncnorm compiled"
+DDP, FLOOR, SYNCED, COMPILED = "ddp", "ddp+floor", "ddp+syncnorm", "ddp+syncnorm compiled"
 
 
 @dataclass
@@ -54,7 +55,11 @@ def measure_model(settings: Settings, ranks: Ranks, tell: Callable[[str], None])
     """
     images, labels = _batch(settings, ranks)
     plain = build_model(settings.width)
-    models: dict[str, nn.Module] = {DDP: build_model(settings.width), SYNCED: convert(build_model(settings.width))}
+    models: dict[str, nn.Module] = {
+        DDP: build_model(settings.width),
+        FLOOR: add_bare_collectives(build_model(settings.width)),
+        SYNCED: convert(build_model(settings.width)),
+    }
     if settings.compiled:
         compiled = convert(build_model(settings.width))
         compiled.compile()
@@ -71,7 +76,7 @@ def measure_model(settings: Settings, ranks: Ranks, tell: Callable[[str], None])
         num_norm_layers=sum(isinstance(m, nn.BatchNorm2d) for m in plain.modules()),
         input_shape=tuple(images.shape),
         steps_per_block=STEPS_PER_BLOCK,
-        arms=timings(seconds, (DDP, SYNCED), {}),
+        arms=timings(seconds, (DDP, FLOOR, SYNCED), {}),
         profile=profiled(steps[SYNCED], Path(settings.profile), ranks) if settings.profile else (),
     )
 

@@ -153,7 +153,8 @@ def _model_legend(model: ModelResult) -> Text:
     lines = [f"Not run: {arm.name}: {arm.not_run}" for arm in model.arms if arm.not_run]
     lines.append(
         "DistributedDataParallel, cross-entropy, SGD with momentum; the arms take turns, "
-        f"{model.steps_per_block} steps each. ddp has nn.BatchNorm2d, ddp+syncnorm the same model converted."
+        f"{model.steps_per_block} step(s) each. ddp has nn.BatchNorm2d, ddp+floor beside each of "
+        "them two bare collectives, ddp+syncnorm the same model converted."
     )
     return Text("\n".join(lines), style="dim")
 
