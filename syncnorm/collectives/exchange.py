@@ -23,7 +23,7 @@ from syncnorm.errors import SyncNormError
 _PATIENCE = timedelta(seconds=0.3)  # how long a rank waits before it looks whether another has failed
 # Seconds that a waiting rank stays awake. A thread that sleeps is woken late, on a core that has gone cold; one that
 # yields leaves the core to gloo's own threads, and to whoever else has work.
-_SPIN = 0.002
+_SPIN = 0.005
 _yield = getattr(os, "sched_yield", functools.partial(time.sleep, 0))
 _FIRST = 1024  # bytes of a frame of which nothing is known yet
 _ROLL_CALL = 0.6  # seconds that a failed rank waits for the others to say where they were
