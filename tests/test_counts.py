@@ -91,4 +91,24 @@ def test_frames_are_as_large_as_what_they_carry_whatever_came_before():
     widths = [16, 1024, 16, 64, 300]
     for sent in run_ranks(capacities, args=(widths,)):
         assert sent == [capacity_for(8 * width) for width in widths]
-        assert all(0 <= frame - 8 * width < 40 + 64 for frame, width in zip(sent, widths, strict=True))
+        assert all(
+            8 * width < frame <= max(512, 8 * width + 40 + 63) for frame, width in zip(sent, widths, strict=True)
+        )
+
+
+def refused_after_narrow_frames() -> str:
+    """Rank 0's input is wrong in a step whose frames are known to be small."""
+    layer = syncnorm.SyncBatchNorm1d(3)
+    for _ in range(3):
+        layer(torch.randn(4, 3))
+    try:
+        layer(torch.randn(4, 5) if dist.get_rank() == 0 else torch.randn(4, 3))
+    except syncnorm.SyncNormError as error:
+        return str(error)
+    return ""
+
+
+def test_the_reason_of_a_refusal_fits_the_smallest_frame():
+    own, told = run_ranks(refused_after_narrow_frames)
+    assert "expected 3 channels" in own
+    assert own in told

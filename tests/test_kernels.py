@@ -58,7 +58,7 @@ def test_dense_copies_only_what_has_gaps_and_mends_odd_strides():
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "shape", [(3, 5), (9, 1), (6, 5, 7), (2, 5, 300, 401), (3, 700, 20, 13), (1, 2**19)], ids=str
+    "shape", [(3, 5), (9, 1), (6, 5, 7), (2, 5, 300, 401), (3, 700, 20, 13), (1, 2**19), (600, 500, 2, 1)], ids=str
 )
 def test_a_gradient_in_parts_is_the_fp32_gradient_rounded_once(shape, dtype, layout):
     generator = torch.Generator().manual_seed(0)

@@ -14,6 +14,7 @@ from torch import Tensor
 from syncnorm.collectives.call import Call, Kind
 
 _HEADER = struct.Struct("<5q")
+_LEAST = 512
 
 
 class Header(NamedTuple):
@@ -77,8 +78,8 @@ class Frames:
 
 
 def capacity_for(size: int) -> int:
-    """Bytes of the frames that a payload of ``size`` fits in."""
-    return -(-(size + _HEADER.size) // 64) * 64
+    """Bytes of the frames that a payload of ``size`` fits in, and the reason of a rank that refuses instead."""
+    return max(_LEAST, -(-(size + _HEADER.size) // 64) * 64)
 
 
 def agreed(found: Sequence[Header]) -> bool:

@@ -142,8 +142,10 @@ def _in_parts(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     Operators on two dtypes at once are slower than a copy, and fp32 copies of whole tensors twice as large as these.
     """
     dx = torch.empty_like(x)
-    wide = [torch.empty(min(_PART, x.numel()) + x.size(1), dtype=a.dtype, device=x.device) for _ in range(2)]
-    for dx_part, dy_part, x_part in zip(_parts(dx), _parts(dy), _parts(x), strict=True):
+    parts = list(zip(_parts(dx), _parts(dy), _parts(x), strict=True))
+    largest = parts[0][0].numel()  # more than _PART where one place of all samples and channels is more
+    wide = [torch.empty(largest, dtype=a.dtype, device=x.device) for _ in range(2)]
+    for dx_part, dy_part, x_part in parts:
         dy_wide, x_wide = (
             w[: part.numel()].view(part.shape).copy_(part) for w, part in zip(wide, (dy_part, x_part), strict=True)
         )
