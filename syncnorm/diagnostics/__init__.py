@@ -1,0 +1,1 @@
+"""What goes on in the norm layers of a running job, and whether this machine gets them right."""

@@ -1,0 +1,1 @@
+"""Questions about normalisation, each answered by many training runs on real data."""
