@@ -1,5 +1,7 @@
 """What a layer refuses, in words: what was got, what was expected, on which rank."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -64,34 +66,36 @@ def check_mask(input: Tensor, mask: Tensor | None) -> None:
         )
 
 
-def check_count(count: Count, local_count: Count) -> None:
+def check_count(counts: Sequence[int] | Tensor, local_count: Count) -> None:
     """Refuses a global batch of one value a channel, on all ranks alike.
 
     All ranks empty is no error: there is nothing to normalise, and nothing is.
 
+    Args:
+        counts: of all ranks: numbers, or a tensor where only the device knows them.
+        local_count: that of this rank.
+
     Raises:
-        InputError: the whole batch has one value a channel.
+        InputError: the whole batch has one value a channel. On a GPU it is the device that says so, without the host
+            waiting for it: an assertion that fails there ends the process's use of CUDA.
     """
-    if isinstance(count, int):
-        if count == 1:
+    if not isinstance(counts, Tensor):
+        if sum(counts) == 1:
             raise _one_value(local_count)
         return
-    # A rank that holds two values knows the answer without asking a GPU for it. Where the total is one, no
-    # rank holds two, so all of them look.
-    if isinstance(local_count, Tensor):  # of a mask: only the device knows
-        if local_count.is_cuda:
-            return
-        local_count = int(local_count)
-    capturing = count.is_cuda and torch.cuda.is_current_stream_capturing()
-    if local_count < 2 and not capturing and int(count) == 1:
-        raise _one_value(local_count)
+    # A rank that holds two values knows the answer. Where the total is one no rank holds two, so all of them look.
+    if not isinstance(local_count, Tensor) and local_count > 1:
+        return
+    refused = _one_value(local_count)
+    try:
+        torch._assert_async(counts.sum() != 1, str(refused))
+    except RuntimeError as error:
+        raise refused from error
 
 
 def _one_value(local_count: Count) -> InputError:
-    return InputError(
-        f"{where()}expected more than 1 value per channel over all ranks in training, got 1 "
-        f"({int(local_count)} of them on this rank)"
-    )
+    here = "" if isinstance(local_count, Tensor) else f" ({local_count} of them on this rank)"
+    return InputError(f"{where()}expected more than 1 value per channel over all ranks in training, got 1{here}")
 
 
 def where() -> str:

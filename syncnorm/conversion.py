@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from syncnorm import baselines, classes, groups
+from syncnorm import baselines, classes, fusing, groups
 from syncnorm.errors import InputError
 from syncnorm.modules import BatchNorm, Synced
 from syncnorm.redirect import GroupCallsMixin
@@ -31,6 +31,7 @@ def convert(
     process_group: Any = None,
     group_size: int | Literal["node"] | None = None,
     num_groups: int | None = None,
+    fuse: bool = False,
 ) -> M:
     """Changes every batch norm of ``model`` to another norm, in place.
 
@@ -47,6 +48,9 @@ def convert(
         process_group: ranks that share statistics, a ProcessGroup or 1-D DeviceMesh; None is the default group.
         group_size: instead, groups of that many consecutive ranks, or of the ranks of each ``"node"``.
         num_groups: of channels, for ``to="group"``; 32 if not given.
+        fuse: also make one call of a synced layer and the ReLU after it, with or without an addition between them,
+            wherever ``torch.fx`` can follow the block that they are in; :func:`describe` says where. On a GPU with
+            Triton it is one pass over the tensor and has no second derivative. Copies and pickles are not fused.
 
     Returns:
         ``model``; or the new layer, where ``model`` itself is a batch norm and ``to`` a baseline.
@@ -64,7 +68,8 @@ def convert(
         >>> model[1]
         SyncBatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
     """
-    _check_options(model, to, process_group, group_size, num_groups)
+    _check_options(model, to, process_group, group_size, num_groups, fuse)
+    fusing.unfuse(model)
     if to == "batch":
         return _to_batch(model)
     if to != "sync":
@@ -79,6 +84,8 @@ def convert(
     for name, module in model.named_modules():
         if module in planned:
             module._sync_name = name or type(module).__name__
+    if fuse:
+        fusing.fuse(model)
     _warn_of(skipped)
     return model
 
@@ -99,6 +106,7 @@ def revert(model: M) -> M:
     Collective: none.
     """
     stuck = {}
+    fusing.unfuse(model)
     for name, module in model.named_modules():
         if not _is_converted(module):
             continue
@@ -146,8 +154,9 @@ def describe(model: nn.Module) -> Description:
         0      BatchNorm2d  no      -      convert() syncs it
     """
     found = Description()
+    fused = fusing.fused_layers(model)
     for name, module in model.named_modules():
-        note = _note(module)
+        note = "fused with its ReLU" if module in fused else _note(module)
         if note is not None:
             group = module._sync_group.describe() if isinstance(module, Synced) else "-"
             found.append(LayerInfo(name or "(model)", type(module).__name__, isinstance(module, Synced), group, note))
@@ -280,14 +289,16 @@ def _warn_of(skipped: dict[str, str], what: str = "convert") -> None:
         warnings.warn(f"syncnorm.{what} left {len(skipped)} layer(s) as they were: {told}", stacklevel=3)
 
 
-def _check_options(model: Any, to: str, process_group: Any, group_size: Any, num_groups: int | None) -> None:
+def _check_options(
+    model: Any, to: str, process_group: Any, group_size: Any, num_groups: int | None, fuse: bool
+) -> None:
     if not isinstance(model, nn.Module):
         raise InputError(f"convert expects an nn.Module, got {type(model).__name__}")
     if to not in ("sync", "batch", *baselines.CLASSES):
         raise InputError(f"to={to!r} is none of 'sync', 'batch', 'group', 'layer', 'instance'")
     if process_group is not None and group_size is not None:
         raise InputError("give process_group or group_size, not both")
-    if to != "sync" and (process_group is not None or group_size is not None):
-        raise InputError(f"to={to!r} synchronises nothing: process_group and group_size go with to='sync'")
+    if to != "sync" and (process_group is not None or group_size is not None or fuse):
+        raise InputError(f"to={to!r} synchronises nothing: process_group, group_size and fuse go with to='sync'")
     if num_groups is not None and (to != "group" or num_groups < 1):
         raise InputError(f"num_groups={num_groups} must be positive, and goes with to='group' (got to={to!r})")

@@ -7,8 +7,6 @@ Shapes: C = channels, W = ranks of the group, N = values a channel over all rank
 Source: Ioffe and Szegedy, "Batch Normalization" (2015), algorithm 1 and the derivatives after it.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,11 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from syncnorm import collectives, groups, kernels, moments, recomputation
+from syncnorm import collectives, fused, groups, kernels, moments, recomputation
 from syncnorm.checks import check_input, check_mask, check_vectors, shape, where
 from syncnorm.double_backward import double_backward
 from syncnorm.errors import InputError, SyncNormError
-from syncnorm.kernels.cpu import masked_moments
 from syncnorm.whole_batch import of_all_ranks
 
 
@@ -37,6 +34,8 @@ def sync_batch_norm(
     *,
     process_group: Any = None,
     mask: Tensor | None = None,
+    residual: Tensor | None = None,
+    relu: bool = False,
     num_batches_tracked: Tensor | None = None,
     layer: str = "sync_batch_norm",
 ) -> Tensor:
@@ -55,6 +54,9 @@ def sync_batch_norm(
             of one rank, this is ``F.batch_norm``.
         mask: boolean, broadcastable to (batch, *spatial), True where a position counts. What the others hold is
             ignored, and output and gradient are zero there. Ranks may have different numbers, or none.
+        residual: added to the output, as a residual block does with its shortcut; of a shape that broadcasts to it.
+        relu: return the positive part of the sum. On a GPU with Triton normalising, adding and rectifying are one pass
+            then (``syncnorm.fused``), and elsewhere the last two work in place.
         num_batches_tracked: int64 scalar, one more in training unless all ranks are empty.
         layer: the name by which ranks tell one call from another, and errors name it.
 
@@ -99,6 +101,8 @@ def sync_batch_norm(
         eps,
         mask,
         num_batches_tracked,
+        residual,
+        relu,
     )
 
 
@@ -125,6 +129,8 @@ def batch_norm_over(
     eps: float,
     mask: Tensor | None,
     num_batches_tracked: Tensor | None,
+    residual: Tensor | None = None,
+    relu: bool = False,
 ) -> Tensor:
     """:func:`sync_batch_norm` of checked arguments, over a group of two ranks or more; None is this process alone."""
     if training and not groups.syncing():
@@ -159,16 +165,25 @@ def batch_norm_over(
             input, weight, bias, eps, traced.name_of(group), padding, layer
         )
         if running_mean is not None and running_var is not None:
-            moments.update_running_(running_mean, running_var, num_batches_tracked, mean, var, count, momentum)
+            running = moments.Running(running_mean, running_var, num_batches_tracked, momentum)
+            moments.update_running_(running, mean, var, count)
     else:
         running = None
         if running_mean is not None and running_var is not None:
-            running = functools.partial(
-                moments.update_running_, running_mean, running_var, num_batches_tracked, momentum=momentum
-            )
+            running = moments.Running(running_mean, running_var, num_batches_tracked, momentum)
+        if relu and padding is None and fused.takes(input, residual):
+            return fused.sync_batch_norm_relu(input, weight, bias, residual, eps, group, layer, segments, running)
         which = _Which(eps, group, padding, layer, segments, running)
         output = _SyncBatchNorm.apply(input, weight, bias, which)  # type: ignore[no-untyped-call]
+    output = add_and_rectify(output, residual, relu)
     return output if padding is None else output.masked_fill(padding, 0)
+
+
+def add_and_rectify(output: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """What ``residual`` and ``relu`` stand for, by torch's own operators; ``output`` may be overwritten."""
+    if residual is not None:
+        output = output.add_(residual) if fused.alike(residual, output) else output + residual
+    return output.relu_() if relu else output
 
 
 class _Which(NamedTuple):
@@ -179,31 +194,20 @@ class _Which(NamedTuple):
     padding: Tensor | None
     layer: str
     segments: list[Any]
-    update_running_: Callable[..., None] | None
+    running: moments.Running | None
 
 
 class _SyncBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, which: _Which) -> Tensor:
-        eps, group, padding, layer, segments, update_running_ = which
-        # Padding, zero in the input and in dy, changes no sum but those of the local moments.
+        eps, group, padding, layer, segments, running = which
         passes = kernels.for_device(input.device)
         x = kernels.dense(input, kernels.memory_format(input))
-        local_count: moments.Count = x.numel() // x.size(1)
-
         y = torch.empty_like(x)
-        if padding is not None and x.numel() > 0:
-            local_mean, local_invstd, local_count = masked_moments(x, eps, padding)
-        elif x.numel() > 0:
-            local_mean, local_invstd = passes.local_moments(x, eps, y)
-        else:  # an empty rank still takes part; its count takes its moments out of the merge
-            local_mean = torch.zeros(x.size(1), dtype=moments.statistics_dtype(x.dtype), device=x.device)
-            local_invstd = torch.ones_like(local_mean)
-        whole, var = of_all_ranks(local_mean, local_invstd, local_count, eps, group, layer, segments)
+        local = kernels.moments_of(x, eps, y, padding)
+        whole, _ = of_all_ranks(*local, eps, group, layer, segments, running)
         if x.numel() > 0:
             y = passes.normalise(x, whole.mean, whole.invstd, weight, bias, y)
-        if update_running_ is not None and var is not None:
-            update_running_(mean=whole.mean, var=var, count=whole.count)
 
         # the input and not x, which may be a copy: a second derivative has to find its way back
         ctx.save_for_backward(input, weight, whole.mean, whole.invstd)

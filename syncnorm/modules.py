@@ -61,13 +61,17 @@ class SyncMixin(Synced):
     Parameters, buffers, constructor, hooks, ``state_dict`` and evaluation are those of the other class.
     """
 
-    def forward(self: Any, input: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self: Any, input: Tensor, mask: Tensor | None = None, *, residual: Tensor | None = None, relu: bool = False
+    ) -> Tensor:
         """Normalises with the statistics of all ranks in training, with the running ones in evaluation.
 
         Args:
             input: (batch, num_features, *spatial), floating; the batch may differ by rank and may be 0.
             mask: boolean, broadcastable to (batch, *spatial), True where a position counts; output and gradient
                 are zero elsewhere.
+            residual: added to the output; see ``syncnorm.functional.sync_batch_norm``.
+            relu: return the positive part.
 
         Raises:
             InputError: what ``syncnorm.functional.sync_batch_norm`` refuses; buffers are as they were.
@@ -87,7 +91,7 @@ class SyncMixin(Synced):
             raise
         in_replica = warn_under_data_parallel(self)
         if mask is None and (not self.training or in_replica):
-            return super().forward(input)  # type: ignore[misc,no-any-return]
+            return functional.add_and_rectify(super().forward(input), residual, relu)  # type: ignore[misc]
         training = self.training or running_mean is None
         buffers = self.track_running_stats or not self.training
         return functional.batch_norm_over(
@@ -103,6 +107,8 @@ class SyncMixin(Synced):
             self.eps,
             mask,
             self.num_batches_tracked if buffers else None,
+            residual,
+            relu,
         )
 
 

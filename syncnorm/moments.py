@@ -4,12 +4,28 @@ Shapes: W = ranks of the group, C = channels.
 """
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 Count: TypeAlias = int | Tensor  # values a channel; a tensor () where the host would have to ask the device
+
+
+class Running(NamedTuple):
+    """The running statistics of a layer, and how they move.
+
+    Attributes:
+        mean: (C), any floating dtype.
+        var: (C), likewise; unbiased over the whole batch.
+        num_batches_tracked: int64 scalar, or None for a layer that does not count.
+        momentum: weight of a new batch; None for the cumulative average, 1 / num_batches_tracked.
+    """
+
+    mean: Tensor
+    var: Tensor
+    num_batches_tracked: Tensor | None
+    momentum: float | None
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -26,8 +42,8 @@ def merge(moments_WP: Tensor, counts: Sequence[int] | Tensor, eps: float) -> tup
     standard deviation.
 
     Args:
-        moments_WP: (W, 2C), fp64: the mean of each batch, then its ``1 / sqrt(biased variance + eps)``, finite
-            for an empty one. Overwritten.
+        moments_WP: (W, 2C): the mean of each batch, then its ``1 / sqrt(biased variance + eps)``, finite for an
+            empty one.
         counts: values a channel in each batch: numbers, or (W, 1) where only the device knows them.
         eps: the epsilon inside the latter.
 
@@ -40,61 +56,52 @@ def merge(moments_WP: Tensor, counts: Sequence[int] | Tensor, eps: float) -> tup
     Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances"
     (1979), in the form for W sets at once.
     """
-    mean_WC, invstd_WC = moments_WP.chunk(2, dim=1)
+    mean_WC, invstd_WC = moments_WP.to(torch.float64, copy=True).chunk(2, dim=1)
     var_eps_WC = invstd_WC.pow_(-2)
     count: Count
     if isinstance(counts, Tensor):
+        counts = counts.double()
         count = counts.sum()
         share_W1 = counts / count.clamp(min=1)
     else:
         count = sum(counts)
-        share_W1 = moments_WP.new_tensor([[n / max(count, 1)] for n in counts])
+        share_W1 = mean_WC.new_tensor([[n / max(count, 1)] for n in counts])
     mean = (mean_WC * share_W1).sum(0)
     var_eps = var_eps_WC.add_(mean_WC.sub_(mean).square_()).mul_(share_W1).sum(0)
     # var = 0 comes back from a rounded invstd as +-1e-7 * eps; a negative variance must not reach a buffer.
     return mean, var_eps.clamp_(min=eps), count
 
 
-def update_running_(
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_batches_tracked: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    count: Count,
-    momentum: float | Tensor | None,
-) -> None:
+def update_running_(running: Running, mean: Tensor, var: Tensor, count: Count) -> None:
     """Moves the running statistics towards the batch's, in place; an empty batch moves nothing.
 
     The running variance is unbiased over the whole batch: ``var * N / (N - 1)``.
 
     Args:
-        running_mean: (C), any floating dtype; blended in the wider of its dtype and fp32.
-        running_var: (C), likewise.
-        num_batches_tracked: int64 scalar, one more for a batch that is not empty.
+        running: blended in the wider of its dtype and fp32; ``num_batches_tracked`` is one more for a batch that is
+            not empty, and must be there for the cumulative average.
         mean: (C), of the whole batch.
         var: (C), biased.
         count: values a channel in the whole batch; a tensor () where only the device knows.
-        momentum: weight of the new batch; ``None`` for the cumulative average, 1 / num_batches_tracked, which
-            must be given then.
     """
     if isinstance(count, int) and count == 0:
         return
+    num_batches_tracked = running.num_batches_tracked
     if num_batches_tracked is not None:
         num_batches_tracked.add_(count > 0 if isinstance(count, Tensor) else 1)
     factor: float | Tensor
-    if momentum is None:
+    if running.momentum is None:
         assert num_batches_tracked is not None
         factor = num_batches_tracked.clamp(min=1).double().reciprocal()
     else:
-        factor = momentum
+        factor = running.momentum
     if isinstance(count, Tensor):
         factor = (count > 0).double() * factor
         bessel: float | Tensor = count / (count - 1).clamp(min=1)
     else:
         bessel = count / max(count - 1, 1)
-    _blend_(running_mean, mean, factor)
-    _blend_(running_var, var * bessel, factor)
+    _blend_(running.mean, mean, factor)
+    _blend_(running.var, var * bessel, factor)
 
 
 def _blend_(running: Tensor, value: Tensor, factor: float | Tensor) -> None:

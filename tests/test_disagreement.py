@@ -129,14 +129,14 @@ def direct_ranks_disagree() -> list[str]:
         call = collectives.Call(collectives.Kind.FORWARD, name, number + 10 * dist.get_rank(), 4)
         for collective in (direct.gather, direct.reduce):
             try:
-                result = collective(torch.ones(5), group, call, first=number == 1)
+                result = collective([torch.ones(5)], group, call, first=number == 1)
                 if callable(result):
                     result()
             except syncnorm.SyncNormError as error:
                 told.append(str(error))
     call = collectives.Call(collectives.Kind.FORWARD, "a", 1, 4)
-    assert direct.gather(torch.full((3,), float(dist.get_rank())), group, call, True).tolist() == [[0] * 3, [1] * 3]
-    assert direct.reduce(torch.full((3,), 1.0 + dist.get_rank()), group, call, False)().tolist() == [3] * 3
+    assert direct.gather([torch.full((3,), float(dist.get_rank()))], group, call, True).tolist() == [[0] * 3, [1] * 3]
+    assert direct.reduce([torch.full((3,), 1.0 + dist.get_rank())], group, call, False)()[0].tolist() == [3] * 3
     return told
 
 
@@ -151,7 +151,7 @@ def in_debug_mode() -> str:
     syncnorm.set_debug(True)
     try:
         call = collectives.Call(collectives.Kind.FORWARD, "ab"[dist.get_rank()], 5, 4)
-        direct.gather(torch.ones(5), dist.group.WORLD, call, first=False)
+        direct.gather([torch.ones(5)], dist.group.WORLD, call, first=False)
     except syncnorm.SyncNormError as error:
         return str(error)
     finally:

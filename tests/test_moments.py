@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from syncnorm.moments import merge, statistics_dtype, update_running_
+from syncnorm.moments import Running, merge, statistics_dtype, update_running_
 
 
 def parts(sizes, offset=0.0, channels=5):
@@ -72,9 +72,8 @@ def test_running_statistics_follow_torch(dtype):
     for _ in range(3):
         torch.nn.functional.batch_norm(x, want_mean, want_var, training=True, momentum=0.3)
         batch = x.double()
-        update_running_(
-            mean, var, tracked, batch.mean(0), batch.var(0, correction=0), torch.tensor(6.0).double(), 0.3
-        )
+        running = Running(mean, var, tracked, 0.3)
+        update_running_(running, batch.mean(0), batch.var(0, correction=0), torch.tensor(6.0).double())
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-6, "atol": 1e-6}
     torch.testing.assert_close(mean.float(), want_mean, **tolerance)
     torch.testing.assert_close(var.float(), want_var, **tolerance)
@@ -85,7 +84,7 @@ def test_an_empty_batch_moves_nothing():
     mean, var, tracked = torch.full((2,), 3.0), torch.full((2,), 4.0), torch.tensor(5)
     zero = torch.zeros(2, dtype=torch.float64)
     for momentum in (0.1, 1.0, None):
-        update_running_(mean, var, tracked, zero, zero, torch.tensor(0.0, dtype=torch.float64), momentum)
+        update_running_(Running(mean, var, tracked, momentum), zero, zero, torch.tensor(0.0, dtype=torch.float64))
     assert mean.tolist() == [3, 3]
     assert var.tolist() == [4, 4]
     assert tracked == 5

@@ -58,8 +58,8 @@ class Peers:
 class Gathered(NamedTuple):
     """What :func:`gather_moments` returns."""
 
-    moments: Tensor  # (W, 2C), fp64: each rank's mean and then its invstd
-    counts: Sequence[int] | Tensor  # W numbers, or (W, 1) fp64 where only the device knows them
+    moments: Tensor  # (W, 2C): each rank's mean and then its invstd
+    counts: Sequence[int] | Tensor  # W numbers, or (W, 1) where only the device knows them
     number: int  # of the call
 
 
@@ -119,8 +119,8 @@ def gather_moments(
     """
     channels = mean.numel()
     if group is None:
-        counts = count.double().view(1, 1) if isinstance(count, Tensor) else [count]
-        return Gathered(torch.cat([mean, invstd]).double().unsqueeze(0), counts, 0)
+        counts = count.view(1, 1) if isinstance(count, Tensor) else [count]
+        return Gathered(torch.cat([mean, invstd]).unsqueeze(0), counts, 0)
     peers = peers_of(group)
     number = 1 + (peers.calls if peers.exchange is None else peers.exchange.calls)
     call = Call(Kind.FORWARD, layer, number, channels, mean.dtype, eps)
@@ -129,14 +129,13 @@ def gather_moments(
         peers.calls += 1
         # full() and not tensor(): a fill is a kernel, a copy of host memory would synchronise a GPU.
         packed = count.view(1).to(mean.dtype) if isinstance(count, Tensor) else mean.new_full((1,), count)
-        gathered = direct.gather(torch.cat([mean, invstd, packed]), group, call, peers.is_first(call)).double()
+        gathered = direct.gather([mean, invstd, packed], group, call, peers.is_first(call))
         return Gathered(gathered[:, :-1], gathered[:, -1:], call.number)
     headers, received = exchange(call, (mean, invstd), int(count))
-    gathered = received.to(mean.device, torch.float64, copy=True)
     for row, header in enumerate(headers):
         if header.kind == Kind.JOINED:
-            gathered[row, channels:] = 1  # the invstd of an empty rank: finite
-    return Gathered(gathered, [h.values for h in headers], call.number)
+            received[row, channels:] = 1  # the invstd of an empty rank: finite
+    return Gathered(received.to(mean.device), [h.values for h in headers], call.number)
 
 
 def reduce_sums(
@@ -166,8 +165,7 @@ def reduce_sums(
     call = Call(kind, layer, number, like.numel(), like.dtype)
     exchange = exchange_of(group, like.device, call)
     if exchange is None:
-        finish = direct.reduce(torch.cat(tuple(sums)), group, call, peers_of(group).is_first(call))
-        return lambda: finish().chunk(len(sums))
+        return direct.reduce(sums, group, call, peers_of(group).is_first(call))
     receive = exchange.start(call, sums)
     return lambda: receive().payloads.sum(0).to(like.device).chunk(len(sums))
 

@@ -5,7 +5,7 @@ sums. Names are compared, at the price of a wait, at a layer's first call and at
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -31,12 +31,12 @@ def set_debug(enabled: bool) -> None:
     _debug = enabled
 
 
-def gather(packed: Tensor, group: dist.ProcessGroup, call: Call, first: bool) -> Tensor:
-    """``packed`` (n) of all ranks, (W, n); names are compared at a layer's first call."""
+def gather(vectors: Sequence[Tensor], group: dist.ProcessGroup, call: Call, first: bool) -> Tensor:
+    """``vectors``, packed (n), of all ranks, (W, n); names are compared at a layer's first call."""
     if (first or _debug) and not _fake(group):
         _compare(group, call)
     tag = float((call.key() + call.number) % 2**20)
-    packed = torch.cat([packed, packed.new_full((1,), tag)])
+    packed = torch.cat([*vectors, vectors[0].new_full((1,), tag)])
     gathered = packed.new_empty(group.size(), packed.numel())
     with _explained(group, call):
         _all_gather_into(gathered.view(-1), packed, group=group)
@@ -44,21 +44,23 @@ def gather(packed: Tensor, group: dist.ProcessGroup, call: Call, first: bool) ->
     return gathered[:, :-1]
 
 
-def reduce(packed: Tensor, group: dist.ProcessGroup, call: Call, first: bool) -> Callable[[], Tensor]:
-    """Starts to sum ``packed`` (n) over all ranks; what is returned waits for it."""
+def reduce(
+    vectors: Sequence[Tensor], group: dist.ProcessGroup, call: Call, first: bool
+) -> Callable[[], tuple[Tensor, ...]]:
+    """Starts to sum each of ``vectors`` over all ranks, packed; what is returned waits for it."""
     if (first or _debug) and not _fake(group):
         _compare(group, call)
     # Sums of fp32 are exact to 2**24.
     tag = float((call.key() + call.number) % (2**24 // group.size()))
-    packed = torch.cat([packed, packed.new_full((1,), tag)])
+    packed = torch.cat([*vectors, vectors[0].new_full((1,), tag)])
     with _explained(group, call):
         work = dist.all_reduce(packed, group=group, async_op=True)
 
-    def finish() -> Tensor:
+    def finish() -> tuple[Tensor, ...]:
         with _explained(group, call):
             work.wait()
         _check(packed[-1] == tag * group.size(), group, call)
-        return packed[:-1]
+        return packed[:-1].chunk(len(vectors))
 
     return finish
 
@@ -84,10 +86,10 @@ def _check(same: Tensor, group: dist.ProcessGroup, call: Call) -> None:
         f"rank {dist.get_rank()}: another rank was not at {call}. SYNCNORM_DEBUG=1, or syncnorm.set_debug(True), "
         f"on all ranks tells at which layer each one was"
     )
-    if same.is_cuda:
-        torch._assert_async(same, message)
-    elif not same:
-        raise SyncNormError(message)
+    try:
+        torch._assert_async(same, message)  # a GPU looks when it comes to it, and the host does not wait
+    except RuntimeError as error:
+        raise SyncNormError(message) from error
 
 
 @contextmanager

@@ -5,10 +5,13 @@ is a matter of speed alone: ``batch_norm`` is quick where the channels' values l
 channel is the fastest axis, and memory that is new to the process is slow to write to.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from syncnorm.moments import Count, statistics_dtype
+from syncnorm import moments
+from syncnorm.moments import Count, Running, statistics_dtype
 
 _batch_norm_into = torch.ops.aten.native_batch_norm.out
 _batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
@@ -73,6 +76,18 @@ def _corrected(x: Tensor, eps: float, count: Count, padding: Tensor | None) -> t
     residual = centred.sum(dims) / count
     var = centred.square_().sum(dims) / count - residual.square()
     return mean + residual, torch.rsqrt(var + eps)
+
+
+def merge(
+    gathered_WP: Tensor, counts: Sequence[int] | Tensor, eps: float, running: Running | None
+) -> tuple[Tensor, Tensor, Tensor, Count]:
+    """``moments.merge`` and ``moments.update_running_``, the results in the dtype of ``gathered_WP``."""
+    mean, var_eps, count = moments.merge(gathered_WP, counts, eps)
+    mean, var_eps = mean.to(gathered_WP.dtype), var_eps.to(gathered_WP.dtype)
+    invstd, var = var_eps.rsqrt(), var_eps.sub_(eps)
+    if running is not None:
+        moments.update_running_(running, mean, var, count)
+    return mean, invstd, var, count
 
 
 def normalise(

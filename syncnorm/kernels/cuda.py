@@ -3,16 +3,32 @@
 Source: ATen/native/cuda/Normalization.cu; called as in torch/nn/modules/_functions.py.
 """
 
+import importlib.util
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from syncnorm.moments import Count
+from syncnorm.kernels import cpu
+from syncnorm.moments import Count, Running
 
 
 def local_moments(x: Tensor, eps: float, scratch: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and invstd, each (C): Welford's algorithm in the accumulation type."""
     mean, invstd = torch.batch_norm_stats(x, eps)
     return mean, invstd
+
+
+def merge(
+    gathered_WP: Tensor, counts: Sequence[int] | Tensor, eps: float, running: Running | None
+) -> tuple[Tensor, Tensor, Tensor, Count]:
+    """One kernel where Triton is there, else operators of torch."""
+    if isinstance(counts, Tensor) and importlib.util.find_spec("triton") is not None:
+        from syncnorm.kernels import triton_merge  # not at the top: it imports a compiler
+
+        if triton_merge.takes(gathered_WP, running):
+            return triton_merge.merge(gathered_WP, counts, eps, running)
+    return cpu.merge(gathered_WP, counts, eps, running)
 
 
 def normalise(

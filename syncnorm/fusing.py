@@ -1,0 +1,204 @@
+"""Batch norm, shortcut and ReLU of a block in one call: found by tracing the block, and put in by a change of class.
+
+A block is a module whose forward calls synced layers of its own. Traced by ``torch.fx`` with its children as leaves,
+its forward is a list of calls; where a synced layer's output goes into a ReLU and nowhere else, at once or after an
+addition, the three become one call of the layer. The block's class changes to one with that forward: children,
+parameters, attributes and hooks stay, and changing it back is all that there is to undo.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from syncnorm.modules import SyncMixin
+
+_RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_, F.relu_)
+_ADDITIONS = (operator.add, torch.add)
+_IN_PLACE = (operator.iadd,)
+
+
+class Fused:
+    """Marks the made class of a block whose norms are fused; ``_unfused_class`` is the one it had."""
+
+    _unfused_class: type
+    _fused_layers: tuple[str, ...]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As the class it had: a copy computes the same, unfused, until ``convert(fuse=True)``."""
+        made = type(self)
+        self.__class__ = self._unfused_class
+        try:
+            rebuild, args, *rest = self.__reduce_ex__(protocol)
+        finally:
+            self.__class__ = made
+        return _rebuild, (rebuild, *args), *rest  # pickle would take offence at an object that is not of that class
+
+
+def _rebuild(rebuild: Callable[..., Any], *args: Any) -> Any:
+    return rebuild(*args)
+
+
+def fuse(model: nn.Module) -> dict[str, str]:
+    """Fuses what it can in each block of ``model``, in place.
+
+    Returns:
+        Name of a block with synced layers of its own -> why nothing in it was fused.
+    """
+    skipped = {}
+    for name, block in model.named_modules():
+        if isinstance(block, Fused | SyncMixin) or not any(_is_plain_layer(c) for c in block.children()):
+            continue
+        try:
+            _fuse_block(block)
+        except _NotFusable as reason:
+            skipped[name] = str(reason)
+    return skipped
+
+
+def unfuse(model: nn.Module) -> None:
+    """Gives each block the class that it had."""
+    for block in model.modules():
+        if isinstance(block, Fused):
+            block.__class__ = block._unfused_class
+
+
+def fused_layers(model: nn.Module) -> set[nn.Module]:
+    """The layers that are called together with their ReLU."""
+    blocks = [block for block in model.modules() if isinstance(block, Fused)]
+    return {block.get_submodule(name) for block in blocks for name in block._fused_layers}
+
+
+class _NotFusable(Exception):
+    """Says why a block keeps its class."""
+
+
+class _Proxy(fx.Proxy):
+    """A proxy that knows ``x += y``, which to torch's own is ``x = x + y``, and leaves what x was as it is."""
+
+
+def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+    def in_place(self: fx.Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return in_place
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"):
+    setattr(_Proxy, f"__{_name}__", _recorded(getattr(operator, _name)))
+
+
+class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def _fuse_block(block: nn.Module) -> None:
+    if "forward" in block.__dict__:
+        raise _NotFusable("its forward was replaced on the instance")
+    graph = _same_in_both_modes(block)
+    modules = dict(block.named_modules())
+    fused = tuple(n for n in (_fuse_node(graph, node, modules) for node in list(graph.nodes)) if n is not None)
+    if not fused:
+        raise _NotFusable("no ReLU follows its norms, at once or after an addition")
+    graph.lint()
+    cls = type(block)
+    namespace = {
+        "forward": _compiled(graph, block),
+        "_unfused_class": cls,
+        "_fused_layers": fused,
+        "__module__": cls.__module__,
+        "__doc__": cls.__doc__,
+    }
+    block.__class__ = type(f"Fused{cls.__name__}", (Fused, cls), namespace)
+
+
+def _same_in_both_modes(block: nn.Module) -> fx.Graph:
+    """The block's graph; a tracer sees one value of ``training``, so a block that asks for it has two."""
+    before, graphs = block.training, []
+    try:
+        for block.training in (True, False):
+            graphs.append(_Tracer().trace(block))
+    except Exception as error:  # what a tracer cannot follow shows as any error of the block's own code
+        raise _NotFusable(f"torch.fx cannot trace its forward: {error}") from error
+    finally:
+        block.training = before
+    if str(graphs[0]) != str(graphs[1]):
+        raise _NotFusable("its forward is another one in training")
+    if any(node.op == "get_attr" and "_tensor_constant" in str(node.target) for node in graphs[0].nodes):
+        raise _NotFusable("its forward makes tensors of its own")
+    return graphs[0]
+
+
+def _fuse_node(graph: fx.Graph, norm: fx.Node, modules: dict[str, nn.Module]) -> str | None:
+    """Puts one call in the place of ``norm`` and what follows it; the layer's name, or None where that is no ReLU."""
+    if norm.op != "call_module" or not _is_plain_layer(modules[str(norm.target)]) or len(norm.all_input_nodes) != 1:
+        return None
+    relu, addition, residual = _only_user(norm), None, None
+    if relu is not None and (operands := _added(relu)) is not None:
+        others = [o for o in operands if o is not norm]
+        if len(others) != 1 or not isinstance(others[0], fx.Node) or (_is_in_place(relu) and operands[0] is not norm):
+            return None
+        residual, addition, relu = others[0], relu, _only_user(relu)
+    if relu is None or not _is_relu(relu, modules) or not _may_move(norm, addition, relu):
+        return None
+    with graph.inserting_before(relu):
+        call = graph.call_module(str(norm.target), norm.args, {"residual": residual, "relu": True})
+    relu.replace_all_uses_with(call)
+    for node in (relu, addition, norm):
+        if node is not None:
+            graph.erase_node(node)
+    return str(norm.target)
+
+
+def _may_move(norm: fx.Node, addition: fx.Node | None, relu: fx.Node) -> bool:
+    """Whether what the norm reads, and then the addition, is sure to be the same when the ReLU comes."""
+    if addition is not None and addition.next is not relu:
+        return False
+    # What runs in between may write to what it gets, but not to what only the norm gets.
+    read = norm.all_input_nodes[0]
+    return norm.next in (addition, relu) or (read.op == "call_module" and len(read.users) == 1)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    users = list(node.users)
+    return users[0] if len(users) == 1 else None
+
+
+def _added(node: fx.Node) -> tuple[Any, ...] | None:
+    """The two operands of an addition."""
+    function = node.op == "call_function" and node.target in (*_ADDITIONS, *_IN_PLACE)
+    method = node.op == "call_method" and node.target in ("add", "add_")
+    return node.args if (function or method) and len(node.args) == 2 and not node.kwargs else None
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    return node.target in _IN_PLACE or node.target == "add_"
+
+
+def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return type(module) is nn.ReLU and _runs_as_written(module)
+    return node.target in _RELU_FUNCTIONS if node.op == "call_function" else node.target in ("relu", "relu_")
+
+
+def _is_plain_layer(module: nn.Module) -> bool:
+    """A synced layer whose forward is that of the mix-in, with no hook that would see what is in between."""
+    return isinstance(module, SyncMixin) and type(module).forward is SyncMixin.forward and _runs_as_written(module)
+
+
+def _runs_as_written(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return "forward" not in module.__dict__ and not any(hooks)
+
+
+def _compiled(graph: fx.Graph, block: nn.Module) -> Callable[..., Any]:
+    """The forward that the graph spells, as a function of ``self``."""
+    return fx.GraphModule(block, graph).forward.__func__  # type: ignore[attr-defined,no-any-return]

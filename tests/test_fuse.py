@@ -1,0 +1,209 @@
+"""``convert(fuse=True)``: which blocks are fused, that they compute the same bits as before, and the way back."""
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import syncnorm
+from syncnorm.testing import run_ranks
+
+
+class Basic(nn.Module):
+    """A residual block as torchvision writes it: in place, one ReLU for two places."""
+
+    def __init__(self, width_in: int = 4, width: int = 4):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = None
+        if width_in != width:
+            self.downsample = nn.Sequential(nn.Conv2d(width_in, width, 1), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        return self.relu(out)
+
+
+class Functional(Basic):
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        return (x + self.bn2(self.conv2(y))).relu()
+
+
+class PreActivation(Basic):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(torch.relu(self.bn1(x)))
+        return x + self.conv2(torch.relu(self.bn2(y)))
+
+
+class AsksForTraining(Basic):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn1(self.conv1(x))
+        return F.relu(y) if self.training else F.relu(y) * 1.5
+
+
+class Branches(Basic):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn1(x)) if x.sum() > 0 else x
+
+
+class UsesTheSumTwice(Basic):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn1(self.conv1(x))
+        return F.relu(y) + y
+
+
+class WritesToTheShortcut(Basic):
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = self.conv2(x)
+        shortcut += self.bn1(self.conv1(x))
+        return self.relu(shortcut)
+
+
+class WritesToItsInput(Basic):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1
+        y = self.bn1(x)
+        x.add_(1)
+        return F.relu(y) + x
+
+
+class KeepsTheSum(Basic):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(x)
+        kept = y
+        y += F.relu(self.bn1(x))
+        return kept * y
+
+
+def sequential() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1))
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(Basic(), Basic(4, 6), Functional(6, 6), PreActivation(6, 6), nn.Flatten(), nn.LazyLinear(3))
+
+
+FUSABLE: dict[Callable[[], nn.Module], set[str]] = {
+    Basic: {"bn1", "bn2"},
+    Functional: {"bn1", "bn2"},
+    PreActivation: {"bn1", "bn2"},
+    sequential: {"1"},
+    KeepsTheSum: {"bn1"},
+}
+NOT_FUSABLE = [AsksForTraining, Branches, UsesTheSumTwice, WritesToTheShortcut, WritesToItsInput]
+
+
+def fused(model: nn.Module) -> set[str]:
+    return {layer.name for layer in syncnorm.describe(model) if "fused" in layer.note}
+
+
+@pytest.mark.parametrize("build", FUSABLE)
+def test_what_is_fused(build):
+    assert fused(syncnorm.convert(build(), fuse=True)) == FUSABLE[build]
+
+
+@pytest.mark.parametrize("build", NOT_FUSABLE)
+def test_what_is_not(build):
+    block = syncnorm.convert(build(), fuse=True)
+    assert type(block) is build
+    assert not fused(block)
+
+
+def test_a_hook_that_would_see_the_sum_is_not_passed_by():
+    for name in ("bn1", "relu"):
+        block = Basic()
+        seen = []
+        block.get_submodule(name).register_forward_hook(lambda *_: seen.append(1))  # noqa: B023
+        assert "bn1" not in fused(syncnorm.convert(block, fuse=True))
+        block(torch.randn(2, 4, 5, 5))
+        assert seen
+
+
+def steps(fuse: bool, build: Callable[[], nn.Module]) -> dict[str, Tensor]:
+    """Three steps on uneven ranks, and an evaluation."""
+    torch.manual_seed(0)
+    model = build()
+    model(torch.zeros(2, 4, 6, 6))  # for the lazy one
+    model = syncnorm.convert(model, fuse=fuse)
+    ddp = DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    generator = torch.Generator().manual_seed(7 + dist.get_rank())
+    inputs = []
+    for _ in range(3):
+        x = torch.randn(3 - dist.get_rank(), 4, 6, 6, generator=generator).requires_grad_()
+        y = ddp(x)
+        optimizer.zero_grad()
+        y.backward(torch.randn(y.shape, generator=generator))
+        optimizer.step()
+        inputs.append(x.grad)
+    result = {f"dx{i}": g for i, g in enumerate(inputs) if g is not None}
+    result["eval"] = model.eval()(torch.randn(2, 4, 6, 6, generator=generator)).detach()
+    return result | {k: v.detach() for k, v in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("build", [network, *FUSABLE, AsksForTraining, UsesTheSumTwice, WritesToTheShortcut])
+def test_fused_computes_the_same_bits(build):
+    for plain, ours in zip(run_ranks(steps, 2, (False, build)), run_ranks(steps, 2, (True, build)), strict=True):
+        assert plain.keys() == ours.keys()
+        for name in plain:
+            assert torch.equal(plain[name], ours[name]), name
+
+
+def test_the_way_back_and_copies():
+    model = network()
+    classes = [type(m) for m in model.modules()]
+    syncnorm.convert(model, fuse=True)
+    assert fused(model)
+    assert isinstance(model[0], Basic)
+    state = model.state_dict()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not fused(other)
+        assert [i.synced for i in syncnorm.describe(other)] == [True] * 9
+        assert fused(syncnorm.convert(other, fuse=True)) == fused(model)
+    assert type(model[0]).__name__ == "FusedBasic"
+    assert not fused(syncnorm.convert(model))
+    syncnorm.convert(model, fuse=True)
+    syncnorm.revert(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert state.keys() == model.state_dict().keys()
+
+
+def test_a_frozen_graph_does_not_outlive_the_mode():
+    block = syncnorm.convert(sequential(), fuse=True)
+    x = torch.randn(4, 4, 5, 5)
+    trained = block(x)
+    assert not torch.equal(block.eval()(x), trained)
+
+
+@pytest.mark.parametrize("to", ["batch", "group", "layer"])
+def test_only_synced_layers_are_fused(to):
+    with pytest.raises(syncnorm.SyncNormError, match="fuse"):
+        syncnorm.convert(Basic(), to=to, fuse=True)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_layer_itself_takes_a_shortcut_and_rectifies(training):
+    torch.manual_seed(0)
+    layer = syncnorm.SyncBatchNorm2d(4).train(training)
+    plain = copy.deepcopy(layer)
+    x, shortcut = torch.randn(3, 4, 5, 5), torch.randn(4, 1, 1)
+    assert torch.equal(layer(x, residual=shortcut, relu=True), F.relu(plain(x) + shortcut))
+    assert torch.equal(layer(x, relu=True), F.relu(plain(x)))
+    assert torch.equal(layer(x, residual=shortcut), plain(x) + shortcut)
