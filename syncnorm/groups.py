@@ -17,6 +17,7 @@ BIND = (
 
 _made: dict[int | str, dist.ProcessGroup] = {}
 _unsynced = 0  # contexts of no_sync_stats that are open
+_alone = 0  # contexts of syncing_alone that are open
 
 
 @contextmanager
@@ -42,6 +43,21 @@ def no_sync_stats() -> Iterator[None]:
 def syncing() -> bool:
     """False inside :func:`no_sync_stats`."""
     return _unsynced == 0
+
+
+@contextmanager
+def syncing_alone() -> Iterator[None]:
+    """Inside, a group of one rank communicates with itself, where it would be ``F.batch_norm``.
+
+    For benchmarks and tests, to which one card then shows every kernel and collective of a synced step. For all
+    threads of the process.
+    """
+    global _alone
+    _alone += 1
+    try:
+        yield
+    finally:
+        _alone -= 1
 
 
 def resolve(group: Any) -> dist.ProcessGroup | None:
@@ -86,7 +102,7 @@ def synced_group(group: Any) -> dist.ProcessGroup | None:
             f"rank {dist.get_rank()} is not a member of the process group that this layer synchronises over. "
             f"Give each rank a group that holds it: syncnorm.convert(model, group_size=...) does."
         )
-    return group if group.size() > 1 else None
+    return group if group.size() > 1 or _alone else None
 
 
 def subgroup(size: int | Literal["node"]) -> dist.ProcessGroup:

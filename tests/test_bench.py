@@ -14,13 +14,14 @@ import torch.distributed as dist
 from rich.console import Console
 
 from syncnorm.__main__ import main
-from syncnorm.bench import Benchmark, LayerWait, ModelResult, RankProfile, Row, Settings
+from syncnorm.bench import Benchmark, LayerWait, Memory, ModelResult, RankProfile, Row, Settings
+from syncnorm.bench.gpu_targets import gpu_figures
 from syncnorm.bench.layers import LayerStep
 from syncnorm.bench.measure import block_length
 from syncnorm.bench.models import build_model
 from syncnorm.bench.peers import BASELINES, MEAN_OF_SQUARES, PEERS, SYNCNORM
 from syncnorm.bench.profiling import Exchanges, noting
-from syncnorm.bench.shapes import CUDA_SHAPES, DTYPES, MAX_BYTES, parse_shapes, rows
+from syncnorm.bench.shapes import CUDA_SHAPES, DTYPES, MAX_BYTES, TABLES, parse_shapes, rows
 from syncnorm.bench.statistics import median_ratio, quartiles, rotated, summary, timings
 from syncnorm.collectives import Exchange
 from syncnorm.compare.records import Hardware
@@ -124,11 +125,12 @@ def made_up_row(shape, memory_format, dtype, ratio, device="cpu"):
         seconds, not_run = {name: [t / 40 for t in times] for name, times in seconds.items()}, {}
         seconds["torch"] = seconds["floor"]
     num_bytes = torch.Size(shape).numel() * DTYPES[dtype].itemsize
-    return Row(shape, memory_format, dtype, num_bytes, 9, timings(seconds, BASELINES, not_run))
+    return Row(shape, memory_format, dtype, num_bytes, 9, timings(seconds, BASELINES, not_run), 3, {"syncnorm": 0.8})
 
 
 def made_up(ratio=1.0, model_ratio=1.05, device="cpu"):
-    measured = [made_up_row(*row, dtype, ratio, device) for dtype in DTYPES for row in rows(device, None, dtype)]
+    measured = [made_up_row(*row, dtype, ratio, device) for dtype in DTYPES for row in rows(device, None)]
+    memory = Memory(4e12, 50 * 2**20) if device == "cuda" else Memory(2e10, None)
     arms = timings({"ddp": [1.0, 1.0], "ddp+syncnorm": [model_ratio] * 2}, ["ddp"], {})
     waits = tuple(LayerWait(f"stages.{i}.norm1", 0.5, 0.25) for i in range(3))
     profile = tuple(RankProfile(rank, 3, 10.0, 2.25, 5.0, 2.75, waits) for rank in range(4))
@@ -143,7 +145,8 @@ def made_up(ratio=1.0, model_ratio=1.05, device="cpu"):
         command="syncnorm bench",
         rows=tuple(measured),
         model=model,
-        summary=summary(measured, model, device),
+        summary=(*summary(measured, model, device), *gpu_figures(measured, memory, device)),
+        memory=memory,
         wall_seconds=61.0,
     )
 
@@ -206,10 +209,11 @@ def test_the_plot_is_a_picture(tmp_path):
 
 def test_shapes():
     assert parse_shapes("4,8,5,5; 64,512") == ((4, 8, 5, 5), (64, 512))
-    on_gpu = list(rows("cuda", None, "fp32"))
-    assert {shape for shape, _ in on_gpu} == set(CUDA_SHAPES)
-    assert all(torch.Size(shape).numel() * 4 <= MAX_BYTES for shape in CUDA_SHAPES)
-    assert len(list(rows("cpu", None, "bf16"))) == 14
+    assert {shape for shape, _ in rows("cuda", None)} == set(CUDA_SHAPES) == set(parse_shapes("gpu"))
+    assert all(torch.Size(shape).numel() * 4 <= MAX_BYTES for table in TABLES.values() for shape in table)
+    batches, channels, sides = (set(sizes) for sizes in list(zip(*CUDA_SHAPES, strict=True))[:3])
+    assert (batches, min(channels), max(channels), min(sides), max(sides)) == ({8, 32, 256}, 64, 2048, 7, 112)
+    assert len(list(rows("cpu", None))) == len(list(rows("cuda", parse_shapes("cpu")))) == 14
 
 
 def noted_step():
@@ -260,6 +264,11 @@ BAD = [
     (["--shapes", "1,8"], "'1,8' is no shape"),
     (["--repetitions", "0"], "repetitions must be at least 1, got 0"),
     (["--batch-per-rank", "0"], "batch_per_rank must be at least 1, got 0"),
+    (["--backend", "mpi"], "backend must be one of gloo, nccl, fake, got 'mpi'"),
+    (["--backend", "nccl", "--device", "cpu"], "nccl needs cuda, got cpu: take --backend fake or gloo"),
+    (["--backend", "fake", "--world", "0"], "ranks must be at least 1, got 0"),
+    (["--backend", "fake", "--what", "all"], "does not run over the fake backend: ask for layer, got 'all'"),
+    (["--backend", "fake", "--what", "growth"], "growth is measured over gloo, got backend 'fake'"),
     (["--device", "tpu"], "device must be cpu or cuda, got 'tpu'"),
     (["--json", "/no/such/folder/x.json"], "cannot write /no/such/folder/x.json: No such file or directory"),
     (["--csv", "/no/such/folder/x.csv"], "cannot write /no/such/folder/x.csv"),
@@ -314,6 +323,11 @@ def test_a_quick_run_writes_what_it_measured(call, tmp_path):
     for row in found["rows"]:
         assert [peer["name"] for peer in row["peers"]] == ["local", "floor", "E[x^2]", "syncnorm", "torch"]
         assert all(len(peer["seconds"]) == 2 and min(peer["seconds"]) > 0 for peer in row["peers"][:4])
+        ours = row["peers"][3]["median"]
+        share = 8 * row["num_bytes"] / ours / found["memory"]["copy_bandwidth"]
+        assert row["bandwidth_shares"]["syncnorm"] == pytest.approx(share)
+        assert sorted(row["bandwidth_shares"]) == ["E[x^2]", "floor", "local", "syncnorm"]
+        assert row["input_sets"] == 1
         assert row["peers"][4]["not_run"].startswith(NOT_ON_CPU)
     assert [arm["name"] for arm in found["model"]["arms"]] == ["ddp", "ddp+floor", "ddp+syncnorm"]
     for rank in found["model"]["profile"]:
@@ -321,7 +335,8 @@ def test_a_quick_run_writes_what_it_measured(call, tmp_path):
         assert sum(rank[f"{part}_ms"] for part in ("norm", "compute", "rest")) == pytest.approx(rank["step_ms"])
         assert min(rank[f"{part}_ms"] for part in ("norm", "compute", "rest")) > 0
         assert json.loads((tmp_path / "traces" / f"rank{rank['rank']}.json").read_text())["traceEvents"]
-    assert len(found["summary"]) == 10
+    assert len(found["summary"]) == 14
+    assert found["memory"]["copy_bandwidth"] > 1e8
     assert all("met" in figure for figure in found["summary"])
     lines = list(csv.DictReader(files["csv"].read_text().splitlines()))
     assert len(lines) == 4 * 5

@@ -1,7 +1,17 @@
 """The speed of the synced layer against its peers, always as ratios inside one run."""
 
 from syncnorm.bench.growth_records import Growth, Simulation
-from syncnorm.bench.records import Benchmark, Figure, LayerWait, ModelResult, RankProfile, Row, Settings, Timing
+from syncnorm.bench.records import (
+    Benchmark,
+    Figure,
+    LayerWait,
+    Memory,
+    ModelResult,
+    RankProfile,
+    Row,
+    Settings,
+    Timing,
+)
 from syncnorm.bench.runner import run
 from syncnorm.bench.simulation import Parameters
 
@@ -10,6 +20,7 @@ __all__ = [
     "Figure",
     "Growth",
     "LayerWait",
+    "Memory",
     "ModelResult",
     "Parameters",
     "RankProfile",

@@ -6,8 +6,7 @@ rows as the world has ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 
@@ -17,8 +16,8 @@ import torch.distributed as dist
 from syncnorm.bench.growth import BATCH, SIDE, Key, timed_in_blocks
 from syncnorm.bench.growth_records import HostSample
 from syncnorm.bench.layers import LayerStep, make_inputs
+from syncnorm.bench.lone import fake_world
 from syncnorm.bench.measure import Step, warm_up
-from syncnorm.compare.ranks import Ranks
 from syncnorm.modules import SyncBatchNorm2d
 
 # The last but one is for checking the fit to the others.
@@ -66,7 +65,7 @@ def measure_host(repetitions: int, quick: bool) -> tuple[tuple[HostSample, ...],
         The samples to fit to, and those of one world to check the fit against.
     """
     worlds, channels = (QUICK_WORLDS, QUICK_CHANNELS) if quick else (WORLDS, CHANNELS)
-    with _fake_world(max(worlds)) as ranks:
+    with fake_world(max(worlds), torch.device("cpu")) as ranks:
         steps: dict[Key, Step] = {}
         for world_size in worlds:
             group = dist.new_group(list(range(world_size)), backend="fake")
@@ -87,16 +86,3 @@ def measure_host(repetitions: int, quick: bool) -> tuple[tuple[HostSample, ...],
 def _host(seconds: Mapping[Key, tuple[float, ...]], world_size: int, channels: int) -> float:
     step, collectives, rows = (seconds[what, world_size, channels] for what in ("step", "collectives", "rows"))
     return median(s - c + r for s, c, r in zip(step, collectives, rows, strict=True))
-
-
-@contextmanager
-def _fake_world(world_size: int) -> Iterator[Ranks]:
-    # Imported here: it registers a backend.
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
-    try:
-        assert dist.group.WORLD is not None
-        yield Ranks(0, world_size, torch.device("cpu"), "fake", dist.group.WORLD)
-    finally:
-        dist.destroy_process_group()

@@ -10,14 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from syncnorm.bench.measure import WARM_UP, block_length, interleaved, warm_up
+from syncnorm.bench.memory import PASSES, cache_to_outgrow, input_sets
 from syncnorm.bench.peers import BASELINES, LOCAL, PEERS, Peer
 from syncnorm.bench.records import Row
 from syncnorm.bench.shapes import DTYPES, FORMATS, Shape
 from syncnorm.bench.statistics import timings
 from syncnorm.compare.ranks import Ranks
-
-# On a GPU the input would still be in the cache from the last step, which in a training it never is.
-CUDA_INPUTS = 3
 
 
 @dataclass
@@ -40,8 +38,9 @@ class LayerStep:
     def __call__(self) -> None:
         """Leaves the gradients in ``x.grad`` and in the parameters'."""
         x, dy = self.inputs[self._turn]
+        # Of the step before as well: its memory is then free for this step's, as in a training.
+        self.inputs[self._turn - 1][0].grad = x.grad = None
         self._turn = (self._turn + 1) % len(self.inputs)
-        x.grad = None
         for parameter in self._parameters:
             parameter.grad = None
         self.layer(x).backward(dy)
@@ -52,14 +51,15 @@ class LayerStep:
 def make_inputs(
     shape: Shape, memory_format: str, dtype: str, device: torch.device, seed: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of x, which requires a gradient, and dy, in the same memory format."""
+    """Pairs of x, which requires a gradient, and dy, in the same memory format; as many as outgrow the cache."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def random() -> Tensor:
         x = torch.randn(shape, generator=generator, device=device).to(DTYPES[dtype])
         return x.contiguous(memory_format=FORMATS[memory_format])
 
-    count = CUDA_INPUTS if device.type == "cuda" else 1
+    pair_bytes = 2 * math.prod(shape) * DTYPES[dtype].itemsize
+    count = input_sets(pair_bytes, cache_to_outgrow(device))
     return [(random().requires_grad_(), random()) for _ in range(count)]
 
 
@@ -70,9 +70,10 @@ def measure_row(
     ranks: Ranks,
     repetitions: int,
     block_seconds: float,
+    copy_bandwidth: float,
     peers: Sequence[Peer] = PEERS,
 ) -> Row:
-    """Times the peers on one input. Collective: all ranks."""
+    """Times the peers on one input, also in relation to what a copy of it takes. Collective: all ranks."""
     inputs = make_inputs(shape, memory_format, dtype, ranks.device, seed=ranks.rank)
     steps, not_run = _build(peers, shape, inputs, ranks.device)
     warm_up(steps)
@@ -82,7 +83,9 @@ def measure_row(
     count = ranks.share(block_length(slowest, block_seconds))
     seconds = interleaved(steps, ranks, repetitions, count, before=steps)
     num_bytes = math.prod(shape) * DTYPES[dtype].itemsize
-    return Row(shape, memory_format, dtype, num_bytes, count, timings(seconds, BASELINES, not_run))
+    timed = timings(seconds, BASELINES, not_run)
+    shares = {t.name: PASSES * num_bytes / t.median / copy_bandwidth for t in timed if t.median is not None}
+    return Row(shape, memory_format, dtype, num_bytes, count, timed, len(inputs), shares)
 
 
 def _build(

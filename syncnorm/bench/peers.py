@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules import _functions
 
 import syncnorm
 
@@ -127,8 +128,36 @@ def _synced(dims: int, channels: int) -> nn.Module:
     return _SYNCED[dims](channels)
 
 
+class TorchSyncedAlone(nn.SyncBatchNorm):
+    """``torch.nn.SyncBatchNorm``, which in a world of one is local batch norm; this one goes on to synchronise.
+
+    Source: ``forward`` of torch/nn/modules/batchnorm.py, with the question for the world's size left out.
+
+    Collective: all ranks; one all_gather in the forward, one all_reduce in the backward.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, *) -> the same."""
+        if not input.is_cuda:
+            return super().forward(input)  # refuses
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        y: Tensor = _functions.SyncBatchNorm.apply(  # type: ignore[no-untyped-call]
+            input,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            self.eps,
+            self.momentum,
+            dist.group.WORLD,
+            dist.get_world_size(),
+        )
+        return y
+
+
 def _torch_synced(dims: int, channels: int) -> nn.Module:
-    return nn.SyncBatchNorm(channels)
+    return nn.SyncBatchNorm(channels) if dist.get_world_size() > 1 else TorchSyncedAlone(channels)
 
 
 LOCAL = Peer("local", "nn.BatchNorm, which talks to nobody", _local)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from syncnorm.bench.growth_records import Growth, Simulation
@@ -31,6 +31,7 @@ class Settings:
         compiled: whether the compiled model was measured too.
         profile: folder of the traces, if any.
         simulate: ranks of the largest simulated world, if any.
+        backend: gloo, nccl or fake where it was asked for.
     """
 
     what: str
@@ -46,6 +47,7 @@ class Settings:
     compiled: bool
     profile: str | None
     simulate: int | None = None
+    backend: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,19 @@ class Timing:
 
 @dataclass(frozen=True)
 class Row:
-    """One input of the layer benchmark, and what each peer took for a forward and a backward."""
+    """One input of the layer benchmark, and what each peer took for a forward and a backward.
+
+    Attributes:
+        shape: of a rank's input.
+        memory_format: contiguous or channels_last.
+        dtype: of the input.
+        num_bytes: of a rank's input.
+        steps_per_block: of each peer.
+        peers: their times.
+        input_sets: pairs of input and gradient that the steps went through in turns.
+        bandwidth_shares: peer -> what its step reaches of the copy bandwidth, if it reads and writes the tensors
+            as often as a batch norm has to (``memory.PASSES``). Above 1 where tensors stay in the cache.
+    """
 
     shape: tuple[int, ...]
     memory_format: str
@@ -85,6 +99,8 @@ class Row:
     num_bytes: int
     steps_per_block: int
     peers: tuple[Timing, ...]
+    input_sets: int = 1
+    bandwidth_shares: dict[str, float] = field(default_factory=dict)
 
     @property
     def num_elements(self) -> int:
@@ -152,24 +168,50 @@ class ModelResult:
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of the summary: a ratio, and the most that it should be where there is a target."""
+    """One line of the summary: a ratio, and the most that it should be where there is a target.
+
+    Attributes:
+        what: the ratio.
+        value: None where it was not measured; ``where`` then says why.
+        limit: the target.
+        where: which row, or how many.
+        at_least: the target is the least that it should be.
+    """
 
     what: str
-    value: float
+    value: float | None
     limit: float | None = None
     where: str = ""
+    at_least: bool = False
 
     @property
     def met(self) -> bool | None:
-        """Whether the target is met; None where there is none."""
-        return None if self.limit is None else self.value <= self.limit
+        """Whether the target is met; None where there is none, or nothing was measured."""
+        if self.limit is None or self.value is None:
+            return None
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The memory that the layer's tensors are in.
+
+    Attributes:
+        copy_bandwidth: bytes a second that a copy of a large tensor reads and writes, on the slowest rank while all
+            ranks copy.
+        cache_bytes: of the largest cache before it; None where the system does not tell.
+    """
+
+    copy_bandwidth: float
+    cache_bytes: int | None
 
 
 @dataclass(frozen=True)
 class Benchmark:
     """A whole run: what was asked, where and when it ran, a row for each input, the model, and the summary.
 
-    ``growth`` and ``simulation`` are there where they were asked for, and the others then empty.
+    ``growth`` and ``simulation`` are there where they were asked for, and the others then empty. ``memory`` is there
+    where layers were measured.
     """
 
     settings: Settings
@@ -185,6 +227,7 @@ class Benchmark:
     wall_seconds: float
     growth: Growth | None = None
     simulation: Simulation | None = None
+    memory: Memory | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, numbers and strings, with the schema's name and version in front."""

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from syncnorm.bench.growth_runner import GROWTH_BLOCK_SECONDS, check_growth, run_growth
+from syncnorm.bench.lone import check_backend, run_alone
 from syncnorm.bench.models import WIDTH
 from syncnorm.bench.profiling import make_folder
 from syncnorm.bench.progress import ProgressFactory, silent
@@ -18,7 +19,7 @@ from syncnorm.bench.session import measure_on_rank
 from syncnorm.bench.shapes import DTYPES, Shape
 from syncnorm.bench.simulation import Parameters
 from syncnorm.bench.threads import threads
-from syncnorm.compare.ranks import a_gpu_for_each_launched_rank, initialised_ranks, launched_ranks, world_size_for
+from syncnorm.compare.ranks import a_gpu_for_each_launched_rank, initialised_ranks, launched_ranks
 from syncnorm.errors import InputError
 from syncnorm.launcher import launched_world_size
 from syncnorm.testing import run_ranks
@@ -48,6 +49,7 @@ def run(
     compiled: bool = False,
     profile: Path | None = None,
     simulate: int | None = None,
+    backend: str | None = None,
     parameters: Parameters = DEFAULT_PARAMETERS,
     progress: ProgressFactory = silent,
 ) -> Benchmark:
@@ -70,6 +72,8 @@ def run(
         compiled: measure the compiled model too.
         profile: a folder for traces of the synced model's step.
         simulate: with growth: what a cost model says of worlds of up to so many ranks.
+        backend: ``"gloo"`` starts ranks, which is the default; in this process alone, ``"fake"`` is a world of
+            ``ranks`` (8 by default) without the others, and ``"nccl"`` a rank that synchronises with itself.
         parameters: of that model; what it does not say is fitted to the measured worlds.
         progress: opened by rank 0, in its own process, to follow the run.
 
@@ -98,10 +102,19 @@ def run(
     growth = what == "growth"
     if not growth and (simulate is not None or parameters != DEFAULT_PARAMETERS):
         raise InputError(f"a simulation goes with growth, got {what!r}")
+    if growth and backend is not None:
+        raise InputError(f"growth is measured over gloo, got backend {backend!r}: leave --backend out")
+    if backend == "fake" and what != "layer":
+        raise InputError(f"DistributedDataParallel does not run over the fake backend: ask for layer, got {what!r}")
+    if backend == "nccl" and profile is not None:
+        raise InputError("a profile says how long ranks wait for each other, and over nccl there is but one here")
+    where = "cpu" if growth else _device(device)
     settings = Settings(
         what=what,
-        world_size=check_growth(ranks, device, simulate, parameters) if growth else world_size_for("bench", ranks),
-        device="cpu" if growth else _device(device),
+        world_size=(
+            check_growth(ranks, device, simulate, parameters) if growth else check_backend(backend, ranks, where)
+        ),
+        device=where,
         dtypes=("fp32",) if growth else tuple(dict.fromkeys(dtypes)),
         repetitions=repetitions,
         block_seconds=QUICK_BLOCK_SECONDS if quick else GROWTH_BLOCK_SECONDS if growth else BLOCK_SECONDS,
@@ -112,12 +125,15 @@ def run(
         compiled=compiled,
         profile=None if profile is None else str(profile),
         simulate=simulate,
+        backend=backend,
     )
     if profile is not None:
         make_folder(profile)
     command = " ".join(["syncnorm", *sys.argv[1:]])
     if growth:
         return run_growth(settings, parameters, quick, command, progress)
+    if backend in ("fake", "nccl"):
+        return run_alone(settings, command, progress)
     if launched_world_size() is None:
         results: list[Benchmark] = run_ranks(
             _started_rank, settings.world_size, args=(settings, command, progress), timeout=TIMEOUT

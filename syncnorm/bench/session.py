@@ -9,7 +9,9 @@ from datetime import datetime, timezone
 import torch
 
 import syncnorm
+from syncnorm.bench.gpu_targets import gpu_figures
 from syncnorm.bench.layers import measure_row
+from syncnorm.bench.memory import measure_memory
 from syncnorm.bench.progress import ProgressFactory, silent
 from syncnorm.bench.records import Benchmark, Row, Settings
 from syncnorm.bench.shapes import rows
@@ -24,23 +26,20 @@ def measure_on_rank(settings: Settings, command: str, ranks: Ranks, open_progres
     Collective: all ranks.
     """
     started = time.perf_counter()
-    todo = [
-        (*row, dtype)
-        for dtype in settings.dtypes
-        for row in rows(settings.device, settings.shapes, dtype)
-        if settings.what != "model"
-    ]
+    layer, model = settings.what != "model", settings.what != "layer"
+    todo = [(*row, dtype) for dtype in settings.dtypes for row in rows(settings.device, settings.shapes) if layer]
     watcher = open_progress if ranks.rank == 0 else silent
     measured: list[Row] = []
-    model = None
-    with watcher(len(todo) + MODEL_STAGES * (settings.what != "layer")) as tell:
-        for shape, memory_format, dtype in todo:
-            tell(f"{'x'.join(map(str, shape))} {memory_format} {dtype}")
-            measured.append(
-                measure_row(shape, memory_format, dtype, ranks, settings.repetitions, settings.block_seconds)
-            )
-        if settings.what != "layer":
-            model = measure_model(settings, ranks, tell)
+    memory = trained = None
+    with watcher(len(todo) + MODEL_STAGES * model) as tell:
+        if layer:
+            memory = measure_memory(ranks)
+            how = (ranks, settings.repetitions, settings.block_seconds, memory.copy_bandwidth)
+            for shape, memory_format, dtype in todo:
+                tell(f"{'x'.join(map(str, shape))} {memory_format} {dtype}")
+                measured.append(measure_row(shape, memory_format, dtype, *how))
+        if model:
+            trained = measure_model(settings, ranks, tell)
     benchmark = Benchmark(
         settings=settings,
         hardware=ranks.hardware(),
@@ -50,8 +49,9 @@ def measure_on_rank(settings: Settings, command: str, ranks: Ranks, open_progres
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         command=command,
         rows=tuple(measured),
-        model=model,
-        summary=summary(measured, model, settings.device),
+        model=trained,
+        summary=(*summary(measured, trained, settings.device), *gpu_figures(measured, memory, settings.device)),
+        memory=memory,
         wall_seconds=time.perf_counter() - started,
     )
     return ranks.share(benchmark if ranks.rank == 0 else None)

@@ -10,6 +10,7 @@ import click
 
 from syncnorm.bench import Parameters, run
 from syncnorm.bench.growth_runner import DEFAULT_LARGEST_WORLD
+from syncnorm.bench.lone import FAKE_WORLD
 from syncnorm.bench.runner import DEFAULT_BATCH_PER_RANK, DEFAULT_REPETITIONS, WHAT
 from syncnorm.bench.shapes import DTYPES, parse_shapes
 from syncnorm.cli.files import check_writable
@@ -27,13 +28,25 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command(short_help="The synced layer's speed against its peers.")
-@click.option("--what", metavar="WHAT", help=f"One of {', '.join(WHAT)}; all, the first two, by default.")
+@click.option(
+    "--what",
+    metavar="WHAT",
+    help=f"One of {', '.join(WHAT)}; all, the first two, by default, layer with the fake backend.",
+)
 @click.option(
     "--ranks",
+    "--world",
+    "ranks",
     type=int,
     metavar="N",
     help=f"Ranks to start, {DEFAULT_RANKS} by default; not under a launcher. Of growth: the largest world, "
-    f"{DEFAULT_LARGEST_WORLD} by default.",
+    f"{DEFAULT_LARGEST_WORLD} by default. Of the fake backend: {FAKE_WORLD} by default.",
+)
+@click.option(
+    "--backend",
+    metavar="BACKEND",
+    help="gloo, by default: ranks of our own. fake: one process in a world without the others, which shows kernels "
+    "and launches without wires. nccl: one rank on a GPU that synchronises with itself.",
 )
 @click.option("--device", metavar="DEVICE", help="cpu or cuda; cuda by default where there is one.")
 @click.option(
@@ -43,7 +56,11 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     show_default=True,
     help="Of the layer's input; parameters stay fp32.",
 )
-@click.option("--shapes", metavar="N,C,..;..", help="Of the layer's input on a rank, instead of the table.")
+@click.option(
+    "--shapes",
+    metavar="N,C,..;..",
+    help="Of the layer's input on a rank, or the name of a table, cpu or gpu; the device's by default.",
+)
 @click.option(
     "--repetitions", type=int, metavar="N", help=f"Blocks of each contender, {DEFAULT_REPETITIONS} by default."
 )
@@ -92,6 +109,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 def bench(
     what: str | None,
     ranks: int | None,
+    backend: str | None,
     device: str | None,
     dtypes: str,
     shapes: str | None,
@@ -112,12 +130,16 @@ def bench(
 
     torchrun --nproc-per-node 2 -m syncnorm bench
 
+    On one GPU, beside torch.nn.SyncBatchNorm in a world of eight that has no wires:
+
+    syncnorm bench --device cuda --backend fake --world 8
+
     How the cost grows with ranks, channels and layers, and what a cost model says of worlds that are not at hand:
 
     syncnorm bench --simulate 1024
     """
     if what is None:
-        what = "all" if simulate is None else "growth"
+        what = "growth" if simulate is not None else "layer" if backend == "fake" else "all"
     if what == "growth" and csv_file is not None:
         raise click.UsageError("--csv has the layers' rows, and growth has none: take --json")
     check_writable(json_file, csv_file, plot_file)
@@ -127,6 +149,7 @@ def bench(
         benchmark = run(
             what,
             ranks=ranks,
+            backend=backend,
             device=device,
             dtypes=[name.strip() for name in dtypes.split(",")],
             shapes=None if shapes is None else parse_shapes(shapes),

@@ -19,6 +19,10 @@ COLUMNS = (
     "p75_us",
     "ratio_to_floor",
     "ratio_to_mean_of_squares",
+    "ratio_to_torch",
+    "bandwidth_share",
+    "copy_bandwidth_gb",
+    "input_sets",
     "not_run",
     "ranks",
     "repetitions",
@@ -54,6 +58,7 @@ def _lines(benchmark: Benchmark) -> Iterator[tuple[object, ...]]:
         benchmark.syncnorm_version,
         benchmark.date,
     )
+    copy_bandwidth = "" if benchmark.memory is None else f"{benchmark.memory.copy_bandwidth / 1e9:.2f}"
     for row in benchmark.rows:
         shape = "x".join(map(str, row.shape))
         for peer in row.peers:
@@ -64,7 +69,10 @@ def _lines(benchmark: Benchmark) -> Iterator[tuple[object, ...]]:
                 row.dtype,
                 row.num_bytes,
                 *(_micro(seconds) for seconds in (peer.median, peer.p25, peer.p75)),
-                *(_ratio(peer.ratio(name)) for name in ("floor", "E[x^2]")),
+                *(_ratio(peer.ratio(name)) for name in ("floor", "E[x^2]", "torch")),
+                _ratio(row.bandwidth_shares.get(peer.name)),
+                copy_bandwidth,
+                row.input_sets,
                 peer.not_run or "",
                 settings.world_size,
                 settings.repetitions,

@@ -6,26 +6,14 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from syncnorm.bench.records import Benchmark, Figure, ModelResult, Row, Timing
+from syncnorm.bench.records import Benchmark, Figure, ModelResult, Settings, Timing
+from syncnorm.report.bench_rows import RATIO, as_ratio, plain_table, rows_legend, rows_table
 from syncnorm.report.growth_terminal import render_growth, render_simulation
 
 # What the table of rows needs; longer lines are hard to read.
 WIDTH = 100
 # Of the table of waits; files have all ranks.
 MAX_RANKS = 3
-# More decimals would be noise.
-RATIO = ".2f"
-
-# How the input lies in memory, by format and dimensions.
-_LAYOUTS = {"contiguous": {2: "NC", 3: "NCL", 4: "NCHW", 5: "NCDHW"}, "channels_last": {4: "NHWC"}}
-# By name; E[x^2] is what files call it.
-_ABOUT = {
-    "local": "local: nn.BatchNorm, which talks to nobody.",
-    "floor": "floor: local, and beside it the two bare collectives that any synced layer needs.",
-    "E[x^2]": "E[x²]: the common work-around, an all_reduce of E[x] and E[x²].",
-    "syncnorm": "syncnorm: SyncBatchNorm1d/2d/3d of this package.",
-    "torch": "torch: torch.nn.SyncBatchNorm.",
-}
 
 
 def print_benchmark(benchmark: Benchmark, console: Console | None = None) -> None:
@@ -41,8 +29,8 @@ def render(benchmark: Benchmark) -> RenderableType:
     """Everything that there is to show, for any rich console."""
     parts: list[RenderableType] = [_headline(benchmark)]
     if benchmark.rows:
-        parts += [_title("A layer's forward and backward, microseconds"), _rows_table(benchmark)]
-        parts += [_rows_legend(benchmark)]
+        parts += [_title("A layer's forward and backward, microseconds"), rows_table(benchmark)]
+        parts += [rows_legend(benchmark)]
     if benchmark.growth is not None:
         parts += render_growth(benchmark.growth, benchmark.hardware.cpu_count)
     if benchmark.simulation is not None:
@@ -60,7 +48,7 @@ def render(benchmark: Benchmark) -> RenderableType:
 
 def _headline(benchmark: Benchmark) -> Text:
     settings, hardware = benchmark.settings, benchmark.hardware
-    who = f"{settings.world_size} ranks" if settings.what != "growth" else _growing(benchmark)
+    who = _growing(benchmark) if settings.what == "growth" else _world(settings)
     return Text(
         f"{who}, {settings.repetitions} repetitions in turns; times are a step's on the "
         f"slowest rank.\n"
@@ -71,58 +59,21 @@ def _headline(benchmark: Benchmark) -> Text:
     )
 
 
+def _world(settings: Settings) -> str:
+    if settings.backend == "fake":
+        return f"Rank 0 of {settings.world_size}, the others made up"
+    return "1 rank, which syncs with itself" if settings.world_size == 1 else f"{settings.world_size} ranks"
+
+
 def _growing(benchmark: Benchmark) -> str:
     if benchmark.growth is None:
         return "No ranks, for the network is given"
     return f"Worlds of {', '.join(map(str, benchmark.growth.worlds))} ranks"
 
 
-def _table() -> Table:
-    return Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-
-
 def _title(text: str) -> Text:
     # Not the table's own title, which would be broken where the table ends.
     return Text(f"\n{text}", style="bold")
-
-
-def _rows_table(benchmark: Benchmark) -> Table:
-    has_torch = _ran(benchmark.rows, "torch")
-    table = _table()
-    for header in ("\nshape", "\nlayout", "\ndtype"):
-        table.add_column(header, no_wrap=True)
-    headers = ["\nKiB", "\nlocal", "\nfloor", "\nE[x²]", *["\ntorch"] * has_torch, "\nsyncnorm", "\np25-p75"]
-    headers += ["ratio\nfloor", "\nE[x²]", *["\ntorch"] * has_torch]
-    for header in headers:
-        table.add_column(Text(header), justify="right", no_wrap=True)  # Text: E[x²] is no markup
-    for row in benchmark.rows:
-        table.add_row(*_cells(row, has_torch))
-    return table
-
-
-def _cells(row: Row, has_torch: bool) -> list[str | Text]:
-    ours = row["syncnorm"]
-    cells: list[str | Text] = [
-        "x".join(map(str, row.shape)),
-        _LAYOUTS[row.memory_format][len(row.shape)],
-        row.dtype,
-        _number(row.num_bytes / 1024, ",.0f"),
-    ]
-    cells += [_micro(row[name].median) for name in ("local", "floor", "E[x^2]", *["torch"] * has_torch)]
-    cells += [_micro(ours.median), f"{_micro(ours.p25)}-{_micro(ours.p75)}"]
-    cells += [_ratio(ours.ratio(name)) for name in ("floor", "E[x^2]", *["torch"] * has_torch)]
-    return cells
-
-
-def _rows_legend(benchmark: Benchmark) -> Text:
-    absent = {t.name: t.not_run for row in benchmark.rows for t in row.peers if t.not_run}
-    lines = [f"{text} Not run: {absent[name]}" if name in absent else text for name, text in _ABOUT.items()]
-    lines.append(
-        "Medians over the repetitions; p25-p75 is syncnorm's middle half. Ratios: syncnorm's time / theirs in each "
-        "repetition, then the median; below 1 syncnorm is faster. KiB: a rank's input, of this dtype; "
-        "parameters are fp32."
-    )
-    return Text("\n".join(lines), style="dim")
 
 
 def _model_title(model: ModelResult) -> str:
@@ -134,7 +85,7 @@ def _model_title(model: ModelResult) -> str:
 
 
 def _model_table(model: ModelResult) -> Table:
-    table = _table()
+    table = plain_table()
     table.add_column("arm", no_wrap=True)
     for header in ("ms", "p25-p75", "ratio to ddp"):
         table.add_column(header, justify="right", no_wrap=True)
@@ -146,7 +97,7 @@ def _model_table(model: ModelResult) -> Table:
 def _arm_cells(arm: Timing) -> tuple[str | Text, ...]:
     if arm.not_run or arm.median is None or arm.p25 is None or arm.p75 is None:
         return ("not run", "-", "-")
-    return (f"{arm.median * 1e3:,.1f}", f"{arm.p25 * 1e3:,.1f}-{arm.p75 * 1e3:,.1f}", _ratio(arm.ratio("ddp")))
+    return (f"{arm.median * 1e3:,.1f}", f"{arm.p25 * 1e3:,.1f}-{arm.p75 * 1e3:,.1f}", as_ratio(arm.ratio("ddp")))
 
 
 def _model_legend(model: ModelResult) -> Text:
@@ -160,7 +111,7 @@ def _model_legend(model: ModelResult) -> Text:
 
 
 def _split_table(model: ModelResult) -> Table:
-    table = _table()
+    table = plain_table()
     for header in ("rank", "step", "compute", "norm, forward", "norm, backward", "rest"):
         table.add_column(header, justify="right", no_wrap=True)
     for rank in model.profile:
@@ -171,7 +122,7 @@ def _split_table(model: ModelResult) -> Table:
 
 
 def _waits_table(model: ModelResult) -> Table:
-    table = _table()
+    table = plain_table()
     table.add_column("\nlayer", no_wrap=True)
     shown = model.profile[:MAX_RANKS]
     for rank in shown:
@@ -199,37 +150,21 @@ def _milli(milliseconds: float) -> str:
 
 
 def _summary_table(benchmark: Benchmark) -> Table:
-    table = _table()
+    table = plain_table()
     table.add_column("ratio", no_wrap=True)
     table.add_column("figure", justify="right", no_wrap=True)
     table.add_column("target", no_wrap=True)
     table.add_column("", no_wrap=True)
     for figure in benchmark.summary:
-        target = "" if figure.limit is None else f"<= {figure.limit:.2f}"
-        table.add_row(Text(figure.what), f"{figure.value:{RATIO}}", target, _verdict(figure))
+        target = "" if figure.limit is None else f"{'>=' if figure.at_least else '<='} {figure.limit:{RATIO}}"
+        table.add_row(Text(figure.what), as_ratio(figure.value), target, _verdict(figure))
     return table
 
 
 def _verdict(figure: Figure) -> Text:
-    verdict = Text()
+    verdict = Text("not measured" if figure.value is None else "")
     if figure.met is not None:
         verdict.append("met" if figure.met else "not met", style="bold green" if figure.met else "bold red")
     if figure.where:
         verdict.append(f"{', ' if verdict else ''}{figure.where}")
     return verdict
-
-
-def _ran(rows: tuple[Row, ...], name: str) -> bool:
-    return any(timing.name == name and not timing.not_run for row in rows for timing in row.peers)
-
-
-def _micro(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds * 1e6:,.0f}"
-
-
-def _ratio(ratio: float | None) -> str:
-    return _number(ratio, RATIO)
-
-
-def _number(value: float | None, spec: str) -> str:
-    return "-" if value is None else format(value, spec)
