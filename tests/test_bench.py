@@ -178,7 +178,7 @@ def test_the_table_fits_and_says_what_is_met():
     assert max(len(line) for line in text.splitlines()) <= 100
     assert "…" not in text
     lines = [" ".join(line.split()) for line in text.splitlines()]
-    assert "4x512x7x7 NCHW fp32 392 150 450 1,401 450 439-473 1.00 0.32" in lines
+    assert "4x512x7x7 NCHW fp32 392 150 450 1,401 450 439-473 1.00 0.32 0.80" in lines
     assert "model, ddp+syncnorm / ddp 1.05 <= 1.10 met" in lines
     assert "ddp+syncnorm 1,050.0 1,050.0-1,050.0 1.05" in lines
     assert "0 10.00 5.00 1.50 0.75 2.75" in lines
@@ -194,9 +194,12 @@ def test_on_a_gpu_torchs_layer_has_columns_and_the_target():
     assert max(len(line) for line in text.splitlines()) <= 100
     assert "…" not in text
     lines = [" ".join(line.split()) for line in text.splitlines()]
-    assert "128x256x56x56 NCHW fp32 401,408 2,570 2,578 10,301 2,578 3,867 3,770-4,060 1.50 0.38 1.50" in lines
+    assert "256x64x112x112 NCHW fp32 802,816 5,139 5,147 5,147 7,720 7,527-8,106 1.50 1.50 0.80" in lines
+    assert "4,000.0 GB/s" in text
+    assert "share of copy bandwidth past the cache, mean 0.80 >= 0.85 not met, 16 rows, lowest 0.80" in lines
+    assert "share of rows slower than torch's layer 1.00 <= 0.00 not met, 56 of 56" in lines
     assert any(line.startswith("syncnorm / torch, fp32, worst row 1.50 <= 1.00 not met, ") for line in lines)
-    assert text.count("not met") == 2
+    assert text.count("not met") == 5
 
 
 def test_the_plot_is_a_picture(tmp_path):

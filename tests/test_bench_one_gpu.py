@@ -117,7 +117,7 @@ def test_targets_of_one_gpu():
     under, ratio, slower, bandwidth = judged([*launches, *large])
     assert under == (pytest.approx(0.6), None, "3 of 5")
     assert ratio == (pytest.approx(1.0), False, "lowest 0.50")
-    assert slower == (pytest.approx(0.4), False, "2 of 5, 2x3 contiguous fp32")
+    assert slower == (pytest.approx(0.4), False, "2 of 5")
     assert bandwidth == (pytest.approx(0.8485, abs=1e-4), False, "2 rows, lowest 0.80")
     assert [met for _, met, _ in judged([made_up_row(1e-4, 2e-4), made_up_row(1, 2, 2**30, 0.9)])] == [
         None, True, True, True,
@@ -127,11 +127,11 @@ def test_targets_of_one_gpu():
 def test_what_was_not_measured_is_not_judged():
     assert judged([made_up_row(1e-4, None)]) == [
         *[(None, None, "torch's layer did not run")] * 3,
-        (None, None, "all tensors fit the cache"),
+        (None, None, "all rows fit the cache"),
     ]
     _, ratio, _, bandwidth = judged([made_up_row(1.0, 2.0)], cache_bytes=None)
     assert ratio == (None, None, "no row is so fast")
-    assert bandwidth == (None, None, "the cache's size is not known")
+    assert bandwidth == (None, None, "cache size not known")
     assert judged([made_up_row(1e-4, 2e-4, 2**28, 0.5)], "cpu")[3][:2] == (0.5, None)  # no target there
     assert judged([]) == []
 

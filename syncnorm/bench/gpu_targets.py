@@ -32,15 +32,14 @@ def _beside_torch(rows: Sequence[Row]) -> tuple[Figure, Figure, Figure]:
             Figure(names[2], None, 0.0, why),
         )
     of_launches = [speedup for speedup, row in speedups if _faster_step(row) < LAUNCHES_SECONDS]
-    slower = [(speedup, row.label) for speedup, row in speedups if speedup < 1]
+    slower = sum(speedup < 1 for speedup, _ in speedups)  # the slowest has a line of its own in the summary
     mean, lowest = None, "no row is so fast"
     if of_launches:
         mean, lowest = geometric_mean(of_launches), f"lowest {min(of_launches):.2f}"
-    how_many = f"{len(slower)} of {len(speedups)}"
     return (
         Figure(names[0], len(of_launches) / len(speedups), where=f"{len(of_launches)} of {len(speedups)}"),
         Figure(names[1], mean, LAUNCHES_RATIO, lowest, at_least=True),
-        Figure(names[2], len(slower) / len(speedups), 0.0, f"{how_many}, {min(slower)[1]}" if slower else how_many),
+        Figure(names[2], slower / len(speedups), 0.0, f"{slower} of {len(speedups)}"),
     )
 
 
@@ -51,9 +50,9 @@ def _faster_step(row: Row) -> float:
 def _of_bandwidth(rows: Sequence[Row], memory: Memory | None, limit: float | None) -> Figure:
     name = "share of copy bandwidth past the cache, mean"
     if memory is None or memory.cache_bytes is None:
-        return Figure(name, None, limit, "the cache's size is not known", at_least=True)
+        return Figure(name, None, limit, "cache size not known", at_least=True)
     shares = [row.bandwidth_shares["syncnorm"] for row in rows if row.num_bytes > memory.cache_bytes]
     if not shares:
-        return Figure(name, None, limit, "all tensors fit the cache", at_least=True)
+        return Figure(name, None, limit, "all rows fit the cache", at_least=True)
     where = f"{len(shares)} rows, lowest {min(shares):.2f}"
     return Figure(name, geometric_mean(shares), limit, where, at_least=True)

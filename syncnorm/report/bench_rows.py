@@ -30,20 +30,26 @@ def plain_table() -> Table:
 
 def rows_table(benchmark: Benchmark) -> Table:
     """A line a row."""
-    has_torch = _ran(benchmark.rows, "torch")
+    others = _others(benchmark.rows)
     table = plain_table()
     for header in ("\nshape", "\nlayout", "\ndtype"):
         table.add_column(header, no_wrap=True)
-    headers = ["\nKiB", "\nlocal", "\nfloor", "\nE[x²]", *["\ntorch"] * has_torch, "\nsyncnorm", "\np25-p75"]
-    headers += ["ratio\nfloor", "\nE[x²]", *["\ntorch"] * has_torch, "copy\nshare"]
+    names = [name.replace("^2", "²") for name in others]
+    headers = ["\nKiB", "\nlocal", *(f"\n{name}" for name in names), "\nsyncnorm", "\np25-p75"]
+    headers += [f"ratio\n{names[0]}", f"\n{names[1]}", "copy\nshare"]
     for header in headers:
         table.add_column(Text(header), justify="right", no_wrap=True)  # Text: E[x²] is no markup
     for row in benchmark.rows:
-        table.add_row(*_cells(row, has_torch))
+        table.add_row(*_cells(row, others))
     return table
 
 
-def _cells(row: Row, has_torch: bool) -> list[str | Text]:
+def _others(rows: tuple[Row, ...]) -> tuple[str, str]:
+    """Whom syncnorm is set against: where torch's layer runs nobody needs the work-around, and a line is full."""
+    return "floor", "torch" if _ran(rows, "torch") else "E[x^2]"
+
+
+def _cells(row: Row, others: tuple[str, str]) -> list[str | Text]:
     ours = row["syncnorm"]
     cells: list[str | Text] = [
         "x".join(map(str, row.shape)),
@@ -51,9 +57,9 @@ def _cells(row: Row, has_torch: bool) -> list[str | Text]:
         row.dtype,
         _number(row.num_bytes / 1024, ",.0f"),
     ]
-    cells += [_micro(row[name].median) for name in ("local", "floor", "E[x^2]", *["torch"] * has_torch)]
+    cells += [_micro(row[name].median) for name in ("local", *others)]
     cells += [_micro(ours.median), f"{_micro(ours.p25)}-{_micro(ours.p75)}"]
-    cells += [as_ratio(ours.ratio(name)) for name in ("floor", "E[x^2]", *["torch"] * has_torch)]
+    cells += [as_ratio(ours.ratio(name)) for name in others]
     cells.append(as_ratio(row.bandwidth_shares.get(ours.name)))
     return cells
 
@@ -62,6 +68,8 @@ def rows_legend(benchmark: Benchmark) -> Text:
     """What the columns are, and why peers are missing."""
     absent = {t.name: t.not_run for row in benchmark.rows for t in row.peers if t.not_run}
     lines = [f"{text} Not run: {absent[name]}" if name in absent else text for name, text in _ABOUT.items()]
+    if "E[x^2]" not in _others(benchmark.rows):
+        lines.append("E[x²] is in the summary and in files only.")
     lines.append(
         "Medians over the repetitions; p25-p75 is syncnorm's middle half. Ratios: syncnorm's time / theirs in each "
         "repetition, then the median; below 1 syncnorm is faster. KiB: a rank's input, of this dtype; "
