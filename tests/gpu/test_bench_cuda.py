@@ -11,7 +11,7 @@ from syncnorm.__main__ import main
 from syncnorm.bench.layers import LayerStep, make_inputs
 from syncnorm.bench.lone import fake_world
 from syncnorm.bench.measure import interleaved
-from syncnorm.bench.memory import OUTGROWN, cache_size, cache_to_outgrow
+from syncnorm.bench.memory import MAX_SETS, OUTGROWN, cache_size, cache_to_outgrow
 from syncnorm.bench.peers import SYNCNORM, TORCH
 from syncnorm.bench.shapes import CUDA_SHAPES
 
@@ -44,7 +44,8 @@ def test_a_small_run_has_all_columns(world, monkeypatch, capsys, tmp_path):
         assert row["peers"][3]["ratio_to"]["torch"] > 0
         assert sorted(row["bandwidth_shares"]) == sorted(PEERS)
         assert 0 < row["bandwidth_shares"]["syncnorm"] < 1.5
-        assert 2 * row["num_bytes"] * row["input_sets"] >= min(OUTGROWN * found["memory"]["cache_bytes"], 2**27)
+        outgrown = 2 * row["num_bytes"] * row["input_sets"] >= OUTGROWN * found["memory"]["cache_bytes"]
+        assert outgrown or row["input_sets"] == MAX_SETS
     lines = list(csv.DictReader(files["csv"].read_text().splitlines()))
     assert [line["peer"] for line in lines] == PEERS * 8
     empty = {"not_run"} | {f"ratio_to_{name}" for name in ("floor", "mean_of_squares", "torch")}
@@ -55,6 +56,7 @@ def test_torch_tells_the_size_of_the_cache():
     assert cache_size(torch.device("cuda")) == cache_to_outgrow(torch.device("cuda")) >= 2**20
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # a prototype, torch says
 def test_nothing_waits_for_the_device_inside_a_block():
     """The synced layer's own steps, and what the benchmark does between them, in a block of four."""
     device = torch.device("cuda", torch.cuda.current_device())
