@@ -50,7 +50,10 @@ def measure_on_rank(settings: Settings, command: str, ranks: Ranks, open_progres
         command=command,
         rows=tuple(measured),
         model=trained,
-        summary=(*summary(measured, trained, settings.device), *gpu_figures(measured, memory, settings.device)),
+        summary=(
+            *summary(measured, trained, settings.device, wires=ranks.backend != "fake"),
+            *gpu_figures(measured, memory, settings.device),
+        ),
         memory=memory,
         wall_seconds=time.perf_counter() - started,
     )

@@ -56,11 +56,14 @@ def median_ratio(ours: Sequence[float], baseline: Sequence[float]) -> float:
     return median(a / b for a, b in zip(ours, baseline, strict=True))
 
 
-def summary(rows: Sequence[Row], model: ModelResult | None, device: str) -> tuple[Figure, ...]:
-    """The figures that the benchmark is for; targets are for fp32 on CPUs, but for that against torch's own layer."""
+def summary(rows: Sequence[Row], model: ModelResult | None, device: str, wires: bool = True) -> tuple[Figure, ...]:
+    """The figures that the benchmark is for; targets are for fp32 on CPUs, but for that against torch's own layer.
+
+    Those on CPUs are for ranks that wait for each other: without wires the floor is the local layer.
+    """
     figures = []
     for dtype in dict.fromkeys(row.dtype for row in rows):
-        cpu = device == "cpu" and dtype == "fp32"
+        cpu = wires and device == "cpu" and dtype == "fp32"
         of_dtype = [row for row in rows if row.dtype == dtype]
         limits = {
             "floor": (FLOOR_LIMIT, FLOOR_WORST_LIMIT) if cpu else (None, None),
