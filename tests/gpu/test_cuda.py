@@ -1,5 +1,7 @@
 """The CUDA passes. Two gloo ranks share one card; without a card everything here is skipped."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -77,27 +79,68 @@ def test_passes_agree_with_plain_aten(layout):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-def without_host_sync() -> None:
+def without_host_sync(rows: int, relu: bool) -> None:
     layer = syncnorm.SyncBatchNorm2d(8, device="cuda")
-    x = torch.randn(4, 8, 5, 5, device="cuda", requires_grad=True)
-    dy = torch.randn(4, 8, 5, 5, device="cuda")
-    layer(x).backward(dy)  # the first NCCL call sets up its communicator
+    x = torch.randn(rows, 8, 5, 5, device="cuda", requires_grad=True)
+    dy = torch.randn(x.shape, device="cuda")
+    layer(x, relu=relu).backward(dy)  # compiles the kernels
     torch.cuda.set_sync_debug_mode("error")
     try:
-        layer(x).backward(dy)
+        layer(x, relu=relu).backward(dy)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_no_host_sync():
-    """A forward and a backward of the synced path, over a fake group of eight (gloo itself copies to the host)."""
+@pytest.fixture
+def eight_ranks() -> Iterator[None]:
+    """Torch's group without peers: gloo itself would copy to the host."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
-    try:
-        without_host_sync()
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("eight_ranks")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("rows", [4, 0])
+def test_no_host_sync(rows, relu):
+    without_host_sync(rows, relu)
+
+
+@pytest.mark.usefixtures("eight_ranks")
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("rows", [4, 0])
+def test_a_step_is_captured_in_a_graph_and_replays(rows, relu):
+    layer, eager = (syncnorm.SyncBatchNorm2d(8, device="cuda") for _ in range(2))
+    x, dy = (torch.randn(rows, 8, 5, 5, device="cuda") for _ in range(2))
+    x.requires_grad_()
+
+    def step(layer: nn.Module) -> tuple[Tensor, Tensor]:
+        y = layer(x, relu=relu)
+        (dx,) = torch.autograd.grad(y, x, dy)
+        return y, dx
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # what a capture wants to have seen
+            step(layer)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(layer)
+    layer.load_state_dict(eager.state_dict())
+    for seed in range(3):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            x.normal_(), dy.normal_()
+        graph.replay()
+        for got, want in zip(captured, step(eager), strict=True):
+            torch.testing.assert_close(got, want)
+    for got, want in zip(layer.buffers(), eager.buffers(), strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_a_converted_model_in_a_world_of_one():

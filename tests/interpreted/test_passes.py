@@ -1,4 +1,7 @@
-"""The Triton kernels against fp64, under Triton's interpreter, which ``tests/test_triton.py`` switches on."""
+"""The Triton kernels against fp64: on a GPU as they are, without one under Triton's interpreter.
+
+``tests/test_triton.py`` switches that on.
+"""
 
 import os
 
@@ -7,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1, before Triton is imported", allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
+    pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
 
 from syncnorm import kernels, moments
 from syncnorm.kernels import cpu, triton_merge, triton_passes
 from syncnorm.testing import assert_close
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 # C of 1, not a power of two, beyond a tile; places likewise; a tensor of several tiles in each direction.
 SHAPES = {
@@ -37,7 +42,7 @@ def tensors(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> 
     channels = shape[1]
     mean, bias = (torch.randn(channels, generator=generator) for _ in range(2))
     invstd, weight = (torch.rand(channels, generator=generator) + 0.5 for _ in range(2))
-    return *big, mean, invstd, weight - 1, bias
+    return tuple(t.to(DEVICE) for t in (*big, mean, invstd, weight - 1, bias))
 
 
 @pytest.mark.parametrize("with_residual", [False, True])
@@ -69,7 +74,7 @@ def test_passes_equal_fp64(shape, channels_last, dtype, with_residual):
         assert dz is None
 
     dx = torch.empty_like(x)
-    count = torch.tensor(77.0, dtype=torch.float64)
+    count = torch.tensor(77.0, dtype=torch.float64, device=DEVICE)
     passed = dy if dz is None else dz
     triton_passes.finish_grad(passed, x, mean, invstd, weight, bias, sum_dy, sum_dy_xmu, count, dz is None, dx)
     s = invstd.double().view(view)
@@ -80,7 +85,7 @@ def test_passes_equal_fp64(shape, channels_last, dtype, with_residual):
 
 def test_without_weight_and_bias():
     x, dy, _, mean, invstd, *_ = tensors((6, 5, 7, 3), torch.float32, False)
-    one, zero = torch.ones(5), torch.zeros(5)
+    one, zero = torch.ones(5, device=DEVICE), torch.zeros(5, device=DEVICE)
     for weight, bias in [(None, None), (None, zero), (one, None)]:
         y, dx = torch.empty_like(x), torch.empty_like(x)
         triton_passes.normalise(x, mean, invstd, weight, bias, None, y)
@@ -121,14 +126,15 @@ def test_merging_equals_plain_operators(counts, channels, momentum, running_dtyp
     rows[:, channels:-2] = rows[:, channels:-2].abs() + 0.1
     rows[:, -2] = torch.tensor(counts)
     rows[rows[:, -2] == 0, :channels] = 0
+    rows = rows.to(DEVICE)
     gathered, counts_W1 = rows[:, :-2], rows[:, -2:-1]  # as they come: with gaps between the rows
     before = rows.clone()
 
     def running() -> moments.Running | None:
         if running_dtype is None:
             return None
-        buffers = torch.rand(2, channels, generator=torch.Generator().manual_seed(3)).to(running_dtype)
-        return moments.Running(*buffers, torch.tensor(7), momentum)
+        buffers = torch.rand(2, channels, generator=torch.Generator().manual_seed(3))
+        return moments.Running(*buffers.to(DEVICE, running_dtype), torch.tensor(7, device=DEVICE), momentum)
 
     ours, theirs = running(), running()
     assert triton_merge.takes(gathered, ours)
