@@ -1,6 +1,7 @@
 """What a launcher (torchrun, ``accelerate launch``, Slurm's ``srun``) says through the environment."""
 
 import os
+import time
 
 from syncnorm.errors import InputError
 
@@ -32,3 +33,9 @@ def launched_world_size() -> int | None:
 def speaks() -> bool:
     """Whether this process prints: rank 0 of a launcher's, or the only one."""
     return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
+
+
+def let_rank_0_speak() -> None:
+    """Before a rank that does not print fails: a launcher ends all ranks as soon as one has failed."""
+    if not speaks():
+        time.sleep(2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 
 import click
 from rich.console import Console
@@ -12,7 +11,9 @@ from rich.console import Console
 from syncnorm import SyncNormError, __version__
 from syncnorm.cli.bench import bench
 from syncnorm.cli.compare import compare
-from syncnorm.launcher import speaks
+from syncnorm.cli.env import env
+from syncnorm.cli.selftest import selftest
+from syncnorm.launcher import let_rank_0_speak, speaks
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -23,6 +24,8 @@ def syncnorm() -> None:
 
 syncnorm.add_command(compare)
 syncnorm.add_command(bench)
+syncnorm.add_command(selftest)
+syncnorm.add_command(env)
 
 
 def main() -> int:
@@ -60,9 +63,7 @@ def main() -> int:
 def _say(message: str) -> None:
     if speaks():
         print(message, file=sys.stderr)
-    else:
-        # A launcher ends all ranks as soon as one has failed: let rank 0 speak first.
-        time.sleep(2)
+    let_rank_0_speak()
 
 
 def _one_line(message: str) -> str:

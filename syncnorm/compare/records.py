@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from syncnorm.hardware import Hardware as Hardware
+
 SCHEMA = "syncnorm.compare"
 SCHEMA_VERSION = 1
 
@@ -27,17 +29,6 @@ class Settings:
     def global_batch(self) -> int:
         """Images that one optimiser step sees, over all ranks."""
         return self.world_size * self.batch_per_rank
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """Where it ran."""
-
-    device: str
-    device_name: str
-    backend: str
-    cpu_count: int
-    threads_per_rank: int
 
 
 @dataclass(frozen=True)
