@@ -3,6 +3,7 @@
 from syncnorm.hardware import cpu_count, hardware_of
 from syncnorm.ranks import (
     DEFAULT_RANKS,
+    WAIT,
     Ranks,
     a_gpu_for_each_launched_rank,
     initialised_ranks,
@@ -12,6 +13,7 @@ from syncnorm.ranks import (
 
 __all__ = [
     "DEFAULT_RANKS",
+    "WAIT",
     "Ranks",
     "a_gpu_for_each_launched_rank",
     "cpu_count",
