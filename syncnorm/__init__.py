@@ -21,6 +21,7 @@ __all__ = [
     "SyncNormError",
     "convert",
     "describe",
+    "diagnostics",
     "fold",
     "functional",
     "no_sync_stats",
@@ -33,6 +34,6 @@ __all__ = [
 
 def __getattr__(name: str) -> ModuleType:
     # Loaded at first use, because training jobs have no need of it.
-    if name in ("testing", "training"):
+    if name in ("diagnostics", "testing", "training"):
         return import_module(f"syncnorm.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

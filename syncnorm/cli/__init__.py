@@ -11,6 +11,7 @@ from rich.console import Console
 from syncnorm import SyncNormError, __version__
 from syncnorm.cli.bench import bench
 from syncnorm.cli.compare import compare
+from syncnorm.cli.diagnose import diagnose
 from syncnorm.cli.env import env
 from syncnorm.cli.selftest import selftest
 from syncnorm.launcher import let_rank_0_speak, speaks
@@ -24,6 +25,7 @@ def syncnorm() -> None:
 
 syncnorm.add_command(compare)
 syncnorm.add_command(bench)
+syncnorm.add_command(diagnose)
 syncnorm.add_command(selftest)
 syncnorm.add_command(env)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from syncnorm.collectives.call import Call, Kind, explain_disagreement
 from syncnorm.collectives.frames import Frames, Header, agreed, capacity_for
+from syncnorm.collectives.observers import observers
 from syncnorm.errors import SyncNormError
 
 _PATIENCE = timedelta(seconds=0.3)  # how long a rank waits before it looks whether another has failed
@@ -143,6 +144,7 @@ class Exchange:
 
     def wait(self, work: dist.Work, call: Call) -> None:
         """Returns when all ranks' frames are here."""
+        began = time.perf_counter() if observers else 0.0
         try:
             while not _done(work):
                 # A rank whose neighbour died need not be the dead one's neighbour.
@@ -150,6 +152,8 @@ class Exchange:
                     raise RuntimeError("another rank's exchange failed")
         except RuntimeError as error:
             raise SyncNormError(self._explain(call, error)) from error
+        for observer in observers:
+            observer(call, time.perf_counter() - began)
 
     def _explain(self, call: Call, error: RuntimeError) -> str:
         absent: list[int] | None = None

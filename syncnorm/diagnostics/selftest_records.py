@@ -41,7 +41,7 @@ class Verdict:
     """
 
     measured: list[Measured] = field(default_factory=list)
-    bits: dict[str, str] = field(default_factory=dict)
+    bits: dict[str, int] = field(default_factory=dict)
     error: str | None = None
 
 

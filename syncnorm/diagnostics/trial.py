@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from syncnorm.diagnostics.bits import bits_of
 from syncnorm.diagnostics.selftest_records import Measured, Verdict
 from syncnorm.errors import SyncNormError
 from syncnorm.testing.oracle import TOLERANCES
@@ -49,10 +49,4 @@ class Trial:
 
     def same_on_all_ranks(self, what: str, tensor: Tensor) -> None:
         """To be compared bit for bit with the other ranks', when the case is over."""
-        self.verdict.bits[what] = bits_of(tensor).hex()
-
-
-def bits_of(tensor: Tensor, size: int = 16) -> bytes:
-    """A digest of the values of ``tensor``, of ``size`` bytes."""
-    flat = tensor.detach().cpu().contiguous().flatten()
-    return hashlib.blake2b(flat.view(torch.uint8).numpy().tobytes(), digest_size=size).digest()
+        self.verdict.bits[what] = bits_of(tensor)
