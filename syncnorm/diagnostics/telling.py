@@ -136,8 +136,8 @@ def _of_buffers(found: Findings) -> Iterator[str]:
     if synced:
         yield (
             f"Buffers of {_some(synced)} differ although the layers are synced. They began so (a checkpoint loaded "
-            "on some ranks only, and DDP's forward_sync_buffers=False), were changed on one rank, or belong to groups "
-            "that share nothing with each other."
+            "on some ranks only, and DDP's forward_sync_buffers=False), were changed on one rank, or belong to "
+            "groups that share nothing with each other."
         )
 
 
