@@ -1,8 +1,8 @@
 """Batch norm, shortcut and ReLU as one function: ``relu(batch_norm(x) + residual)`` over the batch of all ranks.
 
 The passes are Triton kernels. A step of the three one after the other reads or writes a tensor 16 times, 13 without a
-shortcut; here 11 and 8 remain. The sum is never written, and what the ReLU let through is not stored: it is found again
-from x or, with a shortcut, from the output, which the next layer keeps anyway.
+shortcut; here 11 and 8 remain. The sum is never written, and what the ReLU let through is not stored: it is found
+again from x or, with a shortcut, from the output, which the next layer keeps anyway.
 """
 
 from types import ModuleType
