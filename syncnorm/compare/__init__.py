@@ -1,18 +1,38 @@
-"""One model, one seed, one data order: trained side by side with every way of normalising a batch."""
+"""One model, one data order, one seed after the other: trained side by side with every way of normalising a batch."""
 
 from syncnorm.compare.arms import ARMS, Arm
-from syncnorm.compare.records import ArmResult, CollectiveCount, Comparison, Gap, Hardware, Parity, Settings
+from syncnorm.compare.evidence import (
+    ROUNDING,
+    CollectiveCount,
+    Gap,
+    LayerParity,
+    LayerSpread,
+    Memory,
+    Parity,
+    Point,
+    SeedResult,
+    Wait,
+)
+from syncnorm.compare.records import ArmResult, Comparison, Hardware, Settings, Task
 from syncnorm.compare.runner import run
 
 __all__ = [
     "ARMS",
+    "ROUNDING",
     "Arm",
     "ArmResult",
     "CollectiveCount",
     "Comparison",
     "Gap",
     "Hardware",
+    "LayerParity",
+    "LayerSpread",
+    "Memory",
     "Parity",
+    "Point",
+    "SeedResult",
     "Settings",
+    "Task",
+    "Wait",
     "run",
 ]

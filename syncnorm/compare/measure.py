@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from syncnorm.compare.records import CollectiveCount, Gap, Parity
+from syncnorm.compare.evidence import CollectiveCount, Gap, Parity
 
 Snapshot = Mapping[str, Mapping[str, Tensor]]
 KINDS = ("params", "running_mean", "running_var")

@@ -3,87 +3,82 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from statistics import mean, stdev
 from typing import Any
 
+from syncnorm.compare.decoding import decode
+from syncnorm.compare.evidence import CollectiveCount, LayerSpread, Memory, Parity, SeedResult, Wait
 from syncnorm.hardware import Hardware as Hardware
 
 SCHEMA = "syncnorm.compare"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides what a comparison computes; two equal settings give the same numbers."""
+    """Everything that decides what a comparison computes; two equal settings give the same numbers.
+
+    Attributes:
+        parity_steps: the last step at which parity is measured, in a short run of its own.
+        seeds: of the weights and of the order of the data; every arm is trained once with each.
+        num_groups: of the group norm arm.
+    """
 
     arms: tuple[str, ...]
     world_size: int
     batch_per_rank: int
     steps: int
     parity_steps: int
-    seed: int
+    seeds: tuple[int, ...]
     lr: float
     momentum: float
     num_groups: int
 
     @property
     def global_batch(self) -> int:
-        """Images that one optimiser step sees, over all ranks."""
+        """Samples that one optimiser step sees, over all ranks."""
         return self.world_size * self.batch_per_rank
 
 
 @dataclass(frozen=True)
-class Gap:
-    """How far one kind of tensor is from the reference: ``max|a - b|`` and ``max|a - b| / max|b|``."""
-
-    max_abs: float
-    max_rel: float
-
-
-@dataclass(frozen=True)
-class Parity:
-    """Difference to ``single`` after ``step`` optimiser steps.
-
-    A kind that does not exist on both sides (a group norm has no running mean) is ``None``.
-    """
-
-    step: int
-    params: Gap | None
-    running_mean: Gap | None
-    running_var: Gap | None
-
-
-@dataclass(frozen=True)
-class CollectiveCount:
-    """One kind of collective in one training step of rank 0.
+class Task:
+    """What was learned, by which model.
 
     Attributes:
-        op: ``all_reduce``, ``all_gather``, ``broadcast``, ...
-        origin: ``"norm"`` where a normalisation layer asked for it, ``"ddp"`` where the wrapper did.
-        calls: how often.
-        payload_bytes: size of the tensors that rank 0 handed in, summed over the calls. What the wire
-            carries depends on the algorithm that the backend picks.
+        model: where it comes from: ``package.module:function``, or a name for the model of the demo.
+        data: likewise.
+        loss: likewise.
+        metric: ``"accuracy"`` where targets are class indices, else ``"loss"``: what the arms are judged by.
+        norm_layers: names of the model's batch norms, in the order in which a forward comes to them.
+        num_test: samples, also where each is judged in many pixels.
     """
 
-    op: str
-    origin: str
-    calls: int
-    payload_bytes: int
+    model: str
+    data: str
+    loss: str
+    metric: str
+    num_parameters: int
+    norm_layers: tuple[str, ...]
+    num_train: int
+    num_test: int
 
 
 @dataclass(frozen=True)
 class ArmResult:
-    """One arm, trained and measured; or the reason why it did not run, with every figure ``None``.
+    """One arm, trained and measured; or the reason why it did not run, with every figure ``None`` or empty.
 
     Attributes:
         name: the arm's name, as ``--arms`` takes it.
         label: the name to print; it says where an arm is an emulation.
         ranks: processes that trained it.
         not_run: why it did not run, else ``None``.
-        test_accuracy: share of the test images that rank 0's model gets right, in eval mode.
-        step_seconds: median time of a training step, warm-up excluded.
+        seeds: a run each.
+        step_seconds: median over the seeds of each one's median step.
         samples_per_second: global batch / ``step_seconds``.
         collectives: what one training step sends.
-        parity: difference to ``single`` after the first step and after ``parity_steps`` steps.
+        wait: ``None`` in one process, and on GPUs, where the host does not see the waiting.
+        memory: ``None`` where it cannot be measured.
+        parity: difference to ``single`` at a few steps of the first seed, dropout switched off.
         wall_seconds: the whole arm, set-up and evaluation included.
     """
 
@@ -91,12 +86,33 @@ class ArmResult:
     label: str
     ranks: int
     not_run: str | None = None
-    test_accuracy: float | None = None
+    seeds: tuple[SeedResult, ...] = ()
     step_seconds: float | None = None
     samples_per_second: float | None = None
     collectives: tuple[CollectiveCount, ...] | None = None
+    wait: Wait | None = None
+    memory: Memory | None = None
     parity: tuple[Parity, ...] = ()
     wall_seconds: float | None = None
+
+    @property
+    def test_accuracy(self) -> float | None:
+        """Mean over the seeds."""
+        return _mean([run.test_accuracy for run in self.seeds])
+
+    @property
+    def test_loss(self) -> float | None:
+        """Mean over the seeds."""
+        return _mean([run.test_loss for run in self.seeds])
+
+    def results(self, metric: str) -> tuple[float | None, ...]:
+        """What each seed ended with: ``"accuracy"`` or ``"loss"``."""
+        return tuple(run.test_accuracy if metric == "accuracy" else run.test_loss for run in self.seeds)
+
+    def spread_over_seeds(self, metric: str) -> float | None:
+        """Standard deviation of `results`; ``None`` of fewer than two, or of one that is not finite."""
+        values = [value for value in self.results(metric) if value is not None]
+        return stdev(values) if len(values) == len(self.seeds) > 1 else None
 
     def calls(self, origin: str) -> int:
         """Collectives a step that ``origin`` (``"ddp"`` or ``"norm"``) issues."""
@@ -110,21 +126,26 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A whole run: what was asked, where and when it ran, and a result for each arm."""
+    """A whole run: what was asked, where and when it ran, and a result for each arm.
+
+    Attributes:
+        spread: of the statistics between ranks, for each norm layer of the ``ddp`` arm's model after the first
+            seed's training; empty without that arm.
+        verdict: sentences, the most important first.
+    """
 
     settings: Settings
+    task: Task
     hardware: Hardware
     syncnorm_version: str
     torch_version: str
     python_version: str
     date: str
     command: str
-    num_parameters: int
-    num_norm_layers: int
-    num_train: int
-    num_test: int
     arms: tuple[ArmResult, ...]
+    spread: tuple[LayerSpread, ...]
     wall_seconds: float
+    verdict: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> ArmResult:
         """The result of the arm called ``name``."""
@@ -147,24 +168,9 @@ class Comparison:
         found = (data.get("schema"), data.get("schema_version"))
         if found != (SCHEMA, SCHEMA_VERSION):
             raise ValueError(f"expected schema {SCHEMA} version {SCHEMA_VERSION}, got {found[0]} {found[1]}")
-        fields = {key: value for key, value in data.items() if key not in ("schema", "schema_version")}
-        fields["settings"] = Settings(**{**fields["settings"], "arms": tuple(fields["settings"]["arms"])})
-        fields["hardware"] = Hardware(**fields["hardware"])
-        fields["arms"] = tuple(_arm_from_dict(arm) for arm in fields["arms"])
-        return cls(**fields)
+        return decode(cls, {key: value for key, value in data.items() if key not in ("schema", "schema_version")})
 
 
-def _arm_from_dict(data: dict[str, Any]) -> ArmResult:
-    counts = data["collectives"]
-    return ArmResult(
-        **{
-            **data,
-            "collectives": None if counts is None else tuple(CollectiveCount(**count) for count in counts),
-            "parity": tuple(_parity_from_dict(parity) for parity in data["parity"]),
-        }
-    )
-
-
-def _parity_from_dict(data: dict[str, Any]) -> Parity:
-    gaps = {kind: None if gap is None else Gap(**gap) for kind, gap in data.items() if kind != "step"}
-    return Parity(step=data["step"], **gaps)
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return mean(known) if known and len(known) == len(values) else None

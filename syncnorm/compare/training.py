@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from syncnorm.compare.data import Digits, batch_indices
+from syncnorm.compare.evidence import CollectiveCount
 from syncnorm.compare.measure import CollectiveRecorder, Snapshot, snapshot, synchronize
 from syncnorm.compare.progress import Progress
-from syncnorm.compare.records import CollectiveCount, Settings
+from syncnorm.compare.records import Settings
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from syncnorm.compare.records import ArmResult, Comparison, Gap, Parity
+from syncnorm.compare.evidence import Gap, Parity
+from syncnorm.compare.records import ArmResult, Comparison
 
 # fp32 carries 1.2e-7 of relative precision; sums over a batch in another order lose a digit of it. What an
 # arm computes differently shows up above 1e-3.
