@@ -20,11 +20,11 @@ from syncnorm.bench.layers import LayerStep
 from syncnorm.bench.measure import block_length
 from syncnorm.bench.models import build_model
 from syncnorm.bench.peers import BASELINES, MEAN_OF_SQUARES, PEERS, SYNCNORM
-from syncnorm.bench.profiling import Exchanges, noting
 from syncnorm.bench.shapes import CUDA_SHAPES, DTYPES, MAX_BYTES, TABLES, parse_shapes, rows
 from syncnorm.bench.statistics import median_ratio, quartiles, rotated, summary, timings
 from syncnorm.collectives import Exchange
 from syncnorm.compare.records import Hardware
+from syncnorm.compare.waiting import Exchanges, noting
 from syncnorm.report.bench_plot import write_plot
 from syncnorm.report.bench_terminal import print_benchmark
 from syncnorm.testing import assert_close, batch_norm_oracle, run_ranks

@@ -1,35 +1,24 @@
-"""Where the time of a synced training step goes: a trace of each rank, and the wait of each norm layer.
-
-The layers' own code notes nothing: while the profile lasts, the functions that communicate are replaced by ones that
-look at the clock. On a GPU the ``direct`` ones return before the collective is done, so their waits are launch times.
-"""
+"""Where the time of a synced training step goes: a trace of each rank, and the wait of each norm layer."""
 
 from __future__ import annotations
 
-import functools
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from syncnorm.bench.records import LayerWait, RankProfile
-from syncnorm.collectives import Exchange, Kind, direct
+from syncnorm.collectives import Kind
 from syncnorm.compare.measure import synchronize
 from syncnorm.compare.ranks import Ranks
+from syncnorm.compare.waiting import Exchanges, noting
 from syncnorm.errors import InputError
 
 STEPS = 3
 # The first steps under a profiler pay for its start.
 WARM_UP = 1
-
-# Where tensors of norm layers are communicated.
-_COMMUNICATING = ((Exchange, "wait"), (direct, "gather"), (direct, "reduce"))
-
 
 class Training(Protocol):
     """A step to call, and the model that it trains."""
@@ -38,27 +27,6 @@ class Training(Protocol):
 
     def __call__(self) -> None:
         """One step."""
-
-
-@dataclass
-class Exchanges:
-    """Seconds inside exchanges, by layer and kind, since `clear`; and when the last gradient arrived."""
-
-    seconds: dict[tuple[str, Kind], float] = field(default_factory=dict)
-    last_gradient: float = 0.0
-
-    def note(self, call: Any, seconds: float) -> None:
-        """Adds an exchange; ``call`` says of which layer and what kind."""
-        key = call.layer, call.kind
-        self.seconds[key] = self.seconds.get(key, 0.0) + seconds
-
-    def gradient(self, parameter: Tensor) -> None:
-        """For ``register_post_accumulate_grad_hook``."""
-        self.last_gradient = time.perf_counter()
-
-    def total(self) -> float:
-        """Seconds in exchanges of all layers."""
-        return sum(self.seconds.values())
 
 
 def profiled(step: Training, folder: Path, ranks: Ranks) -> tuple[RankProfile, ...]:
@@ -99,39 +67,6 @@ def profiled(step: Training, folder: Path, ranks: Ranks) -> tuple[RankProfile, .
             )
         )
     )
-
-
-@contextmanager
-def noting(noted: Exchanges, model: nn.Module) -> Iterator[None]:
-    """Has every exchange, and the arrival of ``model``'s gradients, noted while the block runs."""
-    originals = [(owner, name, getattr(owner, name)) for owner, name in _COMMUNICATING]
-    hooks = [
-        p.register_post_accumulate_grad_hook(noted.gradient)  # type: ignore[no-untyped-call]
-        for p in model.parameters()
-        if p.requires_grad
-    ]
-    try:
-        for owner, name, original in originals:
-            setattr(owner, name, _timed(original, noted))
-        yield
-    finally:
-        for owner, name, original in originals:
-            setattr(owner, name, original)
-        for hook in hooks:
-            hook.remove()
-
-
-def _timed(function: Callable[..., Any], noted: Exchanges) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        started = time.perf_counter()
-        try:
-            return function(*args, **kwargs)
-        finally:
-            call = next(a for a in (*args, *kwargs.values()) if hasattr(a, "kind") and hasattr(a, "layer"))
-            noted.note(call, time.perf_counter() - started)
-
-    return timed
 
 
 def _layers(noted: Exchanges, per_step: float) -> tuple[LayerWait, ...]:

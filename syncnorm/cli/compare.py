@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from syncnorm.cli.files import check_writable
 from syncnorm.compare import ARMS, run
+from syncnorm.compare.loading import load
 from syncnorm.compare.ranks import DEFAULT_RANKS
-from syncnorm.compare.runner import DEFAULT_BATCH_PER_RANK, DEFAULT_PARITY_STEPS, DEFAULT_STEPS
+from syncnorm.compare.runner import DEFAULT_BATCH_PER_RANK, DEFAULT_LR, DEFAULT_PARITY_STEPS, DEFAULT_STEPS
 from syncnorm.errors import InputError
 from syncnorm.launcher import speaks
 from syncnorm.report.progress import progress_on_stderr
 from syncnorm.report.records_json import write_json
 from syncnorm.report.terminal import print_comparison
 
+FUNCTION = "MODULE:FUNCTION"
+
 
 @click.command(short_help="DataParallel, DDP and synchronized batch norm side by side.")
+@click.option(
+    "--model", metavar=FUNCTION, help="Returns the model, with its batch norms; a small residual network by default."
+)
+@click.option(
+    "--data",
+    metavar=FUNCTION,
+    help="Returns a training and a test dataset, map-style, of (input, target); scikit-learn's digits by default.",
+)
+@click.option(
+    "--loss", metavar=FUNCTION, help="(output, target) -> mean over the samples; cross-entropy by default."
+)
 @click.option(
     "--arms", metavar="A,B,...", help=f"Arms to run; single is always run. All by default: {', '.join(ARMS)}."
 )
@@ -33,16 +48,27 @@ from syncnorm.report.terminal import print_comparison
     default=DEFAULT_BATCH_PER_RANK,
     show_default=True,
     metavar="N",
-    help="Images that a rank sees a step.",
+    help="Samples that a rank sees a step.",
 )
-@click.option("--steps", type=int, default=DEFAULT_STEPS, show_default=True, metavar="N", help="Steps of each arm.")
+@click.option("--steps", type=int, default=DEFAULT_STEPS, show_default=True, metavar="N", help="Steps of each run.")
 @click.option(
     "--parity-steps",
     type=int,
     metavar="K",
-    help=f"Measure parity after step 1 and after step K, {DEFAULT_PARITY_STEPS} by default.",
+    help=f"Measure parity in a few steps, the last of them K, {DEFAULT_PARITY_STEPS} by default.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the weights and of the order of the data.")
+@click.option(
+    "--seeds",
+    type=int,
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Train every arm with N seeds, from --seed on; a verdict needs 3 or so.",
+)
+@click.option(
+    "--lr", type=float, default=DEFAULT_LR, show_default=True, help="Of SGD with momentum; falls along a cosine."
+)
 @click.option(
     "--json",
     "json_file",
@@ -50,35 +76,51 @@ from syncnorm.report.terminal import print_comparison
     metavar="FILE",
     help="Write the result to FILE as well.",
 )
+@click.option(
+    "--html",
+    "html_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write a report with plots to FILE, one page that stands alone.",
+)
 def compare(
+    model: str | None,
+    data: str | None,
+    loss: str | None,
     arms: str | None,
-    ranks: int | None,
-    batch_per_rank: int,
-    steps: int,
-    parity_steps: int | None,
-    seed: int,
     json_file: Path | None,
+    html_file: Path | None,
+    **numbers: Any,
 ) -> None:
-    """Train DataParallel, DDP and synchronized batch norm side by side on scikit-learn's digits.
+    """Do I need SyncBN, is it right, what does it cost, or should I take GroupNorm?
+
+    Trains a model with each, from the same weights on the same batches: yours, or a small one on scikit-learn's
+    digits. Functions are named as package.module:function; those of the current directory are found.
+
+    syncnorm compare --model nets:build --data nets:datasets --arms ddp,ddp+syncbn,ddp+group --seeds 3
 
     Alone it starts gloo ranks on this machine. Under a launcher it uses the ranks that it is given:
 
     torchrun --nproc-per-node 2 -m syncnorm compare
     """
-    check_writable(json_file)
+    check_writable(json_file, html_file)
     try:
         comparison = run(
-            None if arms is None else [name.strip() for name in arms.split(",")],
-            ranks=ranks,
-            batch_per_rank=batch_per_rank,
-            steps=steps,
-            parity_steps=parity_steps,
-            seed=seed,
+            None if model is None else load(model, "--model"),
+            None if data is None else load(data, "--data"),
+            None if loss is None else load(loss, "--loss"),
+            arms=None if arms is None else [name.strip() for name in arms.split(",")],
             progress=progress_on_stderr,
+            **numbers,
         )
     except InputError as error:
         raise click.UsageError(str(error)) from error
-    if speaks():
-        if json_file is not None:  # first: printing fails where nobody reads on
-            write_json(comparison, json_file)
-        print_comparison(comparison)
+    if not speaks():
+        return
+    if json_file is not None:  # first: what follows may fail, where nobody reads on
+        write_json(comparison, json_file)
+    if html_file is not None:
+        from syncnorm.report.html import write_html
+
+        write_html(comparison, html_file)
+    print_comparison(comparison)

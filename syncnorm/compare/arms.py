@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm.conversion import convert
 
@@ -26,6 +25,7 @@ class Arm:
         spread: ``"whole"``: rank 0 alone sees the global batch. ``"dp"``: rank 0 alone, DataParallel.
             ``"ddp"``: every rank its slice, DistributedDataParallel.
         norms: (model, num_groups) -> the model with this arm's norm layers.
+        synced: its norms communicate.
         torch_may_refuse: a ``ValueError`` while the arm is set up is torch saying that it cannot run here.
     """
 
@@ -33,6 +33,7 @@ class Arm:
     about: str
     spread: Literal["whole", "dp", "ddp"]
     norms: Norms
+    synced: bool = False
     torch_may_refuse: bool = False
 
 
@@ -69,11 +70,11 @@ ARMS = {
         SINGLE,
         Arm("dp", "DataParallel, statistics of each replica's slice", "dp", _batch),
         Arm("ddp", "DDP, statistics of each rank's slice", "ddp", _batch),
-        Arm("ddp+syncbn", "DDP after syncnorm.convert(model)", "ddp", _synced),
+        Arm("ddp+syncbn", "DDP after syncnorm.convert(model)", "ddp", _synced, synced=True),
         Arm("ddp+group", 'DDP after convert(model, to="group")', "ddp", _group),
         Arm("ddp+layer", 'DDP after convert(model, to="layer")', "ddp", _layer),
         Arm("ddp+instance", 'DDP after convert(model, to="instance")', "ddp", _instance),
-        Arm("ddp+torch-syncbn", "DDP with torch.nn.SyncBatchNorm", "ddp", _torch_synced, torch_may_refuse=True),
+        Arm("ddp+torch-syncbn", "DDP with torch.nn.SyncBatchNorm", "ddp", _torch_synced, True, torch_may_refuse=True),
     )
 }
 
@@ -109,15 +110,8 @@ class EmulatedDataParallel(nn.Module):
         return torch.cat(outputs)
 
 
-def wrap(arm: Arm, model: nn.Module, world_size: int, device: torch.device) -> nn.Module:
-    """The module to call in the training loop.
-
-    Collective: for a ``"ddp"`` arm every rank must call; DDP's constructor broadcasts the model.
-    """
-    if arm.spread == "ddp":
-        return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    if arm.spread == "dp":
-        if device.type == "cuda" and torch.cuda.device_count() >= world_size:
-            return nn.DataParallel(model, device_ids=list(range(world_size)))
-        return EmulatedDataParallel(model, world_size)
-    return model
+def data_parallel(model: nn.Module, num_replicas: int, device: torch.device) -> nn.Module:
+    """``nn.DataParallel`` on that many GPUs where this process has them; else its emulation."""
+    if device.type == "cuda" and torch.cuda.device_count() >= num_replicas:
+        return nn.DataParallel(model, device_ids=list(range(num_replicas)))
+    return EmulatedDataParallel(model, num_replicas)

@@ -1,48 +1,18 @@
-"""Measuring: how far two models are apart, what a step sends, how long a step takes."""
+"""Measuring: what a step sends, how long it takes, how much memory it needs."""
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from syncnorm.compare.evidence import CollectiveCount, Gap, Parity
-
-Snapshot = Mapping[str, Mapping[str, Tensor]]
-KINDS = ("params", "running_mean", "running_var")
-
-
-def snapshot(model: nn.Module) -> Snapshot:
-    """Copies of the parameters, running means and running variances, by kind and then by name."""
-    state: dict[str, dict[str, Tensor]] = {
-        "params": dict(model.named_parameters()),
-        **{
-            kind: {name: b for name, b in model.named_buffers() if name.rpartition(".")[2] == kind}
-            for kind in KINDS[1:]
-        },
-    }
-    return {kind: {n: t.detach().cpu().clone() for n, t in tensors.items()} for kind, tensors in state.items()}
-
-
-def parity(step: int, ours: Snapshot, reference: Snapshot) -> Parity:
-    """`Gap` of each kind between two snapshots taken after the same number of steps."""
-    return Parity(step, *(_gap(ours[kind], reference[kind]) for kind in KINDS))
-
-
-def _gap(ours: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Gap | None:
-    if not ours or ours.keys() != reference.keys():
-        return None
-    # fp64, so that the subtraction itself adds no rounding to the rounding that is measured.
-    difference = max(float((ours[n].double() - b.double()).abs().max()) for n, b in reference.items())
-    largest = max(float(b.double().abs().max()) for b in reference.values())
-    return Gap(max_abs=difference, max_rel=difference / largest)
-
+from syncnorm.compare.evidence import CollectiveCount
 
 def median_step(step_seconds: Sequence[float]) -> float:
     """Median of the steps after warm-up: the first five, or the first third of a very short run."""

@@ -2,55 +2,72 @@
 
 from __future__ import annotations
 
+import math
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
+from typing import Any
 
 import torch
+from torch import nn
 
 from syncnorm.compare.arms import ARMS, SINGLE
-from syncnorm.compare.data import load_digits
+from syncnorm.compare.examination import examine
+from syncnorm.compare.problem import Loss, Problem, problem
 from syncnorm.compare.progress import ProgressFactory, silent
-from syncnorm.compare.ranks import initialised_ranks, launched_ranks, world_size_for
-from syncnorm.compare.records import Comparison, Settings
+from syncnorm.compare.ranks import WAIT, initialised_ranks, launched_ranks, world_size_for
+from syncnorm.compare.records import Comparison, Settings, Task
 from syncnorm.compare.session import compare_on_rank
 from syncnorm.errors import InputError
 from syncnorm.launcher import launched_world_size
 from syncnorm.testing import run_ranks
+from syncnorm.testing.pool import RankError
 
 DEFAULT_BATCH_PER_RANK = 4
-# Three epochs at the default global batch of 8.
+# Three epochs of the digits at the default global batch of 8.
 DEFAULT_STEPS = 504
 DEFAULT_PARITY_STEPS = 10
-LR = 0.02
+DEFAULT_LR = 0.02
 MOMENTUM = 0.9
-# Divides every width of the model: 16, 32, 64.
-NUM_GROUPS = 8
 
 
 def run(
-    arms: Sequence[str] | None = None,
+    build_model: Callable[[], nn.Module] | None = None,
+    datasets: Callable[[], Any] | None = None,
+    loss: Loss | None = None,
     *,
+    arms: Sequence[str] | None = None,
     ranks: int | None = None,
     batch_per_rank: int = DEFAULT_BATCH_PER_RANK,
     steps: int = DEFAULT_STEPS,
     parity_steps: int | None = None,
     seed: int = 0,
+    seeds: int = 1,
+    lr: float = DEFAULT_LR,
     progress: ProgressFactory = silent,
 ) -> Comparison:
     """Trains the arms one after the other, from the same weights on the same batches, and measures them.
 
     Under a launcher (``torchrun``, ``accelerate launch``) it uses the ranks that it was given; alone it
-    starts gloo ranks on this machine.
+    starts gloo ranks on this machine, which import the functions by their names.
 
     Args:
+        build_model: () -> the model, with its batch norms and as training begins with it; seeded before it is
+            called. A residual network for the digits by default.
+        datasets: () -> (training data, test data), map-style, of ``(input, target)``; scikit-learn's digits by
+            default. The same on every rank, which is why it is seeded too.
+        loss: (output, target) -> scalar, the mean over the samples; cross-entropy by default.
         arms: names out of `ARMS`; all of them by default. ``single`` is always run, and first: the others are
             measured against it.
         ranks: how many ranks to start; 2 by default. Under a launcher it must agree with the launcher's.
-        batch_per_rank: images that each rank sees a step; ``single`` and ``dp`` see ``ranks`` times as many.
-        steps: optimiser steps of each arm.
-        parity_steps: the step after which parity is measured again; by default 10, or ``steps`` if less.
-        seed: of the initial weights and of the order of the batches.
+        batch_per_rank: samples that each rank sees a step; ``single`` and ``dp`` see ``ranks`` times as many.
+        steps: optimiser steps of each arm and seed.
+        parity_steps: parity is measured in a few steps up to this one; by default 10, or ``steps`` if less.
+        seed: the first; of the initial weights and of the order of the batches.
+        seeds: how many, each one more than the one before. A verdict on accuracy needs at least two.
+        lr: of SGD with momentum 0.9, which falls to zero along a cosine.
         progress: opened by rank 0, in its own process, to follow the run.
 
     Returns:
@@ -61,26 +78,39 @@ def run(
 
     Collective: under a launcher, all ranks.
     """
-    settings = _settings(arms, ranks, batch_per_rank, steps, parity_steps, seed)
+    settings = _settings(arms, ranks, batch_per_rank, steps, parity_steps, seed, seeds, lr)
+    asked = problem(build_model, datasets, loss)
+    task, num_groups = examine(asked, settings.world_size, batch_per_rank, seed)
+    settings = replace(settings, num_groups=num_groups)
     command = " ".join(["syncnorm", *sys.argv[1:]])
     if launched_world_size() is None:
-        return _start(settings, command, progress)
+        return _start(asked, task, settings, command, progress)
     with launched_ranks() as given:
-        return compare_on_rank(settings, command, given, progress)
+        return compare_on_rank(asked, task, settings, command, given, progress)
 
 
-def _start(settings: Settings, command: str, progress: ProgressFactory) -> Comparison:
-    # Only to end a run whose ranks hang: many times what a step takes, also on a machine that is busy.
-    timeout = 120 + 0.25 * settings.steps * len(settings.arms) * settings.world_size
-    results: list[Comparison] = run_ranks(
-        _started_rank, settings.world_size, args=(settings, command, progress), timeout=timeout
-    )
+def _start(asked: Problem, task: Task, settings: Settings, command: str, progress: ProgressFactory) -> Comparison:
+    try:
+        results: list[Comparison] = run_ranks(
+            _started_rank,
+            settings.world_size,
+            args=(asked, task, settings, command, progress),
+            timeout=WAIT.total_seconds(),
+        )
+    except RankError as error:
+        if isinstance(error.__cause__, InputError):
+            raise error.__cause__ from error
+        raise
     return results[0]
 
 
-def _started_rank(settings: Settings, command: str, progress: ProgressFactory) -> Comparison:
+def _started_rank(
+    asked: Problem, task: Task, settings: Settings, command: str, progress: ProgressFactory
+) -> Comparison:
+    # Accelerate would ask the hardware how many threads to use, and change them.
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     with initialised_ranks(torch.device("cpu")) as ranks:
-        return compare_on_rank(settings, command, ranks, progress)
+        return compare_on_rank(asked, task, settings, command, ranks, progress)
 
 
 def _settings(
@@ -90,32 +120,30 @@ def _settings(
     steps: int,
     parity_steps: int | None,
     seed: int,
+    seeds: int,
+    lr: float,
 ) -> Settings:
-    for name, value, least in (("batch_per_rank", batch_per_rank, 1), ("steps", steps, 1), ("seed", seed, 0)):
+    least_of = (("batch_per_rank", batch_per_rank, 1), ("steps", steps, 1), ("seed", seed, 0), ("seeds", seeds, 1))
+    for name, value, least in least_of:
         if value < least:
             raise InputError(f"{name} must be at least {least}, got {value}")
-    if seed >= 2**63:
-        raise InputError(f"seed must be less than 2**63, got {seed}")
+    if seed + seeds > 2**62:
+        raise InputError(f"seed must be less than 2**62, got {seed}")
+    if not 0 < lr < math.inf:
+        raise InputError(f"lr must be a positive number, got {lr}")
     parity_steps = min(DEFAULT_PARITY_STEPS, steps) if parity_steps is None else parity_steps
     if not 1 <= parity_steps <= steps:
         raise InputError(f"parity_steps must be between 1 and steps ({steps}), got {parity_steps}")
-    world_size = world_size_for("compare", ranks)
-    global_batch, num_train = world_size * batch_per_rank, len(load_digits().train_y)
-    if global_batch > num_train:
-        raise InputError(
-            f"{world_size} ranks of {batch_per_rank} images make a global batch of {global_batch}, "
-            f"more than the {num_train} training images"
-        )
     return Settings(
         arms=_arm_names(arms),
-        world_size=world_size,
+        world_size=world_size_for("compare", ranks),
         batch_per_rank=batch_per_rank,
         steps=steps,
         parity_steps=parity_steps,
-        seed=seed,
-        lr=LR,
+        seeds=tuple(range(seed, seed + seeds)),
+        lr=lr,
         momentum=MOMENTUM,
-        num_groups=NUM_GROUPS,
+        num_groups=1,
     )
 
 
