@@ -20,6 +20,7 @@ STEPS = 3
 # The first steps under a profiler pay for its start.
 WARM_UP = 1
 
+
 class Training(Protocol):
     """A step to call, and the model that it trains."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,7 @@ FUNCTION = "MODULE:FUNCTION"
     metavar=FUNCTION,
     help="Returns a training and a test dataset, map-style, of (input, target); scikit-learn's digits by default.",
 )
-@click.option(
-    "--loss", metavar=FUNCTION, help="(output, target) -> mean over the samples; cross-entropy by default."
-)
+@click.option("--loss", metavar=FUNCTION, help="(output, target) -> mean over the samples; cross-entropy by default.")
 @click.option(
     "--arms", metavar="A,B,...", help=f"Arms to run; single is always run. All by default: {', '.join(ARMS)}."
 )
@@ -104,6 +104,7 @@ def compare(
     torchrun --nproc-per-node 2 -m syncnorm compare
     """
     check_writable(json_file, html_file)
+    write_html = None if html_file is None else _html_writer()
     try:
         comparison = run(
             None if model is None else load(model, "--model"),
@@ -119,8 +120,13 @@ def compare(
         return
     if json_file is not None:  # first: what follows may fail, where nobody reads on
         write_json(comparison, json_file)
-    if html_file is not None:
-        from syncnorm.report.html import write_html
-
+    if write_html is not None:
         write_html(comparison, html_file)
     print_comparison(comparison)
+
+
+def _html_writer() -> Any:
+    """Imported before the run, so that a missing extra shows before the work is done; and not by those without."""
+    if find_spec("syncnorm.report.html") is None:
+        raise click.UsageError("--html is not part of this version: leave it out, --json writes the same figures")
+    return import_module("syncnorm.report.html").write_html

@@ -154,22 +154,21 @@ class Session:
     def _train(self, arm: Arm, trainer: Trainer) -> SeedResult:
         steps, metric = self.settings.steps, self.task.metric
         evaluated_after = {round(steps * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)} - {0}
-        seconds, points = [], []
+        seconds: list[float] = []
+        points: list[tuple[int, float | None, float | None]] = []
         for step in range(1, steps + 1):
             seconds.append(trainer.step().seconds)
             self.progress.step()
             if step in evaluated_after:
                 if self.ranks.rank == 0:
-                    found = evaluate(
-                        trainer.plain, self.problem.loss, self.datasets[1], metric, self.ranks.device
-                    )
+                    found = evaluate(trainer.plain, self.problem.loss, self.datasets[1], metric, self.ranks.device)
                     points.append((step, *found))
                 if arm.spread == "ddp":
                     self.ranks.wait()
         losses = torch.stack(trainer.losses).double().cpu()
         if arm.spread == "ddp":
             losses = torch.stack(self.ranks.collect(losses)).mean(0)
-        last = points[-1] if points else (0, None, None)
+        last = points[-1] if points else (steps, None, None)
         return SeedResult(
             seed=trainer.seed,
             test_accuracy=last[1],

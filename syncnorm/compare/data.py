@@ -86,6 +86,7 @@ def in_order(dataset: Any, batch: int) -> Iterator[tuple[int, Any]]:
         items = [dataset[i] for i in range(start, min(start + batch, len(dataset)))]
         yield len(items), collate(items)
 
+
 def seed_everything(seed: int) -> None:
     """Seeds what models and data draw from: torch, Python and, where it is loaded, NumPy."""
     torch.manual_seed(seed)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedParameter
 from torch.utils.data import IterableDataset
 
 from syncnorm.compare.data import collate
@@ -59,8 +60,8 @@ def _model(problem: Problem, seed: int) -> nn.Module:
         model: Any = problem.build(seed)
     if not isinstance(model, nn.Module):
         raise InputError(f"{name}() must return a torch.nn.Module, got {_kind(model)}")
-    if any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in model.parameters()):
-        raise InputError(f"{name}() returns a model with lazy layers: make one forward in it, so that they get weights")
+    if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
+        raise InputError(f"{name}() returns a model with lazy layers: make one forward in it, to give them weights")
     if not any(isinstance(m, _BatchNorm) for m in model.modules()):
         raise InputError(
             f"{name}() returns a {type(model).__name__} without batch norm layers: there is nothing to synchronise"
@@ -98,9 +99,7 @@ def _check_item(data: Any, name: str) -> None:
 
 
 @torch.no_grad()
-def _try_out(
-    problem: Problem, model: nn.Module, norms: dict[str, Any], items: list[Any]
-) -> tuple[str, list[str]]:
+def _try_out(problem: Problem, model: nn.Module, norms: dict[str, Any], items: list[Any]) -> tuple[str, list[str]]:
     order: list[str] = []
     hooks = [m.register_forward_pre_hook(lambda *_, name=name: order.append(name)) for name, m in norms.items()]
     inputs, targets = collate(items)
@@ -109,7 +108,9 @@ def _try_out(
     for hook in hooks:
         hook.remove()
     if problem.loss_name == "cross-entropy" and not (isinstance(targets, Tensor) and isinstance(outputs, Tensor)):
-        raise InputError("cross-entropy needs tensors of outputs and targets: give a loss with --loss module:function")
+        raise InputError(
+            "cross-entropy needs tensors of outputs and targets: give a loss with --loss module:function"
+        )
     if problem.loss_name == "cross-entropy" and targets.dtype != torch.int64:
         raise InputError(
             f"cross-entropy needs targets of int64 class indices, got {_shape(targets)}: give a loss with "

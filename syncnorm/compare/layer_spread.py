@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import isfinite, sqrt
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from syncnorm.compare.data import Batches
 from syncnorm.compare.evidence import LayerSpread
 from syncnorm.compare.ranks import Ranks
-from syncnorm.diagnostics.spread import Spread, spread
+from syncnorm.diagnostics.spread import spread
 
 BATCHES = 4
 
@@ -23,11 +23,13 @@ BATCHES = 4
 class _Moments(NamedTuple):
     mean_C: Tensor
     var_C: Tensor
-    count: int
+    num_values: int
 
 
 @torch.no_grad()
-def measure_spread(model: nn.Module, layers: Sequence[str], batches: Batches, ranks: Ranks) -> tuple[LayerSpread, ...]:
+def measure_spread(
+    model: nn.Module, layers: Sequence[str], batches: Batches, ranks: Ranks
+) -> tuple[LayerSpread, ...]:
     """Sends a few batches through ``model`` in training mode, and compares what its norm layers are given.
 
     Running statistics change. Collective: all ranks, one object gather.
@@ -62,7 +64,7 @@ def _of_layer(name: str, of_rank: list[list[_Moments]]) -> LayerSpread:
         spread(
             torch.stack([m.mean_C for m in call]),
             torch.stack([m.var_C for m in call]),
-            torch.tensor([m.count for m in call]),
+            torch.tensor([m.num_values for m in call]),
         )
         for call in zip(*of_rank, strict=True)
     ]

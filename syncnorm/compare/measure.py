@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from syncnorm.compare.evidence import CollectiveCount
 
+
 def median_step(step_seconds: Sequence[float]) -> float:
     """Median of the steps after warm-up: the first five, or the first third of a very short run."""
     warmup = min(5, len(step_seconds) // 3)

@@ -130,19 +130,20 @@ def parity(step: int, ours: Snapshot, reference: Snapshot, layers: Sequence[str]
     by_layer = tuple(
         LayerParity(
             layer,
-            *(
-                _gap(ours.of(kind, layer), reference.of(kind, layer), LEAST_SHARE * largest[kind])
-                for kind in KINDS
-            ),
+            *(_gap(ours.of(kind, layer), reference.of(kind, layer), LEAST_SHARE * largest[kind]) for kind in KINDS),
         )
         for layer in layers
     )
+    gaps = {kind: _gap(ours.tensors[kind], reference.tensors[kind]) for kind in KINDS[1:]}
     outputs = [each.output for each in by_layer if each.output is not None]
     factor = _factor(ours.tensors["gradients"], reference.tensors["gradients"])
     return Parity(
         step,
-        max(outputs, key=lambda gap: gap.max_rel) if len(outputs) == len(by_layer) else None,
-        *(_gap(ours.tensors[kind], reference.tensors[kind]) for kind in KINDS[1:]),
+        output=max(outputs, key=lambda gap: gap.max_rel, default=None),
+        gradients=gaps["gradients"],
+        params=gaps["params"],
+        running_mean=gaps["running_mean"],
+        running_var=gaps["running_var"],
         gradient_factor=factor,
         note=_note(ours.tensors["gradients"], reference.tensors["gradients"], factor, world_size),
         layers=by_layer,

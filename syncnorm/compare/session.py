@@ -24,6 +24,7 @@ from syncnorm.compare.verdict import verdict
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+
 def compare_on_rank(
     problem: Problem, task: Task, settings: Settings, command: str, ranks: Ranks, open_progress: ProgressFactory
 ) -> Comparison:

@@ -6,12 +6,13 @@ import math
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from syncnorm.compare.data import Batches, collate, in_order, seed_everything
+from syncnorm.compare.data import Batches, in_order, seed_everything
 from syncnorm.compare.evidence import CollectiveCount, Point
 from syncnorm.compare.measure import CollectiveRecorder, synchronize
 from syncnorm.compare.parity import Recorder, Snapshot, WithoutDropout, steps_to_measure
@@ -133,7 +134,9 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loss: Loss, data: Any, metric: str, device: torch.device) -> tuple[float | None, ...]:
+def evaluate(
+    model: nn.Module, loss: Loss, data: Any, metric: str, device: torch.device
+) -> tuple[float | None, float | None]:
     """(accuracy, mean loss) of ``model`` on ``data``, in eval mode, without communication.
 
     Accuracy is ``None`` where the metric is the loss; either is where it is not finite.
@@ -156,7 +159,7 @@ def curve(losses: list[float], most: int = 50) -> tuple[Point, ...]:
     """The mean of each of up to ``most`` stretches of steps, at the last step of each."""
     ends = sorted({round(len(losses) * (i + 1) / most) for i in range(most)} - {0})
     points = []
-    for start, end in zip((0, *ends), ends):
+    for start, end in pairwise((0, *ends)):
         value = sum(losses[start:end]) / (end - start)
         points.append(Point(end, value if math.isfinite(value) else None))
     return tuple(points)

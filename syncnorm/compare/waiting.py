@@ -1,7 +1,8 @@
 """How long ranks stand still for each other: in the norm layers' exchanges, and in DDP's.
 
-The layers' own code notes nothing: while a measurement lasts, the functions that communicate are replaced by ones that
-look at the clock. On a GPU the ``direct`` ones return before the collective is done, so their waits are launch times.
+The layers' own code notes nothing: while a measurement lasts, the functions that communicate are replaced by ones
+that look at the clock. On a GPU the ``direct`` ones return before the collective is done, so their waits are launch
+times.
 """
 
 from __future__ import annotations

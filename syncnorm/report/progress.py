@@ -65,9 +65,15 @@ class _Lines:
         """A line a step would drown everything else."""
 
     def finish(self, result: ArmResult) -> None:
-        outcome = f"not run: {result.not_run}" if result.not_run else f"{result.test_accuracy:.1%} right"
+        outcome = f"not run: {result.not_run}" if result.not_run else f"{_result(result)}"
         line = f"{self._arm}/{self._num_arms} {self._label}: {outcome}"
         self._console.print(line, markup=False, soft_wrap=True)
+
+
+def _result(result: ArmResult) -> str:
+    if result.test_accuracy is not None:
+        return f"{result.test_accuracy:.1%} right"
+    return "not finite" if result.test_loss is None else f"test loss {result.test_loss:.3g}"
 
 
 @contextmanager

@@ -1,19 +1,17 @@
-"""A comparison on a terminal: what differs from one process, what it costs, and how to read both."""
+"""A comparison on a terminal: the verdict, then what it rests on, and how to read that."""
 
 from __future__ import annotations
 
 from math import sqrt
 
 from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from syncnorm.compare.evidence import Gap, Parity
 from syncnorm.compare.records import ArmResult, Comparison
+from syncnorm.report.terminal_parity import layer_part, parity_part, plain_table
 
-# fp32 carries 1.2e-7 of relative precision; sums over a batch in another order lose a digit of it. What an
-# arm computes differently shows up above 1e-3.
-ROUNDING = 1e-5
 # Longer lines of text are hard to read.
 WIDTH = 100
 # What the tables need.
@@ -21,7 +19,7 @@ TABLE_WIDTH = 80
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
-    """Prints tables and legend, 80 to 100 columns wide; plain text where stdout is no terminal."""
+    """Prints verdict, tables and legends, 80 to 100 columns wide; plain text where stdout is no terminal."""
     if console is None:
         console = Console(highlight=False)
         # Wider than a narrow terminal if need be: it wraps lines, where a table that fits would cut the figures.
@@ -30,12 +28,15 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
 
 
 def render(comparison: Comparison) -> RenderableType:
-    """The tables and their legend, for any rich console."""
+    """The verdict, the tables and their legends, for any rich console."""
     return Group(
         _headline(comparison),
         Text(),
-        _parity_table(comparison),
-        Text(_PARITY_LEGEND, style="dim"),
+        *_verdict(comparison),
+        *parity_part(comparison),
+        *layer_part(comparison),
+        _result_table(comparison),
+        _result_legend(comparison),
         Text(),
         _cost_table(comparison),
         _cost_legend(comparison),
@@ -44,116 +45,68 @@ def render(comparison: Comparison) -> RenderableType:
 
 
 def _headline(comparison: Comparison) -> Text:
-    settings, hardware = comparison.settings, comparison.hardware
+    settings, hardware, task = comparison.settings, comparison.hardware, comparison.task
+    seeds = ", ".join(map(str, settings.seeds))
     return Text(
-        f"A residual CNN ({comparison.num_parameters:,} parameters, {comparison.num_norm_layers} norm layers)"
-        f" learns {comparison.num_train:,} digits in {settings.steps} steps:\n"
-        f"{settings.world_size} ranks x {settings.batch_per_rank} images = a global batch of "
-        f"{settings.global_batch}, seed {settings.seed}.\n"
+        f"{task.model} ({task.num_parameters:,} parameters, {len(task.norm_layers)} norm layers) learns "
+        f"{task.num_train:,} samples of {task.data} in {settings.steps} steps:\n"
+        f"{settings.world_size} ranks x {settings.batch_per_rank} samples = a global batch of "
+        f"{settings.global_batch}, {task.loss}, seed{'s' * (len(settings.seeds) > 1)} {seeds}.\n"
         f"{hardware.device_name}, {hardware.cpu_count} cores, {hardware.threads_per_rank} thread(s) a rank, "
         f"{hardware.backend}, torch {comparison.torch_version}, syncnorm {comparison.syncnorm_version}.\n"
         f"{comparison.date}, {comparison.wall_seconds:.0f} s."
     )
 
 
-def _table(title: str) -> Table:
-    return Table(
-        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
-    )
+def _verdict(comparison: Comparison) -> list[RenderableType]:
+    if not comparison.verdict:
+        return []
+    sentences = [Padding(Text(sentence), (0, 0, 0, 2)) for sentence in comparison.verdict]
+    return [Text("Verdict", style="bold"), *sentences, Text()]
 
 
-def _parity_table(comparison: Comparison) -> Table:
-    steps = dict.fromkeys((1, comparison.settings.parity_steps))
-    table = _table(f"Difference to single, relative, after step {' and after step '.join(map(str, steps))}")
+def _result_table(comparison: Comparison) -> Table:
+    accuracy = comparison.task.metric == "accuracy"
+    ran = [arm for arm in comparison.arms if arm.seeds]
+    steps = [point.step for point in (ran[0].seeds[0].test_losses if ran else ())]
+    table = plain_table(f"Result: test {'accuracy' if accuracy else 'loss'} after a number of steps, and speed")
     table.add_column("arm", no_wrap=True)
     for step in steps:
-        for index, kind in enumerate(("weights", "mean", "var")):
-            table.add_column(f"{f'step {step}' if index == 0 else ''}\n{kind}", justify="right", no_wrap=True)
-    table.add_column("\nlike single?", no_wrap=True)
-    for arm in comparison.arms:
-        if arm.not_run:
-            continue
-        by_step = {parity.step: parity for parity in arm.parity}
-        gaps = [gap for step in steps for gap in _gaps(by_step.get(step))]
-        table.add_row(arm.label, *(_gap_text(gap) for gap in gaps), _verdict(arm))
-    return table
-
-
-def _gaps(parity: Parity | None) -> tuple[Gap | None, Gap | None, Gap | None]:
-    return (parity.params, parity.running_mean, parity.running_var) if parity else (None, None, None)
-
-
-def _gap_text(gap: Gap | None) -> Text:
-    if gap is None:
-        return Text("-")
-    if gap.max_rel == 0:
-        return Text("0")
-    return Text(f"{gap.max_rel:.0e}", style="green" if gap.max_rel <= ROUNDING else "red")
-
-
-def _verdict(arm: ArmResult) -> Text:
-    if not arm.parity:
-        return Text("-")
-    gaps = _gaps(arm.parity[0])
-    if arm.name == "single":
-        return Text("the reference")
-    if gaps[1] is None:
-        return Text("no (another norm)")
-    if all(gap is not None and gap.max_rel <= ROUNDING for gap in gaps):
-        return Text("yes (fp32 rounding)", style="bold green")
-    return Text("no (other stats)", style="bold red")
-
-
-_PARITY_LEGEND = (
-    "max|a - b| / max|b| over all weights, running means, running variances (rank 0's, as DDP saves them). "
-    "Every arm starts from the same weights and gets the same global batches: one that trains like one process "
-    "differs by fp32 rounding alone, about 1e-7. That grows with the steps, so judge by the first. "
-    "A '-' stands where the arm's norm keeps no running statistics."
-)
-
-
-def _cost_table(comparison: Comparison) -> Table:
-    table = _table("Result and cost")
-    table.add_column("arm", no_wrap=True)
-    headers = (
-        "test\naccuracy",
-        "\nimages/s",
-        "ms a\nstep",
-        "collectives a step\nDDP + norm",
-        "KiB a\nstep",
-        "wall\ns",
-    )
-    for header in headers:
+        table.add_column(f"{step:,}", justify="right", no_wrap=True)
+    for header in ("over seeds", "samples/s", "wall s"):
         table.add_column(header, justify="right", no_wrap=True)
     for arm in comparison.arms:
         if arm.not_run:
-            table.add_row(arm.label, "not run", *["-"] * (len(headers) - 1))
-        else:
-            table.add_row(arm.label, *_cost_cells(arm))
+            table.add_row(arm.label, *["-"] * len(steps), "not run", "-", "-")
+            continue
+        spread = arm.spread_over_seeds(comparison.task.metric)
+        table.add_row(
+            arm.label,
+            *(_result(_mean_at(arm, accuracy, index), accuracy) for index in range(len(steps))),
+            "-" if spread is None else f"± {_result(spread, accuracy)}",
+            _number(arm.samples_per_second, ",.0f"),
+            _number(arm.wall_seconds, ".1f"),
+        )
     return table
 
 
-def _cost_cells(arm: ArmResult) -> tuple[str, ...]:
-    ddp, norm = arm.calls("ddp"), arm.calls("norm")
-    return (
-        _number(arm.test_accuracy, ".1%"),
-        _number(arm.samples_per_second, ",.0f"),
-        _number(arm.step_seconds and arm.step_seconds * 1e3, ".1f"),
-        f"{ddp} + {norm}" if arm.collectives else "0",
-        _number(arm.payload_bytes / 1024, ",.1f") if arm.collectives else "0",
-        _number(arm.wall_seconds, ".1f"),
-    )
+def _mean_at(arm: ArmResult, accuracy: bool, index: int) -> float | None:
+    points = [(run.test_accuracies if accuracy else run.test_losses)[index] for run in arm.seeds]
+    values = [point.value for point in points if point.value is not None]
+    return sum(values) / len(values) if len(values) == len(points) else None
 
 
-def _number(value: float | None, spec: str) -> str:
-    return "-" if value is None else format(value, spec)
+def _result(value: float | None, accuracy: bool) -> str:
+    return _number(value, ".1%" if accuracy else ".3g")
 
 
-def _cost_legend(comparison: Comparison) -> Text:
+def _result_legend(comparison: Comparison) -> Text:
+    num_seeds = len(comparison.settings.seeds)
+    mean = f"Mean over {num_seeds} seeds and their standard deviation" if num_seeds > 1 else "Of one seed"
     return Text(
-        f"Accuracy on {comparison.num_test} images that no arm trained on{_noise(comparison)}. Images/s: global "
-        "batch / median step; single and dp use one process, the others all ranks. Collectives: rank 0's calls "
-        "in a step, by DDP + by the norm layers; KiB: the tensors that it hands in.",
+        f"{mean}, on {comparison.task.num_test:,} samples that no arm trained on{_noise(comparison)}. Samples/s: "
+        "global batch / median step, without the loading of data; single and dp use one process, the others "
+        "all ranks.",
         style="dim",
     )
 
@@ -163,8 +116,50 @@ def _noise(comparison: Comparison) -> str:
     if not accuracies:
         return ""
     share = accuracies[0]
-    points = 100 * 2 * sqrt(2 * share * (1 - share) / comparison.num_test)
+    points = 100 * 2 * sqrt(2 * share * (1 - share) / comparison.task.num_test)
     return f"; a difference under {points:.1f} points may be chance"
+
+
+def _cost_table(comparison: Comparison) -> Table:
+    table = plain_table("Cost of a training step")
+    table.add_column("arm", no_wrap=True)
+    headers = ("\nms", "ms waiting\nDDP + norm", "collectives\nDDP + norm", "\nKiB sent", "peak MiB\na rank")
+    for header in headers:
+        table.add_column(header, justify="right", no_wrap=True)
+    for arm in comparison.arms:
+        if not arm.not_run:
+            table.add_row(arm.label, *_cost_cells(arm))
+    return table
+
+
+def _cost_cells(arm: ArmResult) -> tuple[str, ...]:
+    wait = arm.wait
+    return (
+        _number(arm.step_seconds and arm.step_seconds * 1e3, ".1f"),
+        f"{wait.ddp_seconds * 1e3:.1f} + {wait.norm_seconds * 1e3:.1f}" if wait else "-",
+        f"{arm.calls('ddp')} + {arm.calls('norm')}" if arm.collectives else "0",
+        _number(arm.payload_bytes / 1024, ",.1f") if arm.collectives else "0",
+        _number(arm.memory.peak_bytes / 2**20 if arm.memory else None, ",.1f"),
+    )
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
+
+
+def _cost_legend(comparison: Comparison) -> Text:
+    measures = {arm.memory.measure for arm in comparison.arms if arm.memory}
+    what = {
+        "rss growth": "growth of a process's resident memory",
+        "cuda allocated": "torch.cuda.max_memory_allocated",
+    }
+    memory = f" Peak: {what[measures.pop()]} while the arm trains, the largest over ranks." if measures else ""
+    return Text(
+        "Waiting: blocked in collectives, mean over ranks. DDP's is from the last gradient to the end of the "
+        "backward, plus its broadcast of buffers. Collectives and KiB: rank 0's calls, and the tensors that it "
+        f"hands in.{memory}",
+        style="dim",
+    )
 
 
 def _not_run(comparison: Comparison) -> list[Text]:
