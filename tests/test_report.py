@@ -3,31 +3,51 @@ import io
 import pytest
 from rich.console import Console
 
-from syncnorm.compare.records import (
-    ArmResult,
+from syncnorm.compare.evidence import (
     CollectiveCount,
-    Comparison,
     Gap,
-    Hardware,
+    LayerParity,
+    LayerSpread,
+    Memory,
     Parity,
-    Settings,
+    Point,
+    SeedResult,
+    Wait,
 )
+from syncnorm.compare.records import ArmResult, Comparison, Hardware, Settings, Task
 from syncnorm.report.progress import progress_on_stderr
 from syncnorm.report.terminal import print_comparison
 
+LAYERS = ("0.1", "1.norm1")
+
 
 def _parity(rel):
-    return tuple(Parity(step, *[Gap(rel / 2, rel)] * 3) for step in (1, 10))
+    gap = Gap(rel / 2, rel)
+    layers = tuple(LayerParity(name, *[gap] * 5) for name in LAYERS)
+    return tuple(Parity(step, *[gap] * 5, layers=layers) for step in (1, 10))
+
+
+def _seed(seed, accuracy):
+    return SeedResult(
+        seed,
+        accuracy,
+        0.2,
+        0.008,
+        test_accuracies=(Point(252, 0.5), Point(504, accuracy)),
+        test_losses=(Point(252, 1.5), Point(504, 0.2)),
+    )
 
 
 def _arm(name, **changes):
     values = {
         "label": name,
         "ranks": 2,
-        "test_accuracy": 0.975,
+        "seeds": (_seed(0, 0.97), _seed(1, 0.98)),
         "step_seconds": 0.008,
         "samples_per_second": 1000.0,
         "collectives": (CollectiveCount("all_reduce", "ddp", 1, 2048),),
+        "wait": Wait(0.0, 0.0015, 0.008),
+        "memory": Memory(3 * 2**20, "rss growth"),
         "wall_seconds": 12.34,
     }
     return ArmResult(name, **{**values, **changes})
@@ -36,9 +56,11 @@ def _arm(name, **changes):
 @pytest.fixture
 def comparison():
     synced = (CollectiveCount("all_reduce", "ddp", 1, 2048), CollectiveCount("all_gather", "norm", 9, 1024))
-    other_norm = tuple(Parity(step, Gap(0.01, 0.02), None, None) for step in (1, 10))
+    gap = Gap(0.01, 0.02)
+    other_norm = tuple(Parity(step, gap, gap, gap, None, None) for step in (1, 10))
     return Comparison(
-        settings=Settings(("single",), 2, 4, 504, 10, 0, 0.02, 0.9, 8),
+        settings=Settings(("single",), 2, 4, 504, 10, (0, 1), 0.02, 0.9, 8),
+        task=Task("a residual CNN", "scikit-learn's digits", "cross-entropy", "accuracy", 77754, LAYERS, 1347, 450),
         hardware=Hardware(
             "cpu", "A processor with a name as long as vendors like to make them @ 2.0 GHz", "gloo", 2, 1
         ),
@@ -47,17 +69,16 @@ def comparison():
         python_version="3.11",
         date="2024-01-01T00:00:00+00:00",
         command="syncnorm compare",
-        num_parameters=77754,
-        num_norm_layers=9,
-        num_train=1347,
-        num_test=450,
         arms=(
-            _arm("single", parity=_parity(0.0), collectives=()),
-            _arm("dp", label="dp (emulated)", parity=_parity(4e-3), collectives=()),
-            _arm("ddp+syncbn", parity=_parity(2e-7), collectives=synced),
-            _arm("ddp+group", parity=other_norm),
+            _arm("single", parity=_parity(0.0), collectives=(), wait=None),
+            _arm("dp", label="dp (emulated)", parity=_parity(4e-3), collectives=(), wait=None),
+            _arm("ddp", parity=_parity(4e-3)),
+            _arm("ddp+syncbn", parity=_parity(2e-7), collectives=synced, wait=Wait(0.004, 0.001, 0.008)),
+            _arm("ddp+group", parity=other_norm, memory=None),
             ArmResult("ddp+torch-syncbn", "ddp+torch-syncbn", 2, not_run="torch refuses: [CPU]"),
         ),
+        spread=tuple(LayerSpread(name, 0.1234, None) for name in LAYERS),
+        verdict=("Local BN is enough here: nothing asks for SyncBN.", "A second sentence."),
         wall_seconds=61.0,
     )
 
@@ -72,38 +93,59 @@ def _rows(text, start):
     return [line.split() for line in text.splitlines() if line.startswith(start + " ")]
 
 
+def test_the_verdict_comes_first(comparison):
+    text = _printed(comparison, width=100)
+    at = [text.index(part) for part in ("Verdict\n", "Local BN is enough", "A second", "Difference to single")]
+    assert at == sorted(at)
+    assert "a residual CNN (77,754 parameters, 2 norm layers) learns 1,347 samples of scikit-learn's digits" in text
+    assert "seeds 0, 1." in text
+
+
 def test_parity_rows(comparison):
     text = _printed(comparison, width=100)
     assert _rows(text, "single")[0][:7] == ["single"] + ["0"] * 6
-    assert "4e-03  4e-03  4e-03" in text
-    assert _rows(text, "dp (emulated)")[0][-3:] == ["no", "(other", "stats)"]
-    assert _rows(text, "ddp+syncbn")[0] == ["ddp+syncbn", *["2e-07"] * 6, "yes", "(fp32", "rounding)"]
-    assert _rows(text, "ddp+group")[0] == [
-        "ddp+group",
-        "2e-02",
-        "-",
-        "-",
-        "2e-02",
-        "-",
-        "-",
-        "no",
-        "(another",
-        "norm)",
-    ]
+    assert _rows(text, "dp (emulated)")[0][-9:] == [*["4e-03"] * 6, "no", "(other", "stats)"]
+    assert _rows(text, "ddp+syncbn")[0] == ["ddp+syncbn", *["2e-07"] * 6, "yes", "(rounding)"]
+    assert _rows(text, "ddp+group")[0][1:] == [*["2e-02"] * 3, "-", *["2e-02"] * 2, "no", "(other", "norm)"]
+
+
+def test_layer_rows(comparison):
+    assert _rows(_printed(comparison, width=100), "1.norm1") == [["1.norm1", "4e-03", "2e-07", "0.123", "-"]]
+
+
+def test_of_many_layers_some_are_shown_from_first_to_last(comparison):
+    names = tuple(f"stage.{i}.a_rather_long_name_of_a_block.norm{i}" for i in range(60))
+    task = Task(**{**vars(comparison.task), "norm_layers": names})
+    text = _printed(Comparison(**{**vars(comparison), "task": task}), width=80)
+    assert "10 of 60 layers" in text
+    shown = [line.split()[0] for line in text.splitlines() if line.startswith("...")]
+    assert (len(shown), shown[0][-5:], shown[-1][-6:]) == (10, "norm0", "norm59")
+
+
+def test_result_rows(comparison):
+    text = _printed(comparison, width=100)
+    assert _rows(text, "ddp+syncbn")[1] == ["ddp+syncbn", "50.0%", "97.5%", "±", "0.7%", "1,000", "12.3"]
+    assert _rows(text, "ddp+torch-syncbn") == [["ddp+torch-syncbn", "-", "-", "not", "run", "-", "-"]]
+    assert "Not run: ddp+torch-syncbn: torch refuses: [CPU]" in text
+
+
+def test_losses_where_there_are_no_classes(comparison):
+    task = Task(**{**vars(comparison.task), "metric": "loss"})
+    text = _printed(Comparison(**{**vars(comparison), "task": task}), width=100)
+    assert _rows(text, "ddp+syncbn")[1] == ["ddp+syncbn", "1.5", "0.2", "±", "0", "1,000", "12.3"]
 
 
 def test_cost_rows(comparison):
     text = _printed(comparison, width=100)
-    assert _rows(text, "ddp+syncbn")[1] == ["ddp+syncbn", "97.5%", "1,000", "8.0", "1", "+", "9", "3.0", "12.3"]
-    assert _rows(text, "single")[1] == ["single", "97.5%", "1,000", "8.0", "0", "0", "12.3"]
-    assert _rows(text, "ddp+torch-syncbn") == [["ddp+torch-syncbn", "not", "run", "-", "-", "-", "-", "-"]]
-    assert "Not run: ddp+torch-syncbn: torch refuses: [CPU]" in text
+    assert _rows(text, "ddp+syncbn")[2] == ["ddp+syncbn", "8.0", "1.0", "+", "4.0", "1", "+", "9", "3.0", "3.0"]
+    assert _rows(text, "single")[-1] == ["single", "8.0", "-", "0", "0", "3.0"]
+    assert _rows(text, "ddp+group")[2][-1] == "-"
 
 
 def test_an_arm_beyond_rounding_is_not_called_the_same(comparison):
     just_beyond = _arm("ddp+syncbn", parity=_parity(2e-5))
     text = _printed(Comparison(**{**vars(comparison), "arms": (just_beyond,)}), width=100)
-    assert "yes (fp32 rounding)" not in text
+    assert "yes (rounding)" not in text
     assert "no (other stats)" in text
 
 
@@ -119,7 +161,7 @@ def test_piped_output_is_plain_and_a_hundred_wide(comparison, capsys, monkeypatc
     print_comparison(comparison)
     text = capsys.readouterr().out
     assert "\x1b" not in text
-    assert _rows(text, "ddp+syncbn")[0][-3:] == ["yes", "(fp32", "rounding)"]
+    assert _rows(text, "ddp+syncbn")[0][-2:] == ["yes", "(rounding)"]
 
 
 def test_terminal_output_is_coloured(comparison):
@@ -127,10 +169,10 @@ def test_terminal_output_is_coloured(comparison):
 
 
 def test_one_parity_step_makes_one_group_of_columns(comparison):
-    settings = Settings(("single",), 2, 4, 1, 1, 0, 0.02, 0.9, 8)
+    settings = Settings(("single",), 2, 4, 1, 1, (0,), 0.02, 0.9, 8)
     text = _printed(Comparison(**{**vars(comparison), "settings": settings}), width=100)
-    assert text.count("after step") == 1
-    assert _rows(text, "single")[0] == ["single", "0", "0", "0", "the", "reference"]
+    assert "step 10" not in text
+    assert _rows(text, "single")[0] == ["single", "0", "0", "0", "0", "the", "reference"]
 
 
 def test_progress_is_a_line_an_arm_where_stderr_is_no_terminal(comparison, capsys):

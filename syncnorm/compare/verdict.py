@@ -51,8 +51,9 @@ def _accuracy(comparison: Comparison, arms: dict[str, ArmResult]) -> Iterator[st
     synced = _between(comparison, arms, "ddp+syncbn", "ddp")
     synced_single = _between(comparison, arms, "ddp+syncbn", "single")
     if local is not None:
-        size = comparison.settings.batch_per_rank
-        yield f"At {size} samples a rank {_said(local, comparison, 'local BN', 'the full batch')}."
+        said = _said(local, comparison, "local BN", "the full batch")
+        prefix = "" if said.startswith("no verdict") else f"At {comparison.settings.batch_per_rank} samples a rank "
+        yield f"{prefix}{said}."
     if synced is not None and synced_single is not None:
         yield _synced(comparison, local, synced, synced_single, _cost(arms))
     against = "ddp+syncbn" if synced_single is not None else "single"
@@ -159,9 +160,8 @@ def _cost(arms: dict[str, ArmResult]) -> str:
     if min(ratios) < 1 < max(ratios):
         return f"may cost step time or not: the runs disagree ({times})"
     more = median(ratios) - 1
-    return (
-        f"shows no cost in step time ({times})" if more <= SAME_TIME else f"costs {more:.0%} of step time ({times})"
-    )
+    how = f"costs {100 * more:.0f} % of" if more > SAME_TIME else "shows no cost in"
+    return f"{how} step time ({times})"
 
 
 def _between(comparison: Comparison, arms: dict[str, ArmResult], name: str, other: str) -> Difference | None:

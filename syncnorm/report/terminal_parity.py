@@ -25,8 +25,8 @@ def plain_table(title: str) -> Table:
 def parity_part(comparison: Comparison) -> list[RenderableType]:
     """A row for each arm that ran."""
     last = comparison.settings.parity_steps
-    columns = [(1, "output"), (1, "grads"), (1, "weights"), (1, "stats")]
-    columns += [(last, "output"), (last, "weights")] if last > 1 else []
+    columns = [(1, "output"), (1, "grads"), (1, "params"), (1, "stats")]
+    columns += [(last, "output"), (last, "params")] if last > 1 else []
     table = plain_table("Difference to single, relative" + (f", in step 1 and in step {last}" if last > 1 else ""))
     table.add_column("arm", no_wrap=True)
     for index, (step, kind) in enumerate(columns):
@@ -49,7 +49,7 @@ def _gaps(parity: Parity | None) -> dict[str, Gap | None]:
     return {
         "output": parity.output,
         "grads": parity.gradients,
-        "weights": parity.params,
+        "params": parity.params,
         "stats": max(stats, key=lambda gap: gap.max_rel, default=None),
     }
 
@@ -69,16 +69,16 @@ def _like_single(arm: ArmResult) -> Text:
     if arm.name == "single":
         return Text("the reference")
     if first.within_rounding:
-        return Text("yes (fp32 rounding)", style="bold green")
+        return Text("yes (rounding)", style="bold green")
     if first.running_mean is None:
-        return Text("no (another norm)")
+        return Text("no (other norm)")
     if first.departs_at is None:
-        return Text("no (other gradients)", style="bold red")
+        return Text("no (other grads)", style="bold red")
     return Text("no (other stats)", style="bold red")
 
 
 _PARITY_LEGEND = (
-    "max|a - b| / max|b|: the norm layers' outputs for rank 0's samples, gradients and weights of all parameters, "
+    "max|a - b| / max|b|: the norm layers' outputs for rank 0's samples, gradients and values of all parameters, "
     "running statistics (rank 0's, as DDP saves them). All arms have the same weights and batches, and no dropout "
     "here: one that trains like one process differs by fp32 rounding, about 1e-7. That grows with the steps, so "
     "judge by the first. A '-' stands where the arm's norm keeps no running statistics."
