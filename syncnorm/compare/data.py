@@ -91,7 +91,7 @@ def seed_everything(seed: int) -> None:
     """Seeds what models and data draw from: torch, Python and, where it is loaded, NumPy."""
     # torch.manual_seed asks every kind of accelerator, which takes 0.2 ms: too long for each item of each batch.
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed(seed)
     random.seed(seed)
     if "numpy" in sys.modules:
