@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,11 @@ from syncnorm.cli.files import check_writable
 from syncnorm.compare import ARMS, run
 from syncnorm.compare.loading import load
 from syncnorm.compare.ranks import DEFAULT_RANKS
+from syncnorm.compare.records import Sweep
 from syncnorm.compare.runner import DEFAULT_BATCH_PER_RANK, DEFAULT_LR, DEFAULT_PARITY_STEPS, DEFAULT_STEPS
 from syncnorm.errors import InputError
 from syncnorm.launcher import speaks
+from syncnorm.report.html import write_html
 from syncnorm.report.progress import progress_on_stderr
 from syncnorm.report.records_json import write_json
 from syncnorm.report.terminal import print_comparison
@@ -44,11 +45,10 @@ FUNCTION = "MODULE:FUNCTION"
 )
 @click.option(
     "--batch-per-rank",
-    type=int,
-    default=DEFAULT_BATCH_PER_RANK,
+    default=str(DEFAULT_BATCH_PER_RANK),
     show_default=True,
-    metavar="N",
-    help="Samples that a rank sees a step.",
+    metavar="N,M,...",
+    help="Samples that a rank sees a step; of several, a comparison each.",
 )
 @click.option("--steps", type=int, default=DEFAULT_STEPS, show_default=True, metavar="N", help="Steps of each run.")
 @click.option(
@@ -88,6 +88,7 @@ def compare(
     data: str | None,
     loss: str | None,
     arms: str | None,
+    batch_per_rank: str,
     json_file: Path | None,
     html_file: Path | None,
     **numbers: Any,
@@ -104,9 +105,9 @@ def compare(
     torchrun --nproc-per-node 2 -m syncnorm compare
     """
     check_writable(json_file, html_file)
-    write_html = None if html_file is None else _html_writer()
     try:
-        comparison = run(
+        ask = partial(
+            run,
             None if model is None else load(model, "--model"),
             None if data is None else load(data, "--data"),
             None if loss is None else load(loss, "--loss"),
@@ -114,19 +115,22 @@ def compare(
             progress=progress_on_stderr,
             **numbers,
         )
+        comparisons = [ask(batch_per_rank=size) for size in _sizes(batch_per_rank)]
     except InputError as error:
         raise click.UsageError(str(error)) from error
     if not speaks():
         return
     if json_file is not None:  # first: what follows may fail, where nobody reads on
-        write_json(comparison, json_file)
-    if write_html is not None:
-        write_html(comparison, html_file)
-    print_comparison(comparison)
+        write_json(comparisons[0] if len(comparisons) == 1 else Sweep(tuple(comparisons)), json_file)
+    if html_file is not None:
+        write_html(comparisons, html_file)
+    for comparison in comparisons:
+        print_comparison(comparison)
 
 
-def _html_writer() -> Any:
-    """Imported before the run, so that a missing extra shows before the work is done; and not by those without."""
-    if find_spec("syncnorm.report.html") is None:
-        raise click.UsageError("--html is not part of this version: leave it out, --json writes the same figures")
-    return import_module("syncnorm.report.html").write_html
+def _sizes(text: str) -> list[int]:
+    try:
+        sizes = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--batch-per-rank takes numbers such as 4, or 2,4,8; got {text!r}") from None
+    return list(dict.fromkeys(sizes))

@@ -171,6 +171,18 @@ class Comparison:
         return decode(cls, {key: value for key, value in data.items() if key not in ("schema", "schema_version")})
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """Comparisons that differ in their batch per rank alone."""
+
+    comparisons: tuple[Comparison, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, numbers and strings, with the schema's name and version in front."""
+        comparisons = [comparison.to_dict() for comparison in self.comparisons]
+        return {"schema": f"{SCHEMA}.sweep", "schema_version": SCHEMA_VERSION, "comparisons": comparisons}
+
+
 def _mean(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return mean(known) if known and len(known) == len(values) else None

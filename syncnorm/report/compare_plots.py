@@ -168,8 +168,8 @@ def _spread(comparison: Comparison) -> Picture | None:
 
     caption = (
         "How far each rank's statistics lie from the whole batch's under plain DDP: means in standard deviations, "
-        "variances relative. Near zero, syncing changes nothing; at 0.5 every rank normalises by half a standard "
-        "deviation past the others."
+        "variances relative. Near zero, syncing changes nothing; at 0.5 a typical rank shifts a typical channel by "
+        "half a standard deviation."
     )
     height = max(_HEIGHT, 0.19 * len(names) + 0.9)
     return Picture("Spread of the statistics, layer by layer", _svg(draw, height=height), caption)
