@@ -55,8 +55,8 @@ def sync_batch_norm(
         mask: boolean, broadcastable to (batch, *spatial), True where a position counts. What the others hold is
             ignored, and output and gradient are zero there. Ranks may have different numbers, or none.
         residual: added to the output, as a residual block does with its shortcut; of a shape that broadcasts to it.
-        relu: return the positive part of the sum. On a GPU with Triton normalising, adding and rectifying are then one
-            pass (``syncnorm.fused``); elsewhere the last two work in place.
+        relu: return the positive part of the sum. On a GPU with Triton normalising, adding and rectifying are
+            one pass (``syncnorm.fused``); elsewhere the last two work in place.
         num_batches_tracked: int64 scalar, one more in training unless all ranks are empty.
         layer: the name by which ranks tell one call from another, and errors name it.
 

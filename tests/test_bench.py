@@ -23,8 +23,8 @@ from syncnorm.bench.peers import BASELINES, MEAN_OF_SQUARES, PEERS, SYNCNORM
 from syncnorm.bench.shapes import CUDA_SHAPES, DTYPES, MAX_BYTES, TABLES, parse_shapes, rows
 from syncnorm.bench.statistics import median_ratio, quartiles, rotated, summary, timings
 from syncnorm.collectives import Exchange
-from syncnorm.compare.records import Hardware
 from syncnorm.compare.waiting import Exchanges, noting
+from syncnorm.hardware import Hardware
 from syncnorm.report.bench_plot import write_plot
 from syncnorm.report.bench_terminal import print_benchmark
 from syncnorm.testing import assert_close, batch_norm_oracle, run_ranks

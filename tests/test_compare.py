@@ -18,11 +18,11 @@ from syncnorm.compare.measure import CollectiveRecorder, median_step
 from syncnorm.compare.memory import watch_memory
 from syncnorm.compare.models import build_residual_net
 from syncnorm.compare.parity import Recorder, WithoutDropout, parity, steps_to_measure
-from syncnorm.compare.ranks import initialised_ranks
 from syncnorm.compare.training import curve, evaluate
 from syncnorm.compare.waiting import StepTimes, measure_wait
 from syncnorm.diagnostics.spread import spread
 from syncnorm.errors import InputError
+from syncnorm.ranks import initialised_ranks
 from syncnorm.report.records_json import read_json, write_json
 from syncnorm.testing import run_ranks
 

@@ -1,86 +1,17 @@
 import io
 
 import pytest
+import records
 from rich.console import Console
 
-from syncnorm.compare.evidence import (
-    CollectiveCount,
-    Gap,
-    LayerParity,
-    LayerSpread,
-    Memory,
-    Parity,
-    Point,
-    SeedResult,
-    Wait,
-)
-from syncnorm.compare.records import ArmResult, Comparison, Hardware, Settings, Task
+from syncnorm.compare.records import Comparison, Settings, Task
 from syncnorm.report.progress import progress_on_stderr
 from syncnorm.report.terminal import print_comparison
-
-LAYERS = ("0.1", "1.norm1")
-
-
-def _parity(rel):
-    gap = Gap(rel / 2, rel)
-    layers = tuple(LayerParity(name, *[gap] * 5) for name in LAYERS)
-    return tuple(Parity(step, *[gap] * 5, layers=layers) for step in (1, 10))
-
-
-def _seed(seed, accuracy):
-    return SeedResult(
-        seed,
-        accuracy,
-        0.2,
-        0.008,
-        test_accuracies=(Point(252, 0.5), Point(504, accuracy)),
-        test_losses=(Point(252, 1.5), Point(504, 0.2)),
-    )
-
-
-def _arm(name, **changes):
-    values = {
-        "label": name,
-        "ranks": 2,
-        "seeds": (_seed(0, 0.97), _seed(1, 0.98)),
-        "step_seconds": 0.008,
-        "samples_per_second": 1000.0,
-        "collectives": (CollectiveCount("all_reduce", "ddp", 1, 2048),),
-        "wait": Wait(0.0, 0.0015, 0.008),
-        "memory": Memory(3 * 2**20, "rss growth"),
-        "wall_seconds": 12.34,
-    }
-    return ArmResult(name, **{**values, **changes})
 
 
 @pytest.fixture
 def comparison():
-    synced = (CollectiveCount("all_reduce", "ddp", 1, 2048), CollectiveCount("all_gather", "norm", 9, 1024))
-    gap = Gap(0.01, 0.02)
-    other_norm = tuple(Parity(step, gap, gap, gap, None, None) for step in (1, 10))
-    return Comparison(
-        settings=Settings(("single",), 2, 4, 504, 10, (0, 1), 0.02, 0.9, 8),
-        task=Task("a residual CNN", "scikit-learn's digits", "cross-entropy", "accuracy", 77754, LAYERS, 1347, 450),
-        hardware=Hardware(
-            "cpu", "A processor with a name as long as vendors like to make them @ 2.0 GHz", "gloo", 2, 1
-        ),
-        syncnorm_version="0.1.0",
-        torch_version="2.13.0",
-        python_version="3.11",
-        date="2024-01-01T00:00:00+00:00",
-        command="syncnorm compare",
-        arms=(
-            _arm("single", parity=_parity(0.0), collectives=(), wait=None),
-            _arm("dp", label="dp (emulated)", parity=_parity(4e-3), collectives=(), wait=None),
-            _arm("ddp", parity=_parity(4e-3)),
-            _arm("ddp+syncbn", parity=_parity(2e-7), collectives=synced, wait=Wait(0.004, 0.001, 0.008)),
-            _arm("ddp+group", parity=other_norm, memory=None),
-            ArmResult("ddp+torch-syncbn", "ddp+torch-syncbn", 2, not_run="torch refuses: [CPU]"),
-        ),
-        spread=tuple(LayerSpread(name, 0.1234, None) for name in LAYERS),
-        verdict=("Local BN is enough here: nothing asks for SyncBN.", "A second sentence."),
-        wall_seconds=61.0,
-    )
+    return records.comparison()
 
 
 def _printed(comparison, **console):
@@ -143,7 +74,7 @@ def test_cost_rows(comparison):
 
 
 def test_an_arm_beyond_rounding_is_not_called_the_same(comparison):
-    just_beyond = _arm("ddp+syncbn", parity=_parity(2e-5))
+    just_beyond = records.arm("ddp+syncbn", parity=records.parity(2e-5))
     text = _printed(Comparison(**{**vars(comparison), "arms": (just_beyond,)}), width=100)
     assert "yes (rounding)" not in text
     assert "no (other stats)" in text

@@ -1,5 +1,7 @@
 """The verdict's sentences, from records made by hand: one test a branch."""
 
+from dataclasses import replace
+
 import pytest
 
 from syncnorm.compare.evidence import Gap, LayerParity, Parity, SeedResult
@@ -89,6 +91,20 @@ def test_the_seeds_disagree():
     assert said == [
         "No verdict on local BN against the full batch: the seeds disagree (+3.0, -5.0, +5.0 points). Run --seeds 6."
     ]
+
+
+def test_seeds_that_agree_in_sign_alone_are_too_few():
+    [said] = _said(_arm("single", (0.9, 0.9)), _arm("ddp", (0.80, 0.89)))
+    assert said == (
+        "No verdict on local BN against the full batch: 2 seeds are too few to tell (-10.0, -1.0 points). "
+        "Run --seeds 4."
+    )
+
+
+def test_one_sample_a_rank_is_one_sample():
+    found = _comparison(SINGLE, _arm("ddp", (0.7, 0.7, 0.7)))
+    said = verdict(replace(found, settings=replace(found.settings, batch_per_rank=1)))
+    assert said[0].startswith("At 1 sample a rank local BN loses")
 
 
 def test_the_seeds_agree_on_less_than_the_test_set_can_show():

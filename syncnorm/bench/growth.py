@@ -14,8 +14,9 @@ from syncnorm.bench.layers import LayerStep, make_inputs
 from syncnorm.bench.measure import WARM_UP, Step, block_length, interleaved
 from syncnorm.bench.statistics import median_ratio, quartiles
 from syncnorm.collectives import Call, Kind, exchange_of
-from syncnorm.compare.ranks import Ranks, cpu_count
+from syncnorm.hardware import cpu_count
 from syncnorm.modules import SyncBatchNorm2d
+from syncnorm.ranks import Ranks
 
 GROWTH_STAGES = 2  # what `measure_growth` tells its watcher
 BATCH, SIDE = 4, 4  # of images so small that communication is nearly all

@@ -17,9 +17,10 @@ from syncnorm.bench.progress import ProgressFactory
 from syncnorm.bench.records import Benchmark, Settings
 from syncnorm.bench.simulation import LARGEST, Parameters, simulate
 from syncnorm.bench.threads import threads
-from syncnorm.compare.ranks import hardware_of, initialised_ranks
 from syncnorm.errors import InputError
+from syncnorm.hardware import hardware_of
 from syncnorm.launcher import launched_world_size
+from syncnorm.ranks import initialised_ranks
 from syncnorm.testing import run_ranks
 
 DEFAULT_LARGEST_WORLD = 4

@@ -15,7 +15,7 @@ from syncnorm.bench.peers import BASELINES, LOCAL, PEERS, Peer
 from syncnorm.bench.records import Row
 from syncnorm.bench.shapes import DTYPES, FORMATS, Shape
 from syncnorm.bench.statistics import timings
-from syncnorm.compare.ranks import Ranks
+from syncnorm.ranks import Ranks
 
 
 @dataclass

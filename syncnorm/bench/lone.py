@@ -17,9 +17,9 @@ from syncnorm.bench.progress import ProgressFactory
 from syncnorm.bench.records import Benchmark, Settings
 from syncnorm.bench.session import measure_on_rank
 from syncnorm.bench.threads import threads
-from syncnorm.compare.ranks import WAIT, Ranks, world_size_for
 from syncnorm.errors import InputError
 from syncnorm.launcher import launched_world_size
+from syncnorm.ranks import WAIT, Ranks, world_size_for
 
 BACKENDS = ("gloo", "nccl", "fake")
 FAKE_WORLD = 8  # of a usual node

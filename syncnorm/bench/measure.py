@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from syncnorm.bench.statistics import rotated
-from syncnorm.compare.ranks import Ranks
+from syncnorm.ranks import Ranks
 
 Step = Callable[[], None]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from syncnorm.bench.measure import interleaved, warm_up
 from syncnorm.bench.records import Memory
-from syncnorm.compare.ranks import Ranks
+from syncnorm.ranks import Ranks
 
 # Of the input's size. Forward: read for the statistics, read and written to normalise. Backward: x and dy read for
 # the sums, both read and dx written to apply them.

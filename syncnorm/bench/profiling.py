@@ -12,9 +12,9 @@ from torch.profiler import ProfilerActivity, profile
 from syncnorm.bench.records import LayerWait, RankProfile
 from syncnorm.collectives import Kind
 from syncnorm.compare.measure import synchronize
-from syncnorm.compare.ranks import Ranks
 from syncnorm.compare.waiting import Exchanges, noting
 from syncnorm.errors import InputError
+from syncnorm.ranks import Ranks
 
 STEPS = 3
 # The first steps under a profiler pay for its start.

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from syncnorm.bench.growth_records import Growth, Simulation
-from syncnorm.compare.records import Hardware
+from syncnorm.hardware import Hardware
 
 SCHEMA = "syncnorm.bench"
 SCHEMA_VERSION = 1

@@ -19,9 +19,9 @@ from syncnorm.bench.session import measure_on_rank
 from syncnorm.bench.shapes import DTYPES, Shape
 from syncnorm.bench.simulation import Parameters
 from syncnorm.bench.threads import threads
-from syncnorm.compare.ranks import a_gpu_for_each_launched_rank, initialised_ranks, launched_ranks
 from syncnorm.errors import InputError
 from syncnorm.launcher import launched_world_size
+from syncnorm.ranks import a_gpu_for_each_launched_rank, initialised_ranks, launched_ranks
 from syncnorm.testing import run_ranks
 
 WHAT = ("layer", "model", "all", "growth")

@@ -17,7 +17,7 @@ from syncnorm.bench.records import Benchmark, Row, Settings
 from syncnorm.bench.shapes import rows
 from syncnorm.bench.statistics import summary
 from syncnorm.bench.training import MODEL_STAGES, measure_model
-from syncnorm.compare.ranks import Ranks
+from syncnorm.ranks import Ranks
 
 
 def measure_on_rank(settings: Settings, command: str, ranks: Ranks, open_progress: ProgressFactory) -> Benchmark:

@@ -17,8 +17,8 @@ from syncnorm.bench.models import NAME, NUM_CLASSES, build_model
 from syncnorm.bench.profiling import profiled
 from syncnorm.bench.records import ModelResult, Settings
 from syncnorm.bench.statistics import timings
-from syncnorm.compare.ranks import Ranks
 from syncnorm.conversion import convert
+from syncnorm.ranks import Ranks
 
 STEPS_PER_BLOCK = 1
 MODEL_STAGES = 3  # what `measure_model` tells its watcher

@@ -14,9 +14,9 @@ from syncnorm.bench.lone import FAKE_WORLD
 from syncnorm.bench.runner import DEFAULT_BATCH_PER_RANK, DEFAULT_REPETITIONS, WHAT
 from syncnorm.bench.shapes import DTYPES, parse_shapes
 from syncnorm.cli.files import check_writable
-from syncnorm.compare.ranks import DEFAULT_RANKS
 from syncnorm.errors import InputError
 from syncnorm.launcher import speaks
+from syncnorm.ranks import DEFAULT_RANKS
 from syncnorm.report.bench_csv import write_csv
 from syncnorm.report.bench_plot import write_plot
 from syncnorm.report.bench_terminal import print_benchmark

@@ -11,11 +11,11 @@ import click
 from syncnorm.cli.files import check_writable
 from syncnorm.compare import ARMS, run
 from syncnorm.compare.loading import load
-from syncnorm.compare.ranks import DEFAULT_RANKS
 from syncnorm.compare.records import Sweep
 from syncnorm.compare.runner import DEFAULT_BATCH_PER_RANK, DEFAULT_LR, DEFAULT_PARITY_STEPS, DEFAULT_STEPS
 from syncnorm.errors import InputError
 from syncnorm.launcher import speaks
+from syncnorm.ranks import DEFAULT_RANKS
 from syncnorm.report.html import write_html
 from syncnorm.report.progress import progress_on_stderr
 from syncnorm.report.records_json import write_json

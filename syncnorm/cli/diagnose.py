@@ -8,9 +8,10 @@ from statistics import quantiles
 import click
 import torch.nn.functional as F
 
-from syncnorm.cli.demo import demo_datasets, demo_model
 from syncnorm.cli.files import check_writable
+from syncnorm.compare.data import digits
 from syncnorm.compare.loading import load
+from syncnorm.compare.models import build_residual_net
 from syncnorm.diagnostics.watched_run import BLOCK, Overhead, Task
 from syncnorm.diagnostics.watched_run import diagnose as run_diagnose
 from syncnorm.errors import InputError
@@ -77,8 +78,8 @@ def diagnose(
     check_writable(json_file)
     try:
         task = Task(
-            build=demo_model if model is None else load(model, "--model"),
-            datasets=demo_datasets if data is None else load(data, "--data"),
+            build=build_residual_net if model is None else load(model, "--model"),
+            datasets=digits if data is None else load(data, "--data"),
             loss=F.cross_entropy if loss is None else load(loss, "--loss"),
             sync=not no_sync,
             batch_per_rank=batch_per_rank,

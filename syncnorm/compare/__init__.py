@@ -13,7 +13,7 @@ from syncnorm.compare.evidence import (
     SeedResult,
     Wait,
 )
-from syncnorm.compare.records import ArmResult, Comparison, Hardware, Settings, Task
+from syncnorm.compare.records import ArmResult, Comparison, Settings, Sweep, Task
 from syncnorm.compare.runner import run
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "CollectiveCount",
     "Comparison",
     "Gap",
-    "Hardware",
     "LayerParity",
     "LayerSpread",
     "Memory",
@@ -32,6 +31,7 @@ __all__ = [
     "Point",
     "SeedResult",
     "Settings",
+    "Sweep",
     "Task",
     "Wait",
     "run",

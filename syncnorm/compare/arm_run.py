@@ -20,10 +20,10 @@ from syncnorm.compare.memory import watch_memory
 from syncnorm.compare.parity import Recorder, Snapshot, parity
 from syncnorm.compare.problem import Problem
 from syncnorm.compare.progress import Progress
-from syncnorm.compare.ranks import Ranks
 from syncnorm.compare.records import ArmResult, Settings, Task
 from syncnorm.compare.training import Part, Trainer, curve, evaluate
 from syncnorm.compare.waiting import measure_wait
+from syncnorm.ranks import Ranks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from syncnorm.compare.data import Batches
 from syncnorm.compare.evidence import LayerSpread
-from syncnorm.compare.ranks import Ranks
 from syncnorm.diagnostics.spread import spread
+from syncnorm.ranks import Ranks
 
 BATCHES = 4
 

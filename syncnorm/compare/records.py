@@ -8,7 +8,7 @@ from typing import Any
 
 from syncnorm.compare.decoding import decode
 from syncnorm.compare.evidence import CollectiveCount, LayerSpread, Memory, Parity, SeedResult, Wait
-from syncnorm.hardware import Hardware as Hardware
+from syncnorm.hardware import Hardware
 
 SCHEMA = "syncnorm.compare"
 SCHEMA_VERSION = 2

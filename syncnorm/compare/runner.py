@@ -17,11 +17,11 @@ from syncnorm.compare.arms import ARMS, SINGLE
 from syncnorm.compare.examination import examine
 from syncnorm.compare.problem import Loss, Problem, problem
 from syncnorm.compare.progress import ProgressFactory, silent
-from syncnorm.compare.ranks import WAIT, initialised_ranks, launched_ranks, world_size_for
 from syncnorm.compare.records import Comparison, Settings, Task
 from syncnorm.compare.session import compare_on_rank
 from syncnorm.errors import InputError
 from syncnorm.launcher import launched_world_size
+from syncnorm.ranks import WAIT, initialised_ranks, launched_ranks, world_size_for
 from syncnorm.testing import run_ranks
 from syncnorm.testing.pool import RankError
 

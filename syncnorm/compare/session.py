@@ -17,9 +17,9 @@ from syncnorm.compare.arm_run import Session
 from syncnorm.compare.arms import ARMS
 from syncnorm.compare.problem import Problem
 from syncnorm.compare.progress import ProgressFactory, silent
-from syncnorm.compare.ranks import Ranks
 from syncnorm.compare.records import Comparison, Settings, Task
 from syncnorm.compare.verdict import verdict
+from syncnorm.ranks import Ranks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

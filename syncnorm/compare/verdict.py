@@ -52,7 +52,7 @@ def _accuracy(comparison: Comparison, arms: dict[str, ArmResult]) -> Iterator[st
     synced_single = _between(comparison, arms, "ddp+syncbn", "single")
     if local is not None:
         said = _said(local, comparison, "local BN", "the full batch")
-        prefix = "" if said.startswith("no verdict") else f"At {comparison.settings.batch_per_rank} samples a rank "
+        prefix = "" if said.startswith("no verdict") else f"At {_samples(comparison)} a rank "
         yield f"{prefix}{said}."
     if synced is not None and synced_single is not None:
         yield _synced(comparison, local, synced, synced_single, _cost(arms))
@@ -105,6 +105,11 @@ def _advice(
     return f"Take SyncBN{unless}."
 
 
+def _samples(comparison: Comparison) -> str:
+    number = comparison.settings.batch_per_rank
+    return f"{number} sample{'s' * (number > 1)}"
+
+
 def _said(found: Difference, comparison: Comparison, who: str, other: str) -> str:
     if found.is_real:
         return f"{who} {'gains' if found.mean > 0 else 'loses'} {_figures(found, signed=False)} against {other}"
@@ -118,8 +123,10 @@ def _said(found: Difference, comparison: Comparison, who: str, other: str) -> st
             f"samples, where {_number(found.resolution, found)} may be chance: no verdict without a larger one"
         )
     each = ", ".join(_number(value, found, signed=True) for value in found.of_seed)
+    one_sided = len({value > 0 for value in found.of_seed}) == 1
+    why = f"{len(found.of_seed)} seeds are too few to tell" if one_sided else "the seeds disagree"
     return (
-        f"no verdict on {who} against {other}: the seeds disagree ({each}{_unit(found)}). "
+        f"no verdict on {who} against {other}: {why} ({each}{_unit(found)}). "
         f"Run --seeds {max(ENOUGH_SEEDS, 2 * len(found.of_seed))}"
     )
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from syncnorm.collectives import Exchange, Kind, direct
 from syncnorm.compare.evidence import Wait
-from syncnorm.compare.ranks import Ranks
+from syncnorm.ranks import Ranks
 
 STEPS = 5
 # Where tensors of norm layers are communicated.

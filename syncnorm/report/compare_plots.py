@@ -67,7 +67,10 @@ def over_batch(comparisons: Sequence[Comparison]) -> Picture | None:
         ax.set_xlabel("samples a rank")
         ax.set_ylabel(label)
 
-    caption = f"{label} after the last step; bars are one standard deviation over the seeds."
+    caption = (
+        f"{label} after the last step, which is the same step for all, so that larger batches have seen more samples; "
+        "bars are one standard deviation over the seeds."
+    )
     return Picture(f"{label} against batch per rank", _svg(draw), caption)
 
 
@@ -151,17 +154,16 @@ def _parity_over_steps(comparison: Comparison) -> Picture | None:
 
 
 def _spread(comparison: Comparison) -> Picture | None:
-    layers = [layer for layer in comparison.spread if layer.mean is not None and layer.var is not None]
+    layers = [layer for layer in comparison.spread if layer.mean is not None]
     if not layers:
         return None
     names = [layer.layer for layer in comparison.spread]
 
     def draw(ax: Any) -> None:
         places = [names.index(layer.layer) for layer in layers]
-        ax.barh([p - 0.2 for p in places], [x.mean for x in layers], 0.38, label="means", **_bar("#0072b2", ""))
-        ax.barh(
-            [p + 0.2 for p in places], [x.var for x in layers], 0.38, label="variances", **_bar("#e8e8e8", "////")
-        )
+        means, variances = [layer.mean for layer in layers], [layer.var or 0.0 for layer in layers]
+        ax.barh([place - 0.2 for place in places], means, 0.38, label="means", **_bar("#0072b2", ""))
+        ax.barh([place + 0.2 for place in places], variances, 0.38, label="variances", **_bar("#e8e8e8", "////"))
         ax.set_yticks(range(len(names)), names, fontsize=7 if len(names) < 25 else 4)
         ax.invert_yaxis()
         ax.set_xlabel("spread between ranks")
