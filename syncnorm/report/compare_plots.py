@@ -68,7 +68,7 @@ def over_batch(comparisons: Sequence[Comparison]) -> Picture | None:
         ax.set_ylabel(label)
 
     caption = (
-        f"{label} after the last step, which is the same step for all, so that larger batches have seen more samples; "
+        f"{label} after the last step, the same one for all, so that larger batches have seen more samples; "
         "bars are one standard deviation over the seeds."
     )
     return Picture(f"{label} against batch per rank", _svg(draw), caption)
