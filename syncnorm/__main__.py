@@ -5,7 +5,7 @@ import sys
 from syncnorm.launcher import speaks
 
 # Import name -> the extra that brings it.
-_EXTRAS = {"click": "compare", "rich": "compare", "sklearn": "compare", "matplotlib": "compare", "jinja2": "compare"}
+_EXTRAS = dict.fromkeys(("click", "rich", "sklearn", "matplotlib", "jinja2", "mlxtend"), "compare")
 
 
 def main() -> int:

@@ -14,6 +14,7 @@ from syncnorm.cli.compare import compare
 from syncnorm.cli.diagnose import diagnose
 from syncnorm.cli.env import env
 from syncnorm.cli.selftest import selftest
+from syncnorm.cli.study import study
 from syncnorm.launcher import let_rank_0_speak, speaks
 
 
@@ -28,6 +29,7 @@ syncnorm.add_command(bench)
 syncnorm.add_command(diagnose)
 syncnorm.add_command(selftest)
 syncnorm.add_command(env)
+syncnorm.add_command(study)
 
 
 def main() -> int:

@@ -1,0 +1,50 @@
+"""A study on a terminal: the question, the claim, the tables, and what follows from them."""
+
+from __future__ import annotations
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from syncnorm.report.study_tables import Cells, cells, legend, ran_on
+from syncnorm.study.records import Study
+
+# Longer lines of text are hard to read.
+WIDTH = 100
+# What the tables need.
+TABLE_WIDTH = 80
+
+
+def print_study(study: Study, console: Console | None = None) -> None:
+    """Prints the study, 80 to 100 columns wide; plain text where stdout is no terminal."""
+    if console is None:
+        console = Console(highlight=False)
+        console.width = WIDTH if not console.is_terminal else min(WIDTH, max(TABLE_WIDTH, console.width))
+    console.print(render(study))
+
+
+def render(study: Study) -> RenderableType:
+    """All of it, for any rich console."""
+    return Group(
+        Text(study.question, style="bold"),
+        Text(f"Claim: {study.claim.text} ({study.claim.source})"),
+        *(Text(f"{topic}: {note}", style="dim") for topic, note in study.notes.items()),
+        *(part for view in study.views for part in (Text(), _table(cells(study, view)))),
+        Text(legend(study), style="dim"),
+        Text(),
+        Text("Findings", style="bold"),
+        *(Text(f"- {finding}") for finding in study.findings),
+        Text(),
+        Text(ran_on(study), style="dim"),
+    )
+
+
+def _table(found: Cells) -> Table:
+    table = Table(
+        title=found.title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
+    for index, head in enumerate(found.header):
+        table.add_column(Text(head), justify="right" if index else "left", no_wrap=True)
+    for line in found.lines:
+        table.add_row(*map(Text, line))
+    return table

@@ -1,0 +1,125 @@
+"""``run``: checks what is asked, finds or starts the ranks, and has them answer a question."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import sys
+import time
+from datetime import datetime, timezone
+
+import torch
+
+import syncnorm
+from syncnorm.errors import InputError
+from syncnorm.launcher import launched_world_size
+from syncnorm.ranks import Ranks, initialised_ranks, launched_ranks, world_size_for
+from syncnorm.study.progress import ProgressFactory, silent
+from syncnorm.study.records import Settings, Study
+from syncnorm.study.registry import STUDIES
+from syncnorm.study.tuning import FIRST_SEED
+from syncnorm.testing import run_ranks
+
+QUICK_SEEDS = 2
+MAX_RANKS = 64
+# Only to end a run whose ranks hang.
+TIMEOUT = 6 * 3600.0
+
+
+def run(
+    study: str,
+    *,
+    ranks: int | None = None,
+    seeds: int | None = None,
+    steps: int | None = None,
+    quick: bool = False,
+    progress: ProgressFactory = silent,
+) -> Study:
+    """Answers one question by training runs on real data, on the CPU, one thread a rank.
+
+    Under a launcher it uses the ranks that it was given; alone it starts gloo ranks on this machine.
+
+    Args:
+        study: a name out of ``STUDIES``.
+        ranks: how many ranks to start; 2 by default. Under a launcher it must agree with the launcher's.
+        seeds: runs of each condition, at least 2; the study's own number by default.
+        steps: optimiser steps of a run; the study's own number by default.
+        quick: few steps and conditions, to see that it works.
+        progress: opened by rank 0, in its own process, to follow the run.
+
+    Returns:
+        The record, the same on every rank.
+
+    Raises:
+        InputError: an argument that cannot be used. Judged before anything starts, alike on every rank.
+        ModuleNotFoundError: a package that the study needs is missing, likewise.
+
+    Collective: under a launcher, all ranks.
+    """
+    if study not in STUDIES:
+        raise InputError(f"no study is called {study!r}: the studies are {', '.join(STUDIES)}")
+    question = STUDIES[study]
+    settings = Settings(
+        study=study,
+        world_size=world_size_for("study", ranks),
+        seeds=_given(seeds, QUICK_SEEDS if quick else question.seeds),
+        steps=_given(steps, question.quick_steps if quick else question.steps),
+        quick=quick,
+    )
+    # Below two seeds there is no difference that they could agree on.
+    for name, value, least in (("seeds", settings.seeds, 2), ("steps", settings.steps, 1)):
+        if value < least:
+            raise InputError(f"{name} must be at least {least}, got {value}")
+    # Seeds from there on are for tuning; more ranks would need more images than there are.
+    for name, value, most in (("seeds", settings.seeds, FIRST_SEED), ("ranks", settings.world_size, MAX_RANKS)):
+        if value > most:
+            raise InputError(f"{name} must be at most {most}, got {value}")
+    for package in question.needs:
+        importlib.import_module(package)
+    command = " ".join(["syncnorm", *sys.argv[1:]])
+    if launched_world_size() is None:
+        studies: list[Study] = run_ranks(
+            _started_rank, settings.world_size, args=(settings, command, progress), timeout=TIMEOUT
+        )
+        return studies[0]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with launched_ranks(cpu=True) as given:
+            return _answer(settings, command, given, progress)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _given(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+def _started_rank(settings: Settings, command: str, progress: ProgressFactory) -> Study:
+    with initialised_ranks(torch.device("cpu")) as ranks:
+        return _answer(settings, command, ranks, progress)
+
+
+def _answer(settings: Settings, command: str, ranks: Ranks, progress: ProgressFactory) -> Study:
+    started = time.perf_counter()
+    question = STUDIES[settings.study]
+    watcher = progress if ranks.rank == 0 else silent
+    with watcher(question.num_stages(settings)) as tell:
+        outcome = question.run(settings, ranks, tell)
+    study = Study(
+        question=question.question,
+        claim=question.claim,
+        settings=settings,
+        notes=dict(outcome.notes),
+        rows=tuple(outcome.rows),
+        views=tuple(question.views(outcome.rows)),
+        findings=tuple(question.find(outcome.rows)),
+        hardware=ranks.hardware(),
+        syncnorm_version=syncnorm.__version__,
+        torch_version=torch.__version__,
+        python_version=platform.python_version(),
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        command=command,
+        wall_seconds=time.perf_counter() - started,
+    )
+    return ranks.share(study if ranks.rank == 0 else None)
