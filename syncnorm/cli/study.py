@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from syncnorm.cli.files import check_writable
+from syncnorm.cli.norms import norms
 from syncnorm.errors import InputError
 from syncnorm.launcher import speaks
 from syncnorm.ranks import DEFAULT_RANKS
@@ -75,3 +76,4 @@ def _command(question: Question) -> click.Command:
 
 for _question in STUDIES.values():
     study.add_command(_command(_question))
+study.add_command(norms)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from syncnorm.study import batch_size, dp_vs_ddp, learning_rate, placement
+from syncnorm.study import batch_size, dp_vs_ddp, fold, learning_rate, placement, sequence
 from syncnorm.study.question import Question
 
 STUDIES: dict[str, Question] = {
-    study.QUESTION.name: study.QUESTION for study in (batch_size, placement, learning_rate, dp_vs_ddp)
+    study.QUESTION.name: study.QUESTION for study in (batch_size, placement, learning_rate, dp_vs_ddp, sequence, fold)
 }
