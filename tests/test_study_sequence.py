@@ -83,7 +83,7 @@ WORSE = [0.80, 0.81, 0.82]
 def test_findings_where_padding_costs_batch_norm_what_a_mask_brings_back():
     found = find(rows(bn=[[0.9] * 3, WORSE], sync=[[0.9] * 3, WORSE]))
     assert "BN against LN, by padding, in points: worse at to 24 (-9.0 ± 0.6)" in found[0]
-    assert "masked SyncBN against SyncBN, by padding, in points: better at to 24 (+9.0 ± 0.6)" in found[1]
+    assert "Masked SyncBN against SyncBN, by padding, in points: better at to 24 (+9.0 ± 0.6)" in found[1]
     assert found[2] == "BN padded to 24 reaches 81.0 % and to the longest 90.0 %: 9.0 ± 0.6 points worse."
     assert found[-1] == (
         "Where the seeds agree, LN beats BN at 1 of 2 paddings, and BN beats LN at none; masking beats "
