@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from syncnorm.errors import InputError
 from syncnorm.modules import SyncMixin
 
 _RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_, F.relu_)
@@ -60,10 +61,20 @@ def fuse(model: nn.Module) -> dict[str, str]:
 
 
 def unfuse(model: nn.Module) -> None:
-    """Gives each block the class that it had."""
-    for block in model.modules():
-        if isinstance(block, Fused):
-            block.__class__ = block._unfused_class
+    """Gives each block the class that it had.
+
+    Raises:
+        InputError: a block's class was made from a fused one; nothing was changed.
+    """
+    blocks = {name: block for name, block in model.named_modules() if isinstance(block, Fused)}
+    for name, block in blocks.items():
+        if "_unfused_class" not in vars(type(block)):
+            raise InputError(
+                f"{name or '(model)'} is a {type(block).__name__}, made from a fused class (by FSDP's fully_shard, or as "
+                f"a subclass): revert or convert before that"
+            )
+    for block in blocks.values():
+        block.__class__ = block._unfused_class
 
 
 def fused_layers(model: nn.Module) -> set[nn.Module]:

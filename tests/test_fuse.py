@@ -192,6 +192,17 @@ def test_a_frozen_graph_does_not_outlive_the_mode():
     assert not torch.equal(block.eval()(x), trained)
 
 
+def test_a_class_made_from_a_fused_one_is_not_taken_off():
+    model = syncnorm.convert(nn.Sequential(Basic(), Basic()), fuse=True)
+    block = model[1]
+    block.__class__ = type(f"FSDP{type(block).__name__}", (type(block),), {})  # as fully_shard does
+    before = [type(m) for m in model.modules()]
+    for change in (syncnorm.revert, syncnorm.convert):
+        with pytest.raises(syncnorm.SyncNormError, match="1 is a FSDPFusedBasic"):
+            change(model)
+    assert [type(m) for m in model.modules()] == before
+
+
 @pytest.mark.parametrize("to", ["batch", "group", "layer"])
 def test_only_synced_layers_are_fused(to):
     with pytest.raises(syncnorm.SyncNormError, match="fuse"):

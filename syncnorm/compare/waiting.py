@@ -1,13 +1,7 @@
-"""How long ranks stand still for each other: in the norm layers' exchanges, and in DDP's.
-
-The layers' own code notes nothing: while a measurement lasts, the functions that communicate are replaced by ones
-that look at the clock. On a GPU the ``direct`` ones return before the collective is done, so their waits are launch
-times.
-"""
+"""How long ranks stand still for each other: in the norm layers' exchanges over gloo, and in DDP's."""
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,13 +10,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from syncnorm.collectives import Exchange, Kind, direct
+from syncnorm.collectives import Call, Kind
+from syncnorm.collectives.observers import observers
 from syncnorm.compare.evidence import Wait
 from syncnorm.ranks import Ranks
 
 STEPS = 5
-# Where tensors of norm layers are communicated.
-_COMMUNICATING = ((Exchange, "wait"), (direct, "gather"), (direct, "reduce"))
 
 
 class StepTimes(NamedTuple):
@@ -39,7 +32,7 @@ class Exchanges:
     seconds: dict[tuple[str, Kind], float] = field(default_factory=dict)
     last_gradient: float = 0.0
 
-    def note(self, call: Any, seconds: float) -> None:
+    def note(self, call: Call, seconds: float) -> None:
         """Adds an exchange; ``call`` says of which layer and what kind."""
         key = call.layer, call.kind
         self.seconds[key] = self.seconds.get(key, 0.0) + seconds
@@ -56,34 +49,18 @@ class Exchanges:
 @contextmanager
 def noting(noted: Exchanges, model: nn.Module) -> Iterator[None]:
     """Has every exchange, and the arrival of ``model``'s gradients, noted while the block runs."""
-    originals = [(owner, name, getattr(owner, name)) for owner, name in _COMMUNICATING]
     hooks = [
         p.register_post_accumulate_grad_hook(noted.gradient)  # type: ignore[no-untyped-call]
         for p in model.parameters()
         if p.requires_grad
     ]
+    observers.append(noted.note)
     try:
-        for owner, name, original in originals:
-            setattr(owner, name, _timed(original, noted))
         yield
     finally:
-        for owner, name, original in originals:
-            setattr(owner, name, original)
+        observers.remove(noted.note)
         for hook in hooks:
             hook.remove()
-
-
-def _timed(function: Callable[..., Any], noted: Exchanges) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        started = time.perf_counter()
-        try:
-            return function(*args, **kwargs)
-        finally:
-            call = next(a for a in (*args, *kwargs.values()) if hasattr(a, "kind") and hasattr(a, "layer"))
-            noted.note(call, time.perf_counter() - started)
-
-    return timed
 
 
 def measure_wait(step: Callable[[], StepTimes], wrapper: nn.Module, model: nn.Module, ranks: Ranks) -> Wait:
