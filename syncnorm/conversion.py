@@ -56,8 +56,8 @@ def convert(
         ``model``; or the new layer, where ``model`` itself is a batch norm and ``to`` a baseline.
 
     Raises:
-        InputError: wrong options, ``num_groups`` that does not divide a layer's channels, or a class that was made from
-            that of a fused block; nothing was changed.
+        InputError: wrong options, ``num_groups`` that does not divide a layer's channels, or a class that was made
+            from that of a fused block; nothing was changed.
 
     Warns:
         UserWarning: once, with the names of the layers that cannot be converted, which stay as they are.

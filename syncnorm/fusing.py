@@ -70,8 +70,8 @@ def unfuse(model: nn.Module) -> None:
     for name, block in blocks.items():
         if "_unfused_class" not in vars(type(block)):
             raise InputError(
-                f"{name or '(model)'} is a {type(block).__name__}, made from a fused class (by FSDP's fully_shard, or as "
-                f"a subclass): revert or convert before that"
+                f"{name or '(model)'} is a {type(block).__name__}, made from a fused class (by FSDP's fully_shard, or "
+                f"as a subclass): revert or convert before that"
             )
     for block in blocks.values():
         block.__class__ = block._unfused_class
