@@ -60,11 +60,16 @@ def write_plot(study: Study, path: Path) -> None:
             handles.values(),
             handles.keys(),
             loc="outside lower center",
-            ncols=min(len(handles), 3 * columns),
+            ncols=_legend_columns(list(handles), figure.get_figwidth()),
             frameon=False,
         )
     figure.suptitle("\n".join(textwrap.wrap(study.question, 30 + 45 * columns)), fontsize=11)
     figure.savefig(path, dpi=120, format="png")
+
+
+def _legend_columns(labels: list[str], width: float) -> int:
+    """As many as fit beside each other in ``width`` inches, a letter being some 0.1 of one and a marker 0.7."""
+    return max(1, min(len(labels), int(width / (0.7 + 0.1 * max(map(len, labels))))))
 
 
 def _shown(study: Study, view: View) -> list[Any]:
