@@ -49,7 +49,8 @@ def convert(
         group_size: instead, groups of that many consecutive ranks, or of the ranks of each ``"node"``.
         num_groups: of channels, for ``to="group"``; 32 if not given.
         fuse: also make one call of a synced layer and the ReLU after it, with or without an addition between them,
-            wherever ``torch.fx`` can follow the block that they are in; :func:`describe` says where. On a GPU with
+            wherever a graph of ``torch.fx`` holds all that the block does; :func:`describe` says where. Attributes
+            that the block reads are taken as they are now. On a GPU with
             Triton it is one pass over the tensor and has no second derivative. Copies and pickles are not fused.
 
     Returns:

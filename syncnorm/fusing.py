@@ -13,13 +13,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
 
+from syncnorm.block_graph import NotTraceable, graph_of
 from syncnorm.errors import InputError
 from syncnorm.modules import SyncMixin
 
 _RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_, F.relu_)
 _ADDITIONS = (operator.add, torch.add)
 _IN_PLACE = (operator.iadd,)
+# What these return is memory of its own, which nothing but its reader can write to.
+_FRESH = (_ConvNd, nn.Linear, SyncMixin)
 
 
 class Fused:
@@ -55,7 +59,7 @@ def fuse(model: nn.Module) -> dict[str, str]:
             continue
         try:
             _fuse_block(block)
-        except _NotFusable as reason:
+        except (NotTraceable, _NothingToFuse) as reason:
             skipped[name] = str(reason)
     return skipped
 
@@ -70,7 +74,7 @@ def unfuse(model: nn.Module) -> None:
     for name, block in blocks.items():
         if "_unfused_class" not in vars(type(block)):
             raise InputError(
-                f"{name or '(model)'} is a {type(block).__name__}, made from a fused class (by FSDP's fully_shard, or "
+                f"{name or '(model)'} is a {type(block).__name__}, made from a fused one (by FSDP's fully_shard, or "
                 f"as a subclass): revert or convert before that"
             )
     for block in blocks.values():
@@ -83,41 +87,16 @@ def fused_layers(model: nn.Module) -> set[nn.Module]:
     return {block.get_submodule(name) for block in blocks for name in block._fused_layers}
 
 
-class _NotFusable(Exception):
+class _NothingToFuse(Exception):
     """Says why a block keeps its class."""
 
 
-class _Proxy(fx.Proxy):
-    """A proxy that knows ``x += y``, which to torch's own is ``x = x + y``, and leaves what x was as it is."""
-
-
-def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
-    def in_place(self: fx.Proxy, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    return in_place
-
-
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"):
-    setattr(_Proxy, f"__{_name}__", _recorded(getattr(operator, _name)))
-
-
-class _Tracer(fx.Tracer):
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
 def _fuse_block(block: nn.Module) -> None:
-    if "forward" in block.__dict__:
-        raise _NotFusable("its forward was replaced on the instance")
-    graph = _same_in_both_modes(block)
+    graph = graph_of(block)
     modules = dict(block.named_modules())
     fused = tuple(n for n in (_fuse_node(graph, node, modules) for node in list(graph.nodes)) if n is not None)
     if not fused:
-        raise _NotFusable("no ReLU follows its norms, at once or after an addition")
+        raise _NothingToFuse("no ReLU follows its norms, at once or after an addition")
     graph.lint()
     cls = type(block)
     namespace = {
@@ -130,23 +109,6 @@ def _fuse_block(block: nn.Module) -> None:
     block.__class__ = type(f"Fused{cls.__name__}", (Fused, cls), namespace)
 
 
-def _same_in_both_modes(block: nn.Module) -> fx.Graph:
-    """The block's graph; a tracer sees one value of ``training``, so a block that asks for it has two."""
-    before, graphs = block.training, []
-    try:
-        for block.training in (True, False):
-            graphs.append(_Tracer().trace(block))
-    except Exception as error:  # what a tracer cannot follow shows as any error of the block's own code
-        raise _NotFusable(f"torch.fx cannot trace its forward: {error}") from error
-    finally:
-        block.training = before
-    if str(graphs[0]) != str(graphs[1]):
-        raise _NotFusable("its forward is another one in training")
-    if any(node.op == "get_attr" and "_tensor_constant" in str(node.target) for node in graphs[0].nodes):
-        raise _NotFusable("its forward makes tensors of its own")
-    return graphs[0]
-
-
 def _fuse_node(graph: fx.Graph, norm: fx.Node, modules: dict[str, nn.Module]) -> str | None:
     """Puts one call in the place of ``norm`` and what follows it; the layer's name, or None where that is no ReLU."""
     if norm.op != "call_module" or not _is_plain_layer(modules[str(norm.target)]) or len(norm.all_input_nodes) != 1:
@@ -157,7 +119,7 @@ def _fuse_node(graph: fx.Graph, norm: fx.Node, modules: dict[str, nn.Module]) ->
         if len(others) != 1 or not isinstance(others[0], fx.Node) or (_is_in_place(relu) and operands[0] is not norm):
             return None
         residual, addition, relu = others[0], relu, _only_user(relu)
-    if relu is None or not _is_relu(relu, modules) or not _may_move(norm, addition, relu):
+    if relu is None or not _is_relu(relu, modules) or not _may_move(norm, addition, relu, modules):
         return None
     with graph.inserting_before(relu):
         call = graph.call_module(str(norm.target), norm.args, {"residual": residual, "relu": True})
@@ -168,13 +130,21 @@ def _fuse_node(graph: fx.Graph, norm: fx.Node, modules: dict[str, nn.Module]) ->
     return str(norm.target)
 
 
-def _may_move(norm: fx.Node, addition: fx.Node | None, relu: fx.Node) -> bool:
+def _may_move(norm: fx.Node, addition: fx.Node | None, relu: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether what the norm reads, and then the addition, is sure to be the same when the ReLU comes."""
     if addition is not None and addition.next is not relu:
         return False
-    # What runs in between may write to what it gets, but not to what only the norm gets.
-    read = norm.all_input_nodes[0]
-    return norm.next in (addition, relu) or (read.op == "call_module" and len(read.users) == 1)
+    if norm.next in (addition, relu):
+        return True
+    read, between = norm.all_input_nodes[0], norm.next
+    if read.op != "call_module" or not isinstance(modules[str(read.target)], _FRESH) or len(read.users) > 1:
+        return False
+    while between not in (addition, relu):
+        # A layer that is called twice updates its statistics in the order of its calls.
+        if between.op == "call_module" and modules[str(norm.target)] in modules[str(between.target)].modules():
+            return False
+        between = between.next
+    return True
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import random
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import syncnorm
 from syncnorm.testing import run_ranks
@@ -91,6 +93,92 @@ class KeepsTheSum(Basic):
         return kept * y
 
 
+class OmitsTheShortcut(Basic):
+    """Its caller may leave the shortcut out: to a tracer the argument is never None."""
+
+    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        y = self.bn1(self.conv1(x))
+        return F.relu(y + (x if shortcut is None else shortcut))
+
+
+class AsksForATensor(Basic):
+    def forward(self, x: Tensor | list[Tensor]) -> Tensor:
+        inputs = [x] if isinstance(x, Tensor) else x
+        return F.relu(self.bn1(torch.cat(inputs, 1)))
+
+
+class WithoutGradients(Basic):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = self.conv1(x)
+        return F.relu(self.bn1(y))
+
+
+class HalfPrecision(Basic):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = self.conv1(x)
+        return F.relu(self.bn1(y.float()))
+
+
+class FullPrecision(Basic):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cuda", enabled=False):
+            y = self.conv1(x)
+        return F.relu(self.bn1(y.float()))
+
+
+class Checkpoints(Basic):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn1(checkpoint(self.conv1, x, use_reentrant=False)))
+
+
+class DropsItself(Basic):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn1(self.conv1(x))) * (random.random() < 2)
+
+
+class Remembers(Basic):
+    def forward(self, x: Tensor) -> Tensor:
+        self.features = self.conv1(x)
+        return F.relu(self.bn1(self.features))
+
+
+class Collects(Basic):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.features.append(self.conv1(x))
+        return F.relu(self.bn1(self.features[-1]))
+
+
+class WritesThroughAnAlias(Basic):
+    def __init__(self) -> None:
+        super().__init__()
+        self.same = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn1(self.same(x))
+        return F.relu(y + self.relu(x))
+
+
+class OneLayerTwice(Basic):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn1(self.conv1(x)) + self.bn1(self.conv2(x)))
+
+
+class WritesToABuffer(Basic):
+    def __init__(self, *widths: int) -> None:
+        super().__init__(*widths)
+        self.register_buffer("seen", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.mul_(0.5).add_(1)
+        return F.relu(self.bn1(self.conv1(x))) * self.seen
+
+
 def sequential() -> nn.Module:
     return nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1))
 
@@ -106,8 +194,14 @@ FUSABLE: dict[Callable[[], nn.Module], set[str]] = {
     PreActivation: {"bn1", "bn2"},
     sequential: {"1"},
     KeepsTheSum: {"bn1"},
+    OneLayerTwice: {"bn1"},
+    WritesToABuffer: {"bn1"},
 }
-NOT_FUSABLE = [AsksForTraining, Branches, UsesTheSumTwice, WritesToTheShortcut, WritesToItsInput]
+NOT_FUSABLE = [
+    *(AsksForTraining, Branches, UsesTheSumTwice, WritesToTheShortcut, WritesToItsInput, OmitsTheShortcut),
+    *(AsksForATensor, WithoutGradients, HalfPrecision, FullPrecision, Checkpoints, DropsItself, Remembers, Collects),
+    WritesThroughAnAlias,
+]
 
 
 def fused(model: nn.Module) -> set[str]:
@@ -121,9 +215,16 @@ def test_what_is_fused(build):
 
 @pytest.mark.parametrize("build", NOT_FUSABLE)
 def test_what_is_not(build):
-    block = syncnorm.convert(build(), fuse=True)
+    block = build()
+    before = {**block.__dict__, "features": list(getattr(block, "features", ()))}
+    drawn = random.getstate(), torch.get_rng_state().tolist()
+    syncnorm.convert(block, fuse=True)
     assert type(block) is build
     assert not fused(block)
+    assert {**block.__dict__, "features": list(getattr(block, "features", ()))} == before
+    assert (random.getstate(), torch.get_rng_state().tolist()) == drawn
+    assert torch.is_grad_enabled()
+    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_a_hook_that_would_see_the_sum_is_not_passed_by():
