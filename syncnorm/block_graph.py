@@ -56,8 +56,8 @@ class _Proxy(fx.Proxy):
     It does not answer ``isinstance(x, Tensor)``, of which the graph would keep the answer for a proxy.
     """
 
-    @property
-    def __class__(self) -> type:  # type: ignore[misc]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         if not sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
             raise NotTraceable("its forward asks what its input is")
         return _Proxy

@@ -150,6 +150,8 @@ BAD = [
     (["--arms", "zzz"], "no arm is called 'zzz': the arms are single, dp, ddp,"),
     (["--steps", "0"], "steps must be at least 1, got 0"),
     (["--steps", "many"], "Invalid value for '--steps': 'many' is not a valid integer"),
+    (["--batch-per-rank", "4,0"], "--batch-per-rank must be at least 1, got 0"),
+    (["--batch-per-rank", "4,5000"], "a global batch of 10000, more than the 1347 training samples"),
     (["--batch-per-rank", "5000"], "a global batch of 10000, more than the 1347 training samples"),
     (["--ranks", "-2"], "compare needs at least 2 ranks, got -2"),
     (["--json", "/no/such/folder/x.json"], "cannot write /no/such/folder/x.json: No such file or directory"),
@@ -313,6 +315,14 @@ def test_the_users_model_under_accelerate_launch(nets):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Difference to single") == 1
     assert _of_nets(nets / "out.json")["ddp+syncbn"].parity[0].within_rounding
+
+
+def test_several_batch_sizes_under_torchrun(nets):
+    given = ("compare", "--model", "nets:build", "--data", "nets:datasets", "--batch-per-rank", "2,4", *SHORT)
+    done = _torchrun(*given, "--arms", "ddp", "--json", "out.json")
+    assert done.returncode == 0, done.stderr
+    sweep = json.loads((nets / "out.json").read_text())
+    assert [each["settings"]["batch_per_rank"] for each in sweep["comparisons"]] == [2, 4]
 
 
 def test_under_torchrun_a_bad_argument_is_one_line_of_ours():

@@ -1,6 +1,7 @@
 import copy
 import random
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from syncnorm.collectives.frames import capacity_for
 from syncnorm.compare import ARMS, Comparison, run
 from syncnorm.compare.arms import EmulatedDataParallel
 from syncnorm.compare.data import Batches, batch_indices, digits
+from syncnorm.compare.examination import _are_classes
 from syncnorm.compare.layer_spread import BATCHES, measure_spread
 from syncnorm.compare.measure import CollectiveRecorder, median_step
 from syncnorm.compare.memory import watch_memory
@@ -291,6 +293,81 @@ def test_evaluation_of_classes_by_pixel():
     assert accuracy == 0.75
     assert loss == pytest.approx(float(F.cross_entropy(logits(x), y)))
     assert evaluate(model, F.cross_entropy, [(x[0], y[0])], "loss", torch.device("cpu"))[0] is None
+    for ignored in (-100, 255):
+        partly = torch.where(x > 0, y, ignored)  # one right, one wrong, two that the loss leaves out
+        loss_of = partial(F.cross_entropy, ignore_index=ignored)
+        assert evaluate(model, loss_of, [(x[0], partly[0])], "accuracy", torch.device("cpu"))[0] == 0.5
+
+
+class InADict(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        y = self.norm(x)
+        return {"logits": y, "others": (y.sum(), [y * 2])}
+
+
+def test_emulated_data_parallel_joins_what_is_nested():
+    x = torch.randn(8, 3)
+    found = EmulatedDataParallel(InADict(), 2)(x)
+    parts = [InADict()(part) for part in x.chunk(2)]
+    assert torch.equal(found["logits"], torch.cat([part["logits"] for part in parts]))
+    assert torch.equal(found["others"][0], torch.stack([part["others"][0] for part in parts]))
+    assert torch.equal(found["others"][1][0], found["logits"] * 2)
+
+
+def test_a_model_without_running_statistics_has_none_that_differ():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False))
+    taken = _snapshot(model, ["1"], torch.randn(5, 3))
+    assert parity(1, taken, taken, ["1"], 2).within_rounding
+
+
+NORM = nn.Sequential(nn.Linear(64, 10), nn.BatchNorm1d(10))
+
+
+def _always_the_same():
+    return nn.Sequential(nn.Flatten(), NORM)
+
+
+def _of_its_own_generator():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.BatchNorm1d(10))
+    nn.init.normal_(model[1].weight, generator=_GENERATOR)
+    return model
+
+
+_GENERATOR = torch.Generator()
+
+
+class Auxiliary(nn.Sequential):
+    def forward(self, x):
+        y = super().forward(x)
+        return (y, y) if self.training else y
+
+
+def _another_output_in_training():
+    return Auxiliary(nn.Flatten(), nn.Linear(64, 10), nn.BatchNorm1d(10))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (_always_the_same, r"returns the same model again: build a new one"),
+        (_of_its_own_generator, r"returns other weights after the same seed"),
+        (_another_output_in_training, r"the loss cross-entropy raised in training, on outputs tuple:"),
+    ],
+)
+def test_models_that_cannot_be_compared(build, message):
+    with pytest.raises(InputError, match=message):
+        run(build)
+
+
+def test_one_logit_is_no_class():
+    targets = torch.tensor([0, 1])
+    assert not _are_classes(torch.randn(2, 1), targets)
+    assert _are_classes(torch.randn(2, 2), targets)
 
 
 def test_learning_curve_is_the_mean_of_stretches():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -99,15 +99,28 @@ class EmulatedDataParallel(nn.Module):
         self.module = module
         self.num_replicas = num_replicas
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The replicas' outputs, concatenated along dimension 0."""
+    def forward(self, x: Tensor) -> Any:
+        """The replicas' outputs, concatenated along dimension 0; those in tuples, lists and dicts likewise."""
         slices = x.chunk(self.num_replicas)
         copies = [{name: b.clone() for name, b in self.module.named_buffers()} for _ in slices[1:]]
         outputs = [self.module(slices[0])]
         outputs += [
             functional_call(self.module, buffers, (part,)) for buffers, part in zip(copies, slices[1:], strict=True)
         ]
-        return torch.cat(outputs)
+        return _joined(outputs)
+
+
+def _joined(outputs: Sequence[Any]) -> Any:
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        # As nn.DataParallel gathers a loss that the model returns.
+        return torch.stack(list(outputs)) if first.dim() == 0 else torch.cat(list(outputs))
+    if isinstance(first, Mapping):
+        return type(first)((key, _joined([each[key] for each in outputs])) for key in first)  # type: ignore[call-arg]
+    if isinstance(first, tuple | list):
+        parts = [_joined(each) for each in zip(*outputs, strict=True)]
+        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+    return first
 
 
 def data_parallel(model: nn.Module, num_replicas: int, device: torch.device) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -41,6 +42,7 @@ def examine(problem: Problem, world_size: int, batch_per_rank: int, seed: int) -
         _check_item(data, f"the {name} data of {problem.data_name}")
     norms = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
     metric, order = _try_out(problem, model, norms, [test[i] for i in range(min(2, len(test)))])
+    _try_training(problem, model, collate([train[i] for i in range(global_batch)]))
     task = Task(
         model=problem.model_name,
         data=problem.data_name,
@@ -66,7 +68,32 @@ def _model(problem: Problem, seed: int) -> nn.Module:
         raise InputError(
             f"{name}() returns a {type(model).__name__} without batch norm layers: there is nothing to synchronise"
         )
+    with _told_of(f"{name}() raised when it was called again:"):
+        again: Any = problem.build(seed)
+    _check_anew(name, model, again)
     return convert(model, to="batch")
+
+
+def _check_anew(name: str, model: nn.Module, again: nn.Module) -> None:
+    """Every arm and every seed begins with a model of its own, from the weights of its seed."""
+    first, second = dict(model.state_dict()), dict(again.state_dict())
+    if {id(m) for m in model.modules()} & {id(m) for m in again.modules()} or any(
+        a is b for a in model.parameters() for b in again.parameters()
+    ):
+        raise InputError(
+            f"{name}() returns the same model again: build a new one in it, for every arm trains its own"
+        )
+    if first.keys() != second.keys() or not all(_equal(a, second[key]) for key, a in first.items()):
+        raise InputError(
+            f"{name}() returns other weights after the same seed: draw them from torch's, NumPy's or Python's "
+            f"global generator"
+        )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return True  # extra state, of any kind
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def _datasets(problem: Problem) -> tuple[Any, Any]:
@@ -125,12 +152,33 @@ def _try_out(problem: Problem, model: nn.Module, norms: dict[str, Any], items: l
     return "accuracy" if _are_classes(outputs, targets) else "loss", order
 
 
+def _try_training(problem: Problem, model: nn.Module, batch: Any) -> None:
+    """A training step of a copy: a model may return something else in training."""
+    inputs, targets = batch
+    try:
+        outputs = copy.deepcopy(model).train()(inputs)
+    except ValueError:  # too few values for a norm, perhaps: each arm says for itself whether it can run
+        return
+    except Exception as error:  # the user's own code runs here
+        shape = tuple(inputs.shape)
+        raise InputError(
+            f"{problem.model_name}: the model raised in training, on inputs of shape {shape}: {told(error)}"
+        ) from error
+    with _told_of(f"the loss {problem.loss_name} raised in training, on outputs {_shape(outputs)}:"):
+        loss = problem.loss(outputs, targets)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise InputError(f"the loss {problem.loss_name} must return a scalar tensor in training, got {_shape(loss)}")
+    with _told_of(f"the backward of the loss {problem.loss_name} raised:"):
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
 def _are_classes(outputs: Any, targets: Any) -> bool:
     return (
         isinstance(outputs, Tensor)
         and isinstance(targets, Tensor)
         and targets.dtype == torch.int64
         and outputs.dim() >= 2
+        and outputs.shape[1] > 1  # one logit has no largest
         and targets.shape == (outputs.shape[0], *outputs.shape[2:])
     )
 

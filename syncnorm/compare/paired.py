@@ -17,6 +17,8 @@ _T = [
 _NORMAL = 1.960
 # A loss has no binomial noise: differences below this share of it count as none.
 LOSS_MARGIN = 0.02
+# A test set that cannot tell this many points from none is no ground to call two arms equal.
+COARSEST = 10.0
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,14 @@ class Difference:
         return self.enough_seeds and abs(self.mean) > max(self.half_width, self.resolution)
 
     @property
+    def is_blind(self) -> bool:
+        """The test set is so small that only a large difference could be told from none."""
+        return self.metric == "accuracy" and self.resolution > COARSEST and not self.is_real
+
+    @property
     def is_none(self) -> bool:
-        """The interval has no room for a difference that the test set could show."""
-        return self.enough_seeds and abs(self.mean) + self.half_width <= self.resolution
+        """The interval has no room for a difference that the test set could show, if it can show one."""
+        return self.enough_seeds and not self.is_blind and abs(self.mean) + self.half_width <= self.resolution
 
     @property
     def is_too_small(self) -> bool:

@@ -135,6 +135,8 @@ def parity(step: int, ours: Snapshot, reference: Snapshot, layers: Sequence[str]
         for layer in layers
     )
     gaps = {kind: _gap(ours.tensors[kind], reference.tensors[kind]) for kind in KINDS[1:]}
+    # A model that keeps no running statistics has none that differ.
+    gaps |= {kind: Gap(0.0, 0.0) for kind in KINDS[3:] if not ours.tensors[kind] and not reference.tensors[kind]}
     outputs = [each.output for each in by_layer if each.output is not None]
     factor = _factor(ours.tensors["gradients"], reference.tensors["gradients"])
     return Parity(

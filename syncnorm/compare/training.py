@@ -150,7 +150,8 @@ def evaluate(
         samples += count
         if metric == "accuracy":
             right += float((outputs.argmax(dim=1) == targets).sum())
-            judged += targets.numel()
+            # Others are those that a loss leaves out: cross-entropy's -100, or the 255 of an unlabelled pixel.
+            judged += float(((targets >= 0) & (targets < outputs.shape[1])).sum())
     mean = total / samples
     return right / judged if judged else None, mean if math.isfinite(mean) else None
 

@@ -115,6 +115,12 @@ def _said(found: Difference, comparison: Comparison, who: str, other: str) -> st
         return f"{who} {'gains' if found.mean > 0 else 'loses'} {_figures(found, signed=False)} against {other}"
     if found.is_none:
         return f"{who} is within noise of {other} ({_figures(found)})"
+    if found.is_blind:
+        number = comparison.task.num_test
+        return (
+            f"no verdict on {who} against {other} ({_figures(found)}): a test set of {number:,} "
+            f"sample{'s' * (number > 1)} shows no difference below {_number(found.resolution, found)} points"
+        )
     if found.is_too_small:
         if found.metric == "loss":
             return f"{who} is {_figures(found)} from {other}: all seeds agree, but less than 2 % counts as none"
@@ -151,7 +157,7 @@ def _correctness(comparison: Comparison, arms: dict[str, ArmResult]) -> Iterator
             f"SyncBN is not the single process here: it departs at layer {first.departs_at}{size}, and "
             f"rounding does not explain that."
         )
-    elif not first.note:
+    elif not first.note and first.params is not None:
         yield (
             "SyncBN's layers give the single process's outputs, but its weights differ after step 1: a loss that is "
             "no mean over samples, or randomness in the model, does that."

@@ -259,7 +259,8 @@ def _svg(draw: Callable[[Any], None], height: float = _HEIGHT, legend: bool = Tr
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"font.size": 8.5, "hatch.linewidth": 0.6, "svg.fonttype": "path"}):
+    look: Any = {"font.size": 8.5, "hatch.linewidth": 0.6, "svg.fonttype": "path", "text.parse_math": False}
+    with matplotlib.rc_context(look):
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         FigureCanvasSVG(figure)
         ax = figure.subplots()
