@@ -150,7 +150,7 @@ BAD = [
     (["--arms", "zzz"], "no arm is called 'zzz': the arms are single, dp, ddp,"),
     (["--steps", "0"], "steps must be at least 1, got 0"),
     (["--steps", "many"], "Invalid value for '--steps': 'many' is not a valid integer"),
-    (["--batch-per-rank", "4,0"], "--batch-per-rank must be at least 1, got 0"),
+    (["--batch-per-rank", "4,0"], "batch_per_rank must be at least 1, got 0"),
     (["--batch-per-rank", "4,5000"], "a global batch of 10000, more than the 1347 training samples"),
     (["--batch-per-rank", "5000"], "a global batch of 10000, more than the 1347 training samples"),
     (["--ranks", "-2"], "compare needs at least 2 ranks, got -2"),

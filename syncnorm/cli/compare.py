@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from syncnorm.cli.files import check_writable
-from syncnorm.compare import ARMS, run
+from syncnorm.compare import ARMS
 from syncnorm.compare.loading import load
 from syncnorm.compare.records import Sweep
-from syncnorm.compare.runner import DEFAULT_BATCH_PER_RANK, DEFAULT_LR, DEFAULT_PARITY_STEPS, DEFAULT_STEPS
+from syncnorm.compare.runner import DEFAULT_BATCH_PER_RANK, DEFAULT_LR, DEFAULT_PARITY_STEPS, DEFAULT_STEPS, sweep
 from syncnorm.errors import InputError
-from syncnorm.launcher import launched_world_size, speaks
-from syncnorm.ranks import DEFAULT_RANKS, launched_ranks, world_size_for
+from syncnorm.launcher import speaks
+from syncnorm.ranks import DEFAULT_RANKS
 from syncnorm.report.html import write_html
 from syncnorm.report.progress import progress_on_stderr
 from syncnorm.report.records_json import write_json
@@ -107,8 +105,8 @@ def compare(
     """
     check_writable(json_file, html_file)
     try:
-        ask = partial(
-            run,
+        comparisons = sweep(
+            _sizes(batch_per_rank),
             None if model is None else load(model, "--model"),
             None if data is None else load(data, "--data"),
             None if loss is None else load(loss, "--loss"),
@@ -116,11 +114,6 @@ def compare(
             progress=progress_on_stderr,
             **numbers,
         )
-        sizes = _sizes(batch_per_rank)
-        # The largest first: if one asks too much of the data, it is that one, and no other has run in vain.
-        with _one_group(len(sizes), numbers["ranks"]):
-            found = {size: ask(batch_per_rank=size) for size in sorted(sizes, reverse=True)}
-        comparisons = [found[size] for size in sizes]
     except InputError as error:
         raise click.UsageError(str(error)) from error
     if not speaks():
@@ -133,19 +126,9 @@ def compare(
         print_comparison(comparison)
 
 
-def _one_group(comparisons: int, ranks: int | None) -> AbstractContextManager[Any]:
-    """A launcher's ranks can form their group once: where there are several comparisons, it is that of all."""
-    if comparisons == 1 or launched_world_size() is None:
-        return nullcontext()
-    world_size_for("compare", ranks)
-    return launched_ranks()
-
-
 def _sizes(text: str) -> list[int]:
     try:
         sizes = [int(part) for part in text.split(",")]
     except ValueError:
         raise InputError(f"--batch-per-rank takes numbers such as 4, or 2,4,8; got {text!r}") from None
-    if min(sizes) < 1:
-        raise InputError(f"--batch-per-rank must be at least 1, got {min(sizes)}")
     return list(dict.fromkeys(sizes))

@@ -78,15 +78,42 @@ def run(
 
     Collective: under a launcher, all ranks.
     """
-    settings = _settings(arms, ranks, batch_per_rank, steps, parity_steps, seed, seeds, lr)
+    sizes = [batch_per_rank]
+    return sweep(sizes, build_model, datasets, loss, arms, ranks, steps, parity_steps, seed, seeds, lr, progress)[0]
+
+
+def sweep(
+    sizes: Sequence[int],
+    build_model: Callable[[], nn.Module] | None = None,
+    datasets: Callable[[], Any] | None = None,
+    loss: Loss | None = None,
+    arms: Sequence[str] | None = None,
+    ranks: int | None = None,
+    steps: int = DEFAULT_STEPS,
+    parity_steps: int | None = None,
+    seed: int = 0,
+    seeds: int = 1,
+    lr: float = DEFAULT_LR,
+    progress: ProgressFactory = silent,
+) -> list[Comparison]:
+    """A comparison for each of ``sizes``, samples that a rank sees a step; the rest as in `run`.
+
+    Raises:
+        InputError: as `run`, for whichever size, before anything is started.
+
+    Collective: as `run`.
+    """
     asked = problem(build_model, datasets, loss)
-    task, num_groups = examine(asked, settings.world_size, batch_per_rank, seed)
-    settings = replace(settings, num_groups=num_groups)
+    planned = []
+    for size in sizes:
+        settings = _settings(arms, ranks, size, steps, parity_steps, seed, seeds, lr)
+        task, num_groups = examine(asked, settings.world_size, size, seed)
+        planned.append((asked, task, replace(settings, num_groups=num_groups)))
     command = " ".join(["syncnorm", *sys.argv[1:]])
     if launched_world_size() is None:
-        return _start(asked, task, settings, command, progress)
-    with launched_ranks() as given:
-        return compare_on_rank(asked, task, settings, command, given, progress)
+        return [_start(*each, command, progress) for each in planned]
+    with launched_ranks() as given:  # once: a launcher's ranks cannot form their group again
+        return [compare_on_rank(*each, command, given, progress) for each in planned]
 
 
 def _start(asked: Problem, task: Task, settings: Settings, command: str, progress: ProgressFactory) -> Comparison:
