@@ -31,8 +31,9 @@ def graph_of(block: nn.Module) -> fx.Graph:
     """
     if "forward" in block.__dict__:
         raise NotTraceable("its forward was replaced on the instance")
-    if any(p.default is None for p in inspect.signature(type(block).forward).parameters.values()):
-        raise NotTraceable("its forward has an argument that may be left out")
+    _, *arguments = inspect.signature(type(block).forward).parameters.values()
+    if len(arguments) != 1 or arguments[0].default is None:
+        raise NotTraceable("its forward has an argument that may be None, or left out")
     graphs = []
     try:
         for training in (True, False):

@@ -101,6 +101,12 @@ class OmitsTheShortcut(Basic):
         return F.relu(y + (x if shortcut is None else shortcut))
 
 
+class IsGivenNoShortcut(Basic):
+    def forward(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
+        y = self.bn1(self.conv1(x))
+        return F.relu(y + (x if shortcut is None else shortcut))
+
+
 class AsksForATensor(Basic):
     def forward(self, x: Tensor | list[Tensor]) -> Tensor:
         inputs = [x] if isinstance(x, Tensor) else x
@@ -200,7 +206,7 @@ FUSABLE: dict[Callable[[], nn.Module], set[str]] = {
 NOT_FUSABLE = [
     *(AsksForTraining, Branches, UsesTheSumTwice, WritesToTheShortcut, WritesToItsInput, OmitsTheShortcut),
     *(AsksForATensor, WithoutGradients, HalfPrecision, FullPrecision, Checkpoints, DropsItself, Remembers, Collects),
-    WritesThroughAnAlias,
+    *(WritesThroughAnAlias, IsGivenNoShortcut),
 ]
 
 

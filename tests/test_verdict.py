@@ -52,7 +52,7 @@ def _said(*arms, **changes):
 def test_local_loses_synced_recovers_and_group_norm_is_as_good():
     assert _said(SINGLE, LOCAL_LOSES, SYNCED, _arm("ddp+group", (0.901, 0.901, 0.899))) == [
         "At 4 samples a rank local BN loses 3.1 ± 0.2 points against the full batch.",
-        "SyncBN recovers it (+3.1 ± 0.2 points over local BN); it costs 8 % of step time (10.8 against 10.0 ms).",
+        "SyncBN recovers it (+3.1 ± 0.2 points over local BN); it costs 8 % more step time (10.8 against 10.0 ms).",
         "GroupNorm is within noise of SyncBN (+0.0 ± 0.3 points).",
         "Take GroupNorm where you train from scratch, with no communication in the layers; SyncBN where you start "
         "from weights that were trained with BN.",
@@ -75,7 +75,7 @@ def test_group_norm_is_unclear():
 def test_local_is_enough():
     assert _said(SINGLE, LOCAL_EQUAL, SYNCED) == [
         "At 4 samples a rank local BN is within noise of the full batch (+0.0 ± 0.3 points).",
-        "SyncBN has nothing to recover; it costs 8 % of step time (10.8 against 10.0 ms).",
+        "SyncBN has nothing to recover; it costs 8 % more step time (10.8 against 10.0 ms).",
         "Local BN is enough here: nothing asks for SyncBN.",
     ]
 
@@ -126,7 +126,7 @@ def test_a_tiny_test_set_is_no_ground_for_calling_arms_equal():
 def test_one_seed_is_no_verdict():
     assert _said(_arm("single", (0.9,)), _arm("ddp", (0.7,)), _arm("ddp+syncbn", (0.9,), ms=30.0)) == [
         "No verdict on accuracy: one seed cannot tell a difference from chance. Run --seeds 3.",
-        "SyncBN costs 200 % of step time (30.0 against 10.0 ms).",
+        "SyncBN costs 200 % more step time (30.0 against 10.0 ms).",
     ]
     assert _said(_arm("single", (0.9,), metric="loss"), metric="loss")[0].startswith(
         "No verdict on the test loss: one"

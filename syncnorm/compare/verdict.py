@@ -173,7 +173,7 @@ def _cost(arms: dict[str, ArmResult]) -> str:
     if min(ratios) < 1 < max(ratios):
         return f"may cost step time or not: the runs disagree ({times})"
     more = median(ratios) - 1
-    how = f"costs {100 * more:.0f} % of" if more > SAME_TIME else "shows no cost in"
+    how = f"costs {100 * more:.0f} % more" if more > SAME_TIME else "shows no cost in"
     return f"{how} step time ({times})"
 
 
