@@ -67,10 +67,7 @@ def main() -> int:
 def _say(message: str) -> None:
     if speaks():
         print(message, file=sys.stderr)
-        return
     let_rank_0_speak()
-    # Here still: rank 0 has not failed, and only this rank knows what went wrong.
-    print(f"rank {os.environ.get('RANK')}: {message}", file=sys.stderr)
 
 
 def _one_line(message: str) -> str:
