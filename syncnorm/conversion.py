@@ -1,6 +1,5 @@
 """convert, revert, describe: batch norms of a model to synced ones and back, without rebuilding anything."""
 
-import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -181,9 +180,9 @@ def _note(module: nn.Module) -> str | None:
         return f"left alone: {skipped['']}" if "" in skipped else None
     if isinstance(module, nn.GroupNorm | nn.LayerNorm | nn.RMSNorm | _InstanceNorm):
         return "no batch statistics to sync"
-    if re.search("BatchNorm", type(module).__name__):
+    if "BatchNorm" in type(module).__name__ and not any(isinstance(m, _BatchNorm) for m in module.modules()):
         return "left alone: not an nn.BatchNorm"
-    return None
+    return None  # a name with BatchNorm around a batch norm is that of a wrapper, and the layer has its own line
 
 
 def _batch_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]:

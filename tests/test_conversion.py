@@ -147,6 +147,18 @@ def test_describe_before_and_without_norms():
     assert str(syncnorm.describe(nn.Linear(2, 2))) == "no normalisation layers"
 
 
+class WrapperBatchNorm(nn.Module):
+    """As transformers' PatchTSTBatchNorm: a batch norm between two transpositions."""
+
+    def __init__(self):
+        super().__init__()
+        self.batchnorm = nn.BatchNorm1d(4)
+
+
+def test_describe_names_the_layer_and_not_its_wrapper():
+    assert [layer.name for layer in syncnorm.describe(WrapperBatchNorm())] == ["batchnorm"]
+
+
 def test_the_way_to_plain_batch_norm():
     model = syncnorm.convert(nn.Sequential(nn.BatchNorm2d(4), nn.SyncBatchNorm(4), models.BatchNormAct(4)))
     syncnorm.convert(model, to="batch")
