@@ -22,6 +22,14 @@ def each(*names: str) -> pytest.MarkDecorator:
     )
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the convolutions are many and small, and fp64's run group by group
+    yield
+    torch.set_num_threads(threads)
+
+
 def fingerprint(model: nn.Module) -> tuple[dict[str, type], dict[str, int]]:
     """The class of every module, and which objects the parameters and buffers are."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}

@@ -1,4 +1,4 @@
-"""torchvision beside a torch that its compiled part does not fit: torch's CPU build and torchvision's CUDA wheel, say.
+"""torchvision beside a torch that its compiled part does not fit: torch's CPU build and torchvision's CUDA wheel.
 
 Its Python part needs two names of that compiled part to be imported at all. Declared here, without an implementation,
 they let timm and segmentation-models-pytorch import what they use of it, none of which calls them.
@@ -14,7 +14,7 @@ _DECLARED: list[torch.library.Library] = []  # an operator lives as long as its 
 def make_torchvision_importable() -> None:
     """Imports torchvision as it is, or else with its two operators declared."""
     try:
-        import torchvision  # noqa: F401
+        import torchvision
     except RuntimeError as error:  # torch's for a fake of an operator that does not exist
         if "torchvision::nms" not in str(error):
             raise
