@@ -61,6 +61,7 @@ def monai(name: str, **options: object) -> nn.Module:
 
 
 def transformers(model: str, config: str, field: str, **options: object) -> nn.Module:
+    make_torchvision_importable()
     library = importlib.import_module("transformers")
     return Field(getattr(library, model)(getattr(library, config)(**options)), field)
 
@@ -72,6 +73,7 @@ def conformer(**options: object) -> nn.Module:
 
 
 def detr() -> nn.Module:
+    make_torchvision_importable()
     library = importlib.import_module("transformers")
     backbone = library.ResNetConfig(
         embedding_size=8, hidden_sizes=[8, 16, 16, 16], depths=[1, 1, 1, 1], out_features=["stage4"]

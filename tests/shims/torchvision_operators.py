@@ -1,10 +1,11 @@
 """torchvision beside a torch that its compiled part does not fit: torch's CPU build and torchvision's CUDA wheel.
 
 Its Python part needs two names of that compiled part to be imported at all. Declared here, without an implementation,
-they let timm and segmentation-models-pytorch import what they use of it, none of which calls them.
+they let timm, transformers and segmentation-models-pytorch import what they use of it, none of which calls them.
 """
 
 import sys
+from importlib.util import find_spec
 
 import torch
 
@@ -12,7 +13,9 @@ _DECLARED: list[torch.library.Library] = []  # an operator lives as long as its 
 
 
 def make_torchvision_importable() -> None:
-    """Imports torchvision as it is, or else with its two operators declared."""
+    """Imports torchvision, if there is one: as it is, or else with its two operators declared."""
+    if find_spec("torchvision") is None:
+        return
     try:
         import torchvision
     except RuntimeError as error:  # torch's for a fake of an operator that does not exist
