@@ -45,7 +45,7 @@ blocks = [
 ]
 model = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
 model = syncnorm.convert(model)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
 for step, (images, labels) in enumerate(loader, start=1):
