@@ -1,10 +1,10 @@
 """Detection with two images a rank: a feature pyramid and a head that its levels share, with batch norm in both.
 
-What it shows: the case that syncing helps most. Two images are too few for statistics of their own; and the head's batch
-               norms run once a level, so that a layer is called twice before its backward.
+What it shows: the case that syncing helps most. Two images are too few for statistics of their own; and the head's
+               batch norms run once a level, so that a layer is called twice before its backward.
 How to start:  torchrun --nproc-per-node 2 examples/detection.py
 What it prints: the mean loss of the first and last 20 steps; in how many of 100 new images the surest cell of a level is
-the one that holds its digit's centre, with its size within a quarter; how far the ranks' running statistics are apart.
+at most one off its digit's centre, and the size within a quarter; how far the ranks' running statistics are apart.
 Data: synthetic, scikit-learn's digits placed at random, small and large, on a canvas of noise. Needs: scikit-learn.
 """
 
@@ -51,9 +51,11 @@ def step(count: int) -> tuple[Tensor, list[int]]:
         n, stride, size = torch.arange(count), 64 // out.size(-1), sizes[:, level]
         row, column = ((places[:, level] + size.unsqueeze(1) // 2) // stride).T
         cell, logits, logs = row * out.size(-1) + column, out[:, 0].flatten(1), out[:, 1].flatten(1)
-        error = logs[n, cell] - (size / stride).log()
-        loss = loss + F.cross_entropy(logits, cell) + error.abs().mean()
-        found.append(int(((logits.argmax(1) == cell) & (error.abs() < 0.25)).sum()))
+        loss = loss + F.cross_entropy(logits, cell) + (logs[n, cell] - (size / stride).log()).abs().mean()
+        best = logits.argmax(1)
+        off = torch.maximum((best // out.size(-1) - row).abs(), (best % out.size(-1) - column).abs())
+        close = (logs[n, best].exp() * stride / size - 1).abs() < 0.25
+        found.append(int(((off <= 1) & close).sum()))
     return loss, found
 
 
@@ -61,10 +63,10 @@ dist.init_process_group("gloo")
 torch.manual_seed(0)
 model = syncnorm.convert(Detector())
 ddp = DistributedDataParallel(model, forward_sync_buffers=False)  # each rank keeps running statistics of its own
-optimiser = torch.optim.Adam(ddp.parameters(), lr=3e-3)
+optimiser = torch.optim.Adam(ddp.parameters(), lr=5e-3)
 torch.manual_seed(1 + dist.get_rank())
 losses = []
-for _ in range(120):
+for _ in range(150):
     optimiser.zero_grad()
     (loss := step(2)[0]).backward()
     optimiser.step()

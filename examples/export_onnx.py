@@ -1,7 +1,7 @@
 """Training with synchronised batch norm, then an ONNX file with plain batch norm: ``revert`` before the export.
 
-What it shows: the way out of training. A synced layer asks other ranks for their statistics, which no ONNX operator does;
-               after ``revert`` the model holds the classes that were there before, with the trained statistics.
+What it shows: the way out of training. A synced layer exchanges statistics with other ranks, which no ONNX operator
+               does; after ``revert`` the model holds the classes of before, with the trained statistics.
 How to start:  torchrun --nproc-per-node 2 examples/export_onnx.py --file digits.onnx
 What it prints: the operators of the file that normalise, and how far its output is from that of the synced model, by
 ONNX's own reference evaluator. Needs: onnx, onnxscript, scikit-learn for its digits.

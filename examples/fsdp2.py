@@ -4,7 +4,7 @@ What it shows: shard first, convert after: ``fully_shard`` gives a sharded modul
                only a conversion that comes after it can be reverted.
 How to start:  torchrun --nproc-per-node 2 examples/fsdp2.py
 What it prints: which layers are synced over which ranks; how far the weights are, after training, from those of one
-process with plain batch norm and the whole batch; and the layers after ``revert``. Needs: scikit-learn, for its digits.
+process with plain batch norm and the whole batch; the layers after ``revert``. Needs: scikit-learn for its digits.
 """
 
 import copy

@@ -1,10 +1,10 @@
 """Hugging Face's Trainer: a callback that converts before training and reverts after it.
 
-What it shows: ``Trainer(callbacks=[SyncNorm()])`` on a ResNet classifier and on SegFormer, whose decode head has a batch
-               norm. Both are built from a configuration with random weights: nothing is downloaded.
+What it shows: ``Trainer(callbacks=[SyncNorm()])`` on a ResNet classifier and on SegFormer, whose decode head has a
+               batch norm. Both are built from a configuration with random weights: nothing is downloaded.
 How to start:  torchrun --nproc-per-node 2 examples/hf_trainer.py
-What it prints: for each model the mean loss of the first and last 5 steps, how far the ranks' running statistics are apart
-after training (local batch norm leaves each rank with its own), and the classes of its norms.
+What it prints: for each model the mean loss of the first and last 5 steps; how far the ranks' running statistics are
+apart after training (local batch norm leaves each rank with its own); the classes of its norms.
 Needs: transformers, scikit-learn for its digits.
 """
 

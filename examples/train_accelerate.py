@@ -1,11 +1,11 @@
 """An Accelerate training script with synchronised batch norm: two lines more than the script without it.
 
 What it shows: ``convert`` before ``prepare``, ``revert`` before saving; the losses are those of one process.
-How to start:  accelerate launch --multi_gpu --num_processes 2 examples/train_accelerate.py   # without GPUs too
-               torchrun --nproc-per-node 2 examples/train_accelerate.py                      # the same
-               python examples/train_accelerate.py                                           # one process, for comparison
+How to start:  accelerate launch --multi_gpu --num_processes 2 examples/train_accelerate.py  # without GPUs too
+               torchrun --nproc-per-node 2 examples/train_accelerate.py                     # the same
+               python examples/train_accelerate.py                                          # one process, to compare
 What it prints: the loss over the global batch every 10 steps, alike for any number of processes; then the classes
-of the norm layers that were saved. Needs: scikit-learn, for its digits.
+of the norm layers that were saved. Needs: scikit-learn for its digits.
 
 The diff::
 

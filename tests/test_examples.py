@@ -1,21 +1,22 @@
-"""Examples run as users run them: started by torchrun on two ranks."""
+"""Examples run as users run them, on two ranks; each is held to the figures that it prints."""
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
 
 
-def torchrun(*command: str, cwd: Path) -> str:
-    # --standalone: the launcher picks a free port for itself
+def python(*command: str, cwd: Path) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command],
+        [sys.executable, *command],
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -24,6 +25,20 @@ def torchrun(*command: str, cwd: Path) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def torchrun(*command: str, cwd: Path) -> str:
+    # --standalone: the launcher picks a free port for itself
+    return python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command, cwd=cwd)
+
+
+def example(name: str) -> str:
+    return str(ROOT / "examples" / name)
+
+
+def numbers(line: str) -> list[float]:
+    """Those that stand alone or with a unit: not the digits in a name."""
+    return [float(word) for word in re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?:e[-+]\d+)?(?![\w])", line)]
 
 
 def tracked(checkpoint: Path) -> set[int]:
@@ -61,10 +76,84 @@ def test_the_compiled_layer_is_fused_with_its_neighbours(tmp_path):
     assert re.search(r"threshold_backward", after.split(",")[0])
 
 
-def test_readme_examples_run(tmp_path):
-    """Its Python blocks, as written; a test in a block runs under pytest with the plugin's fixtures."""
+def test_accelerate_gives_the_losses_of_one_process(tmp_path):
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    *two, norms = python(*launch, example("train_accelerate.py"), cwd=tmp_path).splitlines()
+    *one, _ = python(example("train_accelerate.py"), cwd=tmp_path).splitlines()
+    assert norms == "saved with BatchNorm2d"
+    assert (tmp_path / "model.pt").exists()
+    steps, losses = zip(*map(numbers, two), strict=True)
+    assert steps == (10, 20, 30, 40, 50)
+    assert losses == pytest.approx([numbers(line)[1] for line in one], abs=1e-3)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_masked_speech_equals_one_process(tmp_path):
+    first, last, masked, unmasked = map(numbers, torchrun(example("speech_block.py"), cwd=tmp_path).splitlines())
+    assert last[1] < first[1] / 2
+    assert masked[0] < 1e-5
+    assert unmasked[0] > 1e-2
+
+
+def test_fsdp2_trains_like_one_process_and_reverts(tmp_path):
+    head, *before, weights, _, a, b = torchrun(example("fsdp2.py"), cwd=tmp_path).splitlines()
+    assert head.startswith("layer")
+    assert all("SyncBatchNorm2d  yes     ranks [0, 1]" in line for line in before)
+    assert numbers(weights)[0] < 1e-4
+    assert a.split()[1:3] == b.split()[1:3] == ["BatchNorm2d", "no"]
+
+
+def test_lightning_converts_and_reverts(tmp_path):
+    pytest.importorskip("lightning")
+    *epochs, after = [
+        line
+        for line in python(example("lightning_layer_sync.py"), cwd=tmp_path).splitlines()
+        if line.startswith(("epoch", "after"))
+    ]
+    _, losses, apart = zip(*map(numbers, epochs), strict=True)
+    assert losses[-1] < 0.8 * losses[0]
+    assert apart == (0, 0, 0)
+    assert after == "after fit: BatchNorm2d BatchNorm2d"
+
+
+def test_hugging_face_converts_and_reverts(tmp_path):
+    pytest.importorskip("transformers")
+    lines = torchrun(example("hf_trainer.py"), cwd=tmp_path).splitlines()
+    lines = [line for line in lines if ": loss" in line]
+    assert [line.split(":")[0] for line in lines] == [
+        "ResNetForImageClassification",
+        "SegformerForSemanticSegmentation",
+    ]
+    for line in lines:
+        first, last, apart = numbers(line)
+        assert last < 0.9 * first
+        assert apart == 0
+        assert line.endswith(", BatchNorm2d")
+
+
+def test_detection_finds_digits(tmp_path):
+    losses, found = map(numbers, torchrun(example("detection.py"), cwd=tmp_path).splitlines())
+    assert losses[1] < losses[0] / 2
+    small, large, _, apart = found
+    assert min(small, large) > 50
+    assert apart == 0
+
+
+def test_onnx_file_has_plain_batch_norm(tmp_path):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    file = tmp_path / "digits.onnx"
+    *_, line = torchrun(example("export_onnx.py"), "--file", str(file), cwd=tmp_path).splitlines()
+    assert line.startswith("BatchNormalization;")
+    assert numbers(line)[0] < 1e-5
+    assert file.exists()
+
+
+def test_readme_examples_and_the_tests_to_copy_run(tmp_path):
+    """README's Python blocks, as written, and examples/test_my_ddp.py, under pytest with the plugin's fixtures."""
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)):
         (tmp_path / f"test_readme_{number}.py").write_text(block)
+    shutil.copy(example("test_my_ddp.py"), tmp_path)
     plugin = [] if entry_points(group="pytest11", name="syncnorm") else ["-p", "syncnorm.testing.plugin"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", *plugin, str(tmp_path)],
@@ -74,4 +163,4 @@ def test_readme_examples_run(tmp_path):
         text=True,
         timeout=110,
     )
-    assert "1 passed" in done.stdout, done.stdout
+    assert "7 passed" in done.stdout, done.stdout
