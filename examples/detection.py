@@ -3,8 +3,8 @@
 What it shows: the case that syncing helps most. Two images are too few for statistics of their own; and the head's
                batch norms run once a level, so that a layer is called twice before its backward.
 How to start:  torchrun --nproc-per-node 2 examples/detection.py
-What it prints: the mean loss of the first and last 20 steps; in how many of 100 new images the surest cell of a level is
-at most one off its digit's centre, and the size within a quarter; how far the ranks' running statistics are apart.
+What it prints: the mean loss of the first and last 20 steps; in how many of 100 new images a level's surest cell is
+at most one off its digit's centre, with its size within a quarter; how far the ranks' running statistics are apart.
 Data: synthetic, scikit-learn's digits placed at random, small and large, on a canvas of noise. Needs: scikit-learn.
 """
 
@@ -26,7 +26,7 @@ def conv(a: int, b: int, stride: int = 1) -> nn.Sequential:
 
 
 class Detector(nn.Module):
-    """(N, 1, 64, 64) -> (N, 2, 16, 16), (N, 2, 8, 8): a logit for "a centre is here", and log(size / stride)."""
+    """(N, 1, 64, 64) -> (N, 2, 16, 16), (N, 2, 8, 8): a logit for "a centre is here", and log(size in cells)."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -48,14 +48,13 @@ def step(count: int) -> tuple[Tensor, list[int]]:
             digit = DIGITS[torch.randint(len(DIGITS), ())].view(1, 1, 8, 8)
             image[:, top : top + size, left : left + size] += F.interpolate(digit, size=(size, size))[0]
     for level, out in enumerate(ddp(canvas) if model.training else model(canvas)):
-        n, stride, size = torch.arange(count), 64 // out.size(-1), sizes[:, level]
-        row, column = ((places[:, level] + size.unsqueeze(1) // 2) // stride).T
-        cell, logits, logs = row * out.size(-1) + column, out[:, 0].flatten(1), out[:, 1].flatten(1)
-        loss = loss + F.cross_entropy(logits, cell) + (logs[n, cell] - (size / stride).log()).abs().mean()
+        n, width, size = torch.arange(count), out.size(-1), sizes[:, level] * out.size(-1) / 64  # in cells
+        row, column = (places[:, level] * width / 64 + size.unsqueeze(1) / 2).long().T
+        (logits, logs), cell = out.flatten(2).unbind(1), row * width + column
+        loss = loss + F.cross_entropy(logits, cell) + (logs[n, cell] - size.log()).abs().mean()
         best = logits.argmax(1)
-        off = torch.maximum((best // out.size(-1) - row).abs(), (best % out.size(-1) - column).abs())
-        close = (logs[n, best].exp() * stride / size - 1).abs() < 0.25
-        found.append(int(((off <= 1) & close).sum()))
+        off = torch.maximum((best // width - row).abs(), (best % width - column).abs())
+        found.append(int(((off <= 1) & ((logs[n, best].exp() / size - 1).abs() < 0.25)).sum()))
     return loss, found
 
 

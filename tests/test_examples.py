@@ -12,6 +12,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.timeout(300)  # three processes a test, which import torch: slow on a machine that does more
 
 
 def python(*command: str, cwd: Path) -> str:
@@ -21,7 +22,7 @@ def python(*command: str, cwd: Path) -> str:
         env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=140,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -61,6 +62,12 @@ def test_gradient_penalty_pulls_the_gradients_to_one(tmp_path):
     lines = torchrun(str(ROOT / "examples" / "gradient_penalty.py"), cwd=tmp_path).splitlines()
     norms = [float(line.split()[-1]) for line in lines]
     assert abs(norms[-1] - 1) < abs(norms[0] - 1) / 2
+
+
+def test_gan_trains_like_one_process(tmp_path):
+    first, last, apart = numbers(torchrun(example("wgan_gp.py"), cwd=tmp_path))
+    assert abs(last - 1) < abs(first - 1) / 2
+    assert apart < 1e-10
 
 
 def test_the_compiled_layer_is_fused_with_its_neighbours(tmp_path):
@@ -128,7 +135,8 @@ def test_hugging_face_converts_and_reverts(tmp_path):
         first, last, apart = numbers(line)
         assert last < 0.9 * first
         assert apart == 0
-        assert line.endswith(", BatchNorm2d")
+        assert "BatchNorm2d" in line
+        assert "SyncBatchNorm" not in line
 
 
 def test_detection_finds_digits(tmp_path):
@@ -161,6 +169,6 @@ def test_readme_examples_and_the_tests_to_copy_run(tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=140,
     )
     assert "7 passed" in done.stdout, done.stdout
