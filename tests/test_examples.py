@@ -49,11 +49,11 @@ def tracked(checkpoint: Path) -> set[int]:
 def test_train_ddp_learns_and_resumes(tmp_path):
     script = str(ROOT / "examples" / "train_ddp.py")
     (line,) = torchrun(script, "--epochs", "1", cwd=tmp_path).splitlines()
-    assert line.startswith("epoch 0: test accuracy ")
+    assert line.startswith("epoch 0, 2 ranks: test loss ")
     assert tracked(tmp_path / "digits.pt") == {187}  # 1500 images, 2 ranks, 4 a step
 
     (line,) = torchrun(script, "--epochs", "2", cwd=tmp_path).splitlines()
-    assert line.startswith("epoch 1: test accuracy ")
+    assert line.startswith("epoch 1, 2 ranks: test loss ")
     assert float(line.split()[-1]) > 0.9
     assert tracked(tmp_path / "digits.pt") == {2 * 187}
 

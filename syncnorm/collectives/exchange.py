@@ -18,6 +18,7 @@ from torch import Tensor
 
 from syncnorm.collectives.call import Call, Kind, explain_disagreement
 from syncnorm.collectives.frames import Frames, Header, agreed, capacity_for
+from syncnorm.collectives.notices import Notices
 from syncnorm.collectives.observers import observers
 from syncnorm.errors import SyncNormError
 
@@ -54,8 +55,9 @@ class Exchange:
         self._frames: dict[int, Frames] = {}
         store = dist.distributed_c10d._get_default_store()
         # The name of a group is the same on all of its ranks.
-        self._store = dist.distributed_c10d.PrefixStore(f"syncnorm/{group.group_name}", store)
-        self._group = _connect(self._store, group)
+        store = dist.distributed_c10d.PrefixStore(f"syncnorm/{group.group_name}", store)
+        self._notices = Notices(store)
+        self._group = _connect(store, group)
         self._pending: list[object] = []
 
     def __call__(self, call: Call, vectors: Sequence[Tensor] = (), values: int = 0) -> Received:
@@ -148,7 +150,7 @@ class Exchange:
         try:
             while not _done(work):
                 # A rank whose neighbour died need not be the dead one's neighbour.
-                if self._store.check(["failed"]):
+                if self._notices.posted("failed"):
                     raise RuntimeError("another rank's exchange failed")
         except RuntimeError as error:
             raise SyncNormError(self._explain(call, error)) from error
@@ -158,13 +160,13 @@ class Exchange:
     def _explain(self, call: Call, error: RuntimeError) -> str:
         absent: list[int] | None = None
         try:
-            self._store.set("failed", "1")
-            self._store.set(f"failed/{self.rank}", str(call))
+            self._notices.post("failed")
+            self._notices.post(f"failed/{self.rank}", str(call))
             deadline = time.monotonic() + _ROLL_CALL
             absent = [r for r in self.ranks if r != self.rank]
             while absent and time.monotonic() < deadline:
                 time.sleep(0.05)
-                absent = [r for r in absent if not self._store.check([f"failed/{r}"])]
+                absent = [r for r in absent if not self._notices.posted(f"failed/{r}")]
         except RuntimeError:
             pass  # the store went with the rank that kept it
         waited = "another rank" if absent is None else f"ranks {absent}" if absent else "a rank that failed as well"

@@ -1,0 +1,38 @@
+# What: runs a torchrun script on the workers of a Ray cluster, unchanged; Ray Train makes the process group.
+# When: a cluster under Ray; without one, Ray starts on this machine. --gpu gives each worker a GPU.
+# How:  python launch/ray_train.py --workers 2 examples/train_ddp.py --checkpoint /shared/digits.pt
+"""Runs a torchrun script with Ray Train: see the three lines above."""
+
+import argparse
+import runpy
+import sys
+from pathlib import Path
+
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--workers", type=int, default=2)
+parser.add_argument("--gpu", action="store_true")
+parser.add_argument("--storage", type=Path, help="where Ray keeps its records of runs (default: ~/ray_results)")
+parser.add_argument("--timeout", type=int, default=300, help="seconds that a rank waits for the others")
+parser.add_argument("script", type=Path, help="on all machines at the same path")
+parser.add_argument("arguments", nargs=argparse.REMAINDER)
+
+
+def train_loop_per_worker(config: dict) -> None:
+    """What each rank does: the script, with RANK, WORLD_SIZE and LOCAL_RANK in the environment, as under torchrun."""
+    sys.argv = [config["script"], *config["arguments"]]
+    runpy.run_path(config["script"], run_name="__main__")
+
+
+if __name__ == "__main__":
+    args = parser.parse_args()
+    trainer = TorchTrainer(
+        train_loop_per_worker,
+        train_loop_config={"script": str(args.script.resolve()), "arguments": args.arguments},
+        torch_config=TorchConfig(backend="nccl" if args.gpu else "gloo", timeout_s=args.timeout),
+        scaling_config=ScalingConfig(num_workers=args.workers, use_gpu=args.gpu),
+        run_config=RunConfig(storage_path=args.storage and str(args.storage.resolve())),
+    )
+    trainer.fit()
