@@ -336,8 +336,9 @@ def watch(notes: Path, rank: int) -> bool:
 
 def note(path: Path, text: str) -> None:
     """Writes a file that nobody sees half written."""
-    path.with_suffix(".new").write_text(text)
-    path.with_suffix(".new").rename(path)
+    new = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")  # two ranks may note the same at once
+    new.write_text(text)
+    new.rename(path)
 
 
 def wait(fault: Fault, notes: Path, timeout: float) -> set[int]:
