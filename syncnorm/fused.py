@@ -18,8 +18,10 @@ from syncnorm.whole_batch import of_all_ranks
 
 
 def takes(input: Tensor, residual: Tensor | None) -> bool:
-    """Whether there are kernels for this input, and a shortcut of its shape and dtype."""
-    return (residual is None or alike(input, residual)) and kernels.fused_for(input.device) is not None
+    """Whether there are kernels for this input, which compute in fp32, and a shortcut of its shape and dtype."""
+    if input.dtype == torch.float64 or kernels.fused_for(input.device) is None:
+        return False
+    return residual is None or alike(input, residual)
 
 
 def _passes(x: Tensor) -> ModuleType:
@@ -50,6 +52,8 @@ def sync_batch_norm_relu(
 
     Collective: as there.
     """
+    # The kernels read parameters as one number after the other.
+    weight, bias = (None if v is None else v.contiguous() for v in (weight, bias))
     return _SyncBatchNormRelu.apply(input, weight, bias, residual, eps, group, layer, segments, running)  # type: ignore[no-any-return,no-untyped-call]
 
 

@@ -82,7 +82,7 @@ def fake_world(world_size: int, device: torch.device) -> Iterator[Ranks]:
 @contextmanager
 def world_of_one(backend: str, device: torch.device) -> Iterator[Ranks]:
     """The only rank of a real group of ``backend``."""
-    store = dist.HashStore()  # type: ignore[attr-defined]
+    store = dist.HashStore()  # type: ignore[attr-defined]  # torch exports it untyped
     dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
         control = dist.new_group(backend="gloo", timeout=WAIT)

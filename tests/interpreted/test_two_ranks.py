@@ -83,6 +83,23 @@ def test_the_fused_step_is_that_of_the_full_batch(rows, dtype, layout, with_shor
             assert torch.equal(got["d_shortcut"].double(), passed[rank])
 
 
+def what_else() -> tuple[bool, bool]:
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    x = torch.randn(3, CHANNELS, 2, 2, generator=generator)
+    layer = syncnorm.SyncBatchNorm2d(CHANNELS, dtype=torch.float64)
+    wide = layer(x.double(), relu=True)
+    strided = torch.rand(2 * CHANNELS, generator=torch.Generator().manual_seed(1))[::2]
+    y, z = (
+        syncnorm.functional.sync_batch_norm(x, None, None, w, None, training=True, relu=True, layer=name)
+        for name, w in (("strided", strided), ("dense", strided.contiguous()))
+    )
+    return torch.allclose(wide, layer(x.double()).relu(), rtol=1e-13, atol=1e-13), torch.equal(y, z)
+
+
+def test_fp64_stays_fp64_and_a_strided_weight_is_read_as_it_is():
+    assert run_ranks(what_else, 2) == [(True, True)] * 2
+
+
 def penalty() -> str:
     layer = syncnorm.SyncBatchNorm2d(3)
     x = torch.randn(2, 3, 2, 2).requires_grad_()
