@@ -6,21 +6,14 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from syncnorm.report import consoles
 from syncnorm.report.study_tables import Cells, cells, legend, ran_on
 from syncnorm.study.records import Study
-
-# Longer lines of text are hard to read.
-WIDTH = 100
-# What the tables need.
-TABLE_WIDTH = 80
 
 
 def print_study(study: Study, console: Console | None = None) -> None:
     """Prints the study, 80 to 100 columns wide; plain text where stdout is no terminal."""
-    if console is None:
-        console = Console(highlight=False)
-        console.width = WIDTH if not console.is_terminal else min(WIDTH, max(TABLE_WIDTH, console.width))
-    console.print(render(study))
+    (console or consoles.for_tables()).print(render(study))
 
 
 def render(study: Study) -> RenderableType:

@@ -10,21 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 from syncnorm.compare.records import ArmResult, Comparison
+from syncnorm.report import consoles
 from syncnorm.report.terminal_parity import layer_part, parity_part, plain_table
-
-# Longer lines of text are hard to read.
-WIDTH = 100
-# What the tables need.
-TABLE_WIDTH = 80
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
     """Prints verdict, tables and legends, 80 to 100 columns wide; plain text where stdout is no terminal."""
-    if console is None:
-        console = Console(highlight=False)
-        # Wider than a narrow terminal if need be: it wraps lines, where a table that fits would cut the figures.
-        console.width = WIDTH if not console.is_terminal else min(WIDTH, max(TABLE_WIDTH, console.width))
-    console.print(render(comparison))
+    (console or consoles.for_tables()).print(render(comparison))
 
 
 def render(comparison: Comparison) -> RenderableType:
