@@ -8,6 +8,7 @@ parameters, attributes and hooks stay, and changing it back is all that there is
 
 import operator
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -47,21 +48,13 @@ def _rebuild(rebuild: Callable[..., Any], *args: Any) -> Any:
     return rebuild(*args)
 
 
-def fuse(model: nn.Module) -> dict[str, str]:
-    """Fuses what it can in each block of ``model``, in place.
-
-    Returns:
-        Name of a block with synced layers of its own -> why nothing in it was fused.
-    """
-    skipped = {}
-    for name, block in model.named_modules():
+def fuse(model: nn.Module) -> None:
+    """Fuses what it can in each block of ``model``, in place; any other block stays as it is."""
+    for block in model.modules():
         if isinstance(block, Fused | SyncMixin) or not any(_is_plain_layer(c) for c in block.children()):
             continue
-        try:
+        with suppress(NotTraceable):
             _fuse_block(block)
-        except (NotTraceable, _NothingToFuse) as reason:
-            skipped[name] = str(reason)
-    return skipped
 
 
 def unfuse(model: nn.Module) -> None:
@@ -87,16 +80,12 @@ def fused_layers(model: nn.Module) -> set[nn.Module]:
     return {block.get_submodule(name) for block in blocks for name in block._fused_layers}
 
 
-class _NothingToFuse(Exception):
-    """Says why a block keeps its class."""
-
-
 def _fuse_block(block: nn.Module) -> None:
     graph = graph_of(block)
     modules = dict(block.named_modules())
     fused = tuple(n for n in (_fuse_node(graph, node, modules) for node in list(graph.nodes)) if n is not None)
     if not fused:
-        raise _NothingToFuse("no ReLU follows its norms, at once or after an addition")
+        return
     graph.lint()
     cls = type(block)
     namespace = {
