@@ -2,9 +2,8 @@
 
 torchrun --nproc-per-node 2 examples/train_ddp.py --epochs 3 --checkpoint digits.pt
 
-The global batch is the same on any number of ranks, and so, with synced norms, is what the model learns: an elastic
-job that goes on with fewer ranks takes the steps that it would have taken. On several machines, --checkpoint must be
-a file that all of them see.
+The global batch is the same on any number of ranks, and so, with synced norms, is what the model learns, also when an
+elastic job goes on with fewer. On several machines, --checkpoint must be a file that all of them see.
 """
 
 import argparse
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -24,7 +22,7 @@ import syncnorm
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--epochs", type=int, default=3)
-parser.add_argument("--checkpoint", type=Path, default=Path("digits.pt"))
+parser.add_argument("--checkpoint", type=Path, default="digits.pt")
 parser.add_argument("--global-batch", type=int, default=8)
 parser.add_argument("--lr", type=float, default=0.05)
 parser.add_argument("--timeout", type=float, default=300, help="seconds that a rank waits for the others")
@@ -33,18 +31,18 @@ args = parser.parse_args()
 cuda = torch.cuda.is_available()
 if not dist.is_initialized():  # Ray Train has made the group already
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=args.timeout))
-per_rank, left_over = divmod(args.global_batch, dist.get_world_size())
-if left_over or not per_rank:
-    raise SystemExit(f"--global-batch {args.global_batch} does not divide among {dist.get_world_size()} ranks")
+ranks = dist.get_world_size()
+if args.global_batch % ranks:
+    raise SystemExit(f"--global-batch {args.global_batch} does not divide among {ranks} ranks")
 device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
 torch.manual_seed(0)  # the same weights and the same split on every rank
 
 images, labels = load_digits(return_X_y=True)
 x, y = torch.tensor(images, dtype=torch.get_default_dtype()).view(-1, 1, 8, 8) / 16, torch.tensor(labels)
-order = torch.randperm(len(x))
-train, test = order[:1500], order[1500:]
+train, test = torch.randperm(len(x)).tensor_split([1500])
 sampler = DistributedSampler(train, seed=0)
-loader = DataLoader(TensorDataset(x[train], y[train]), batch_size=per_rank, sampler=sampler, drop_last=True)
+data = TensorDataset(x[train], y[train])
+loader = DataLoader(data, batch_size=args.global_batch // ranks, sampler=sampler, drop_last=True)
 
 blocks = [
     nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
@@ -67,17 +65,15 @@ for epoch in range(first, args.epochs):
     ddp.train()
     for images, labels in loader:
         optimiser.zero_grad()
-        F.cross_entropy(ddp(images.to(device)), labels.to(device)).backward()
+        nn.functional.cross_entropy(ddp(images.to(device)), labels.to(device)).backward()
         optimiser.step()
     ddp.eval()
     if dist.get_rank() == 0:  # evaluation communicates nothing, so one rank may do it alone
         with torch.no_grad():
             output = model(x[test].to(device)).cpu()
-        loss, accuracy = F.cross_entropy(output, y[test]), (output.argmax(1) == y[test]).float().mean()
+        loss, accuracy = nn.functional.cross_entropy(output, y[test]), (output.argmax(1) == y[test]).float().mean()
         state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "epoch": epoch}
-        unfinished = args.checkpoint.with_suffix(".unfinished")
-        torch.save(state, unfinished)
+        torch.save(state, unfinished := args.checkpoint.with_suffix(".unfinished"))
         unfinished.replace(args.checkpoint)  # at once: whoever is killed meanwhile leaves the last one whole
-        ranks = f"{dist.get_world_size()} ranks"
-        print(f"epoch {epoch}, {ranks}: test loss {loss:.6f}, accuracy {accuracy:.3f}", flush=True)
+        print(f"epoch {epoch}, {ranks} ranks: test loss {loss:.6f}, accuracy {accuracy:.3f}", flush=True)
 dist.destroy_process_group()

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # What: sets up .venv with the development tools and runs the tests, on the CPU, with gloo.
 # When: after cloning, and before every commit; arguments go to pytest.
-# How:  bash launch/test.sh [-n auto -k conversion ...]
+# How:  bash launch/test.sh [-n auto -k conversion ...]; EXTRA=all in front installs whatever a test can use
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
-install_syncnorm dev
+install_syncnorm "${EXTRA:-dev}"
 echo "syncnorm: running the tests"
 cd "$root"
 exec "$bin/python" -m pytest "$@"
