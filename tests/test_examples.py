@@ -6,20 +6,22 @@ import shutil
 import subprocess
 import sys
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+SHIMS = ROOT / "tests" / "shims"  # where these import torchvision, which PyPI has for CUDA alone
 pytestmark = pytest.mark.timeout(300)  # three processes a test, which import torch: slow on a machine that does more
 
 
-def python(*command: str, cwd: Path) -> str:
+def python(*command: str, cwd: Path, path: Path = ROOT) -> str:
     done = subprocess.run(
         [sys.executable, *command],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": f"{ROOT}:{path}"},
         capture_output=True,
         text=True,
         timeout=140,
@@ -28,13 +30,21 @@ def python(*command: str, cwd: Path) -> str:
     return done.stdout
 
 
-def torchrun(*command: str, cwd: Path) -> str:
+def torchrun(*command: str, cwd: Path, path: Path = ROOT) -> str:
     # --standalone: the launcher picks a free port for itself
-    return python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command, cwd=cwd)
+    return python(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command, cwd=cwd, path=path
+    )
 
 
 def example(name: str) -> str:
     return str(ROOT / "examples" / name)
+
+
+def needs(*packages: str) -> None:
+    """Skips where one is absent; imports none of them."""
+    if absent := [package for package in packages if find_spec(package) is None]:
+        pytest.skip(f"no {', '.join(absent)}: pip install '.[examples]'")
 
 
 def numbers(line: str) -> list[float]:
@@ -111,10 +121,10 @@ def test_fsdp2_trains_like_one_process_and_reverts(tmp_path):
 
 
 def test_lightning_converts_and_reverts(tmp_path):
-    pytest.importorskip("lightning")
+    needs("lightning")
     *epochs, after = [
         line
-        for line in python(example("lightning_layer_sync.py"), cwd=tmp_path).splitlines()
+        for line in python(example("lightning_layer_sync.py"), cwd=tmp_path, path=SHIMS).splitlines()
         if line.startswith(("epoch", "after"))
     ]
     _, losses, apart = zip(*map(numbers, epochs), strict=True)
@@ -124,8 +134,8 @@ def test_lightning_converts_and_reverts(tmp_path):
 
 
 def test_hugging_face_converts_and_reverts(tmp_path):
-    pytest.importorskip("transformers")
-    lines = torchrun(example("hf_trainer.py"), cwd=tmp_path).splitlines()
+    needs("transformers")
+    lines = torchrun(example("hf_trainer.py"), cwd=tmp_path, path=SHIMS).splitlines()
     lines = [line for line in lines if ": loss" in line]
     assert [line.split(":")[0] for line in lines] == [
         "ResNetForImageClassification",
@@ -146,8 +156,7 @@ def test_detection_finds_digits(tmp_path):
 
 
 def test_onnx_file_has_plain_batch_norm(tmp_path):
-    pytest.importorskip("onnx")
-    pytest.importorskip("onnxscript")
+    needs("onnx", "onnxscript")
     file = tmp_path / "digits.onnx"
     *_, line = torchrun(example("export_onnx.py"), "--file", str(file), cwd=tmp_path).splitlines()
     assert line.startswith("BatchNormalization;")
