@@ -261,3 +261,13 @@ def test_the_image_trains_on_two_nodes_without_root(nodes):
     assert line.startswith("epoch 0, 2 ranks: test loss ")
     checkpoint = "import torch; print(torch.load('checkpoints/digits.pt')['model']['0.1.num_batches_tracked'].item())"
     assert output(*nodes[1], "python", "-c", checkpoint) == "187"  # 1500 images, 2 ranks, 4 a step
+
+
+@needs_builder
+@pytest.mark.timeout(2400)
+def test_the_image_passes_the_self_test_alone_and_on_two_nodes(nodes):
+    ok = re.compile(r"^OK: \d+ passed, \d skipped, on 2 ranks over gloo", re.MULTILINE)
+    (*_, (_, command)) = stages(DOCKERFILES[0])[-1]
+    assert ok.search(output(*nodes[0], *json.loads(command)))
+    said = together([[*node, *work] for node, work in zip(nodes, node_commands().values(), strict=True)], cwd=ROOT)
+    assert ok.search("".join(said))

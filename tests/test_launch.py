@@ -61,6 +61,16 @@ def test_accelerate(tmp_path, config, kind):
     assert second.startswith("epoch 0: test loss ")
 
 
+def test_accelerate_shards_and_trains_as_without_shards(tmp_path):
+    launch = *ACCELERATE, "--config_file", str(LAUNCH / "accelerate" / "fsdp2.yaml"), "--main_process_port", "0"
+    script = str(ROOT / "examples" / "train_launched.py"), "--epochs", "1"
+    *_, whole = run(*launch, *script, cwd=tmp_path).splitlines()  # no GPUs: DDP
+    shards, kind, loss = run(*launch, str(ROOT / "tests" / "sharded.py"), *script, cwd=tmp_path).splitlines()
+    assert shards == "7229 of 14458 parameters on rank 0"
+    assert kind == "2 ranks, FSDP, cpu"
+    assert loss == whole
+
+
 def test_ray_train(tmp_path):
     pytest.importorskip("ray.train.torch", reason="needs syncnorm[launchers]")
     ray = sys.executable, str(LAUNCH / "ray_train.py"), "--storage", str(tmp_path / "ray")
