@@ -11,23 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from launches import ROOT, run
 
-ROOT = Path(__file__).parent.parent
 SHIMS = ROOT / "tests" / "shims"  # where these import torchvision, which PyPI has for CUDA alone
 pytestmark = pytest.mark.timeout(300)  # three processes a test, which import torch: slow on a machine that does more
 
 
 def python(*command: str, cwd: Path, path: Path = ROOT) -> str:
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": f"{ROOT}:{path}"},
-        capture_output=True,
-        text=True,
-        timeout=140,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return run(sys.executable, *command, cwd=cwd, timeout=140, PYTHONPATH=f"{ROOT}:{path}")
 
 
 def torchrun(*command: str, cwd: Path, path: Path = ROOT) -> str:
