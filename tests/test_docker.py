@@ -1,8 +1,10 @@
 """Containers: what can be said of their files without a builder, and the build itself where there is one.
 
-The build, as root, with Debian's buildah and an image that has Python 3.10 or newer with venv:
+The build, as root, with Debian's buildah and an image that has Python 3.10 or newer with venv (the second one's index
+has torch for CUDA, which makes an image of 6 GB; the variable may be empty):
 
 SYNCNORM_BASE_IMAGE=python:3.11-slim SYNCNORM_BUILD_ARGS="--build-arg PIP_INDEX_URL=..." pytest tests/test_docker.py
+SYNCNORM_BASE_IMAGE=python:3.11-slim SYNCNORM_CUDA_BUILD_ARGS="" pytest tests/test_docker.py -k cuda_image
 """
 
 import json
@@ -188,6 +190,8 @@ def test_the_nodes_commands_meet(tmp_path):
     assert sorted(said) == [f"node {rank} of 2 mean 0.5\n" for rank in (0, 1)]
 
 
+PASSED = re.compile(r"^OK: \d+ passed, \d skipped, on 2 ranks over gloo", re.MULTILINE)
+
 needs_builder = pytest.mark.skipif(
     "SYNCNORM_BASE_IMAGE" not in os.environ or shutil.which("buildah") is None or os.geteuid() != 0,
     reason="needs buildah, root and SYNCNORM_BASE_IMAGE: see the head of this file",
@@ -200,14 +204,18 @@ def output(*command: str, limit: int = 600) -> str:
     return done.stdout.strip()
 
 
+def built(dockerfile: Path, arguments: str) -> str:
+    """The name of the image."""
+    name = f"localhost/syncnorm-test:{dockerfile.stem}"
+    base = ["--build-arg", f"BASE_IMAGE={os.environ['SYNCNORM_BASE_IMAGE']}"]
+    build = ["buildah", "bud", "--isolation", "chroot", "--layers", "-f", str(dockerfile), "-t", name]
+    output(*build, *base, *shlex.split(arguments), ".", limit=1800)
+    return name
+
+
 @pytest.fixture(scope="module")
 def image():
-    name = "localhost/syncnorm-test:cpu"
-    base = ["--build-arg", f"BASE_IMAGE={os.environ['SYNCNORM_BASE_IMAGE']}"]
-    more = shlex.split(os.environ.get("SYNCNORM_BUILD_ARGS", ""))
-    build = ["buildah", "bud", "--isolation", "chroot", "--layers", "-f", str(DOCKERFILES[0]), "-t", name]
-    output(*build, *base, *more, ".", limit=1800)
-    return name
+    return built(DOCKERFILES[0], os.environ.get("SYNCNORM_BUILD_ARGS", ""))
 
 
 @pytest.fixture
@@ -266,8 +274,21 @@ def test_the_image_trains_on_two_nodes_without_root(nodes):
 @needs_builder
 @pytest.mark.timeout(2400)
 def test_the_image_passes_the_self_test_alone_and_on_two_nodes(nodes):
-    ok = re.compile(r"^OK: \d+ passed, \d skipped, on 2 ranks over gloo", re.MULTILINE)
     (*_, (_, command)) = stages(DOCKERFILES[0])[-1]
-    assert ok.search(output(*nodes[0], *json.loads(command)))
+    assert PASSED.search(output(*nodes[0], *json.loads(command)))
     said = together([[*node, *work] for node, work in zip(nodes, node_commands().values(), strict=True)], cwd=ROOT)
-    assert ok.search("".join(said))
+    assert PASSED.search("".join(said))
+
+
+@needs_builder
+@pytest.mark.skipif("SYNCNORM_CUDA_BUILD_ARGS" not in os.environ, reason="6 GB: see the head of this file")
+@pytest.mark.timeout(2400)
+def test_the_cuda_image_passes_the_self_test_on_cpu_ranks():
+    container = output("buildah", "from", built(DOCKERFILES[1], os.environ["SYNCNORM_CUDA_BUILD_ARGS"]))
+    run = ["buildah", "run", "--isolation", "chroot", "--env", "OMP_NUM_THREADS=1", container, "--"]
+    try:
+        assert output(*run, "id", "-u") == "1000"
+        assert output(*run, "python", "-c", "import torch, triton; print(torch.version.cuda)") != "None"
+        assert PASSED.search(output(*run, "syncnorm", "selftest", "--cpu"))
+    finally:
+        subprocess.run(["buildah", "rm", container], capture_output=True)
