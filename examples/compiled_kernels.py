@@ -2,8 +2,9 @@
 
 torchrun --nproc-per-node 2 examples/compiled_kernels.py
 
-One kernel for the statistics, one for all that follows the gather; in the backward one for both sums and one for dx,
-each with the ReLU's part in it. ``syncnorm::gather_moments`` and ``syncnorm::reduce_sums`` stand between them.
+Forward: one kernel for the local statistics, ``syncnorm::gather_moments``, one that merges and updates by channel, one for
+all that follows. Backward: one for both sums, ``syncnorm::reduce_sums``, one for dx, with the ReLU's part in each. The
+others, the first and the last, are of the convolution and the shortcut.
 """
 
 import re
@@ -41,7 +42,7 @@ _, codes = run_and_get_code(step)
 if dist.get_rank() == 0:
     for direction, code in zip(("forward", "backward"), codes, strict=True):
         calls = code[code.index("def call(") :]
-        names = re.findall(r"(?:cpp_fused_|ops\.syncnorm\.|ops\.aten\.)(\w+)(?:\.default)?\(", calls)
+        names = re.findall(r"(?:cpp_(?=fused)|ops\.syncnorm\.|ops\.aten\.)(\w+)(?:\.default)?\(", calls)
         print(f"{direction}: {', '.join(names)}")
     normalise = re.findall(r"cpp_fused_\w*relu\w* = .*?'''\n(.*?)'''", codes[0], re.DOTALL)[0]
     print(normalise)

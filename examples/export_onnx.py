@@ -52,10 +52,8 @@ if dist.get_rank() == 0:
     with torch.no_grad():
         want = model(x[-32:])
     model = syncnorm.revert(model)
-    # the batch is left open, so that the file takes any number of images
-    torch.onnx.export(
-        model, (x[-32:],), args.file, dynamo=True, verbose=False, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
-    )
+    any_batch = ({0: torch.export.Dim.DYNAMIC},)
+    torch.onnx.export(model, (x[-32:],), args.file, verbose=False, dynamic_shapes=any_batch, external_data=False)
     file = onnx.load(args.file)
     (got,) = ReferenceEvaluator(file).run(None, {file.graph.input[0].name: x[-32:].numpy()})
     norms = [node.op_type for node in file.graph.node if "Norm" in node.op_type]

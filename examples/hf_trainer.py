@@ -10,6 +10,8 @@ Needs: transformers, scikit-learn for its digits.
 
 import os
 
+if "RANK" not in os.environ:
+    raise SystemExit("a launcher starts this: torchrun --nproc-per-node 2 examples/hf_trainer.py")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch

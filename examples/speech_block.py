@@ -1,6 +1,6 @@
 """A conformer's convolution block on utterances of many lengths: padding stays out of the batch's statistics.
 
-What it shows: ``layer(x, mask=...)`` under DDP. Rank 0 holds the short utterances and rank 1 the long ones, each
+What it shows: ``layer(x, mask=...)`` under DDP. The first ranks hold the short utterances, the last the long ones, each
                padded to its own longest, so that the ranks differ in size and in how many frames count.
 How to start:  torchrun --nproc-per-node 2 examples/speech_block.py
 What it prints: the loss, first and last; then how far rank 0's logits are from those of one process that holds all
@@ -49,7 +49,7 @@ def batch(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()
-mine = slice(4 * rank, 4 * rank + 4)
+mine = torch.arange(8).tensor_split(dist.get_world_size())[rank]
 torch.manual_seed(0)
 model = Classifier(32)
 ddp = DistributedDataParallel(model)
@@ -57,7 +57,7 @@ optimiser = torch.optim.Adam(ddp.parameters(), lr=5e-3)
 generator = torch.Generator().manual_seed(0)
 for step in range(60):
     x, lengths, rising = batch(generator)
-    loss = F.cross_entropy(ddp(x[mine, :, : lengths[mine].max()], lengths[mine]), rising[mine])
+    loss = F.cross_entropy(ddp(x[mine][..., : lengths[mine].max()], lengths[mine]), rising[mine])
     optimiser.zero_grad()
     loss.backward()
     optimiser.step()
@@ -70,7 +70,7 @@ with torch.no_grad():
     with syncnorm.no_sync_stats():  # this rank alone, on the utterances of all
         want = model(x, lengths)[mine]
     for masked in (True, False):
-        error = (model(x[mine, :, : lengths[mine].max()], lengths[mine], masked) - want).abs().max()
+        error = (model(x[mine][..., : lengths[mine].max()], lengths[mine], masked) - want).abs().max()
         if rank == 0:
             print(f"{'with' if masked else 'without'} the mask: {error:.1e} from one process", flush=True)
 dist.destroy_process_group()

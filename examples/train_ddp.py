@@ -2,8 +2,8 @@
 
 torchrun --nproc-per-node 2 examples/train_ddp.py --epochs 3 --checkpoint digits.pt
 
-The global batch is the same on any number of ranks, and so, with synced norms, is what the model learns, also when an
-elastic job goes on with fewer. On several machines, --checkpoint must be a file that all of them see.
+The global batch is the same on any number of ranks, and so, with synced norms, is what the model learns, but for
+rounding, also when an elastic job goes on with fewer. On several machines all must see the checkpoint's folder.
 """
 
 import argparse
@@ -23,17 +23,18 @@ import syncnorm
 parser = argparse.ArgumentParser()
 parser.add_argument("--epochs", type=int, default=3)
 parser.add_argument("--checkpoint", type=Path, default="digits.pt")
-parser.add_argument("--global-batch", type=int, default=8)
+parser.add_argument("--global-batch", type=int, default=48)
 parser.add_argument("--lr", type=float, default=0.05)
-parser.add_argument("--timeout", type=float, default=300, help="seconds that a rank waits for the others")
 args = parser.parse_args()
+ranks = int(os.environ.get("WORLD_SIZE", 1))
+if args.global_batch % ranks:
+    parser.error(f"--global-batch {args.global_batch} does not divide among {ranks} ranks")
+if not args.checkpoint.absolute().parent.is_dir():
+    parser.error(f"--checkpoint {args.checkpoint}: there is no such folder")
 
 cuda = torch.cuda.is_available()
 if not dist.is_initialized():  # Ray Train has made the group already
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=args.timeout))
-ranks = dist.get_world_size()
-if args.global_batch % ranks:
-    raise SystemExit(f"--global-batch {args.global_batch} does not divide among {ranks} ranks")
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=5))
 device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
 torch.manual_seed(0)  # the same weights and the same split on every rank
 
@@ -43,22 +44,21 @@ train, test = torch.randperm(len(x)).tensor_split([1500])
 sampler = DistributedSampler(train, seed=0)
 data = TensorDataset(x[train], y[train])
 loader = DataLoader(data, batch_size=args.global_batch // ranks, sampler=sampler, drop_last=True)
-
 blocks = [
     nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
     for a, b in [(1, 16), (16, 32), (32, 32)]
 ]
 model = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)).to(device)
-model = syncnorm.convert(model)
-ddp = DistributedDataParallel(model)
+ddp = DistributedDataParallel(syncnorm.convert(model))
 optimiser = torch.optim.SGD(ddp.parameters(), lr=args.lr, momentum=0.9)
-
 first = 0
 if args.checkpoint.exists():
     saved = torch.load(args.checkpoint, map_location=device)
     model.load_state_dict(saved["model"])
     optimiser.load_state_dict(saved["optimiser"])
     first = saved["epoch"] + 1
+    if dist.get_rank() == 0:
+        print(f"{args.checkpoint} has {first} of {args.epochs} epochs", flush=True)
 
 for epoch in range(first, args.epochs):
     sampler.set_epoch(epoch)

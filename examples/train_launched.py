@@ -17,12 +17,13 @@ import syncnorm
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--epochs", type=int, default=3)
-parser.add_argument("--global-batch", type=int, default=50)
+parser.add_argument("--global-batch", type=int, default=48)
 args = parser.parse_args()
 
-# split_batches: a batch of the loader is divided among the ranks, so that any number of them takes the same steps
+# split_batches: a batch of the loader is divided among the ranks; with a sampler whose order does not depend on their
+# number, any number of them takes the same steps, but for rounding
 # cpu: without it accelerate leaves ranks that have no GPU unconnected, each to train alone
-loading = DataLoaderConfiguration(split_batches=True)
+loading = DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True)
 accelerator = Accelerator(cpu=not torch.cuda.is_available(), dataloader_config=loading)
 set_seed(0)
 

@@ -2,6 +2,7 @@
 # What: sets up .venv and compares one process, DataParallel, DDP and DDP with SyncBN on real images.
 # When: the first thing to run after cloning; again whenever you like, arguments go to `syncnorm compare`.
 # How:  bash launch/demo.sh [--steps 100 --json out.json ...]
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started with sh
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 install_syncnorm compare
 echo "syncnorm: running syncnorm compare $*"

@@ -2,15 +2,19 @@
 # What: runs a training script on several machines with torchrun; elastic: machines may join late or be lost, work goes on.
 # When: machines without a scheduler: the same line on each. The first is the meeting point, and the one that must live on.
 # How:  FIRST=10.0.0.1 NODES=1:2 RANKS=8 bash launch/torchrun_nodes.sh examples/train_ddp.py --checkpoint /shared/digits.pt
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started with sh
 set -euo pipefail
 : "${1:?give a training script: $(sed -n 's/^# How:  //p' "$0")}"
 : "${FIRST:?give the address of the first machine: FIRST=10.0.0.1}"
 
 # A machine has several addresses, and torchrun would take the one that its name resolves to, gloo and NCCL whichever
-# interface comes first. The right one is the one from which the first machine is reached.
-first=$(getent ahostsv4 "$FIRST" | awk 'NR == 1 { print $1 }')
+# interface comes first. The right one is the one from which the first machine is reached; iproute2's ip knows it.
+command -v ip > /dev/null || { echo "needs ip: apt-get install iproute2" >&2; exit 2; }
+first=$(getent ahostsv4 "$FIRST" | awk 'NR == 1 { print $1 }') || true
+: "${first:?FIRST=$FIRST has no IPv4 address here}"
 address=${ADDRESS:-$(ip route get "$first" | sed -n 's/.* src \([^ ]*\).*/\1/p')}
 interface=$(ip -oneline address show to "$address" | awk 'NR == 1 { print $2 }')
+: "${interface:?no interface of this machine has the address ${address:-that reaches $first}}"
 export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
 is_host=$([ "$address" = "$first" ] && echo true || echo false)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TRAIN = (str(ROOT / "examples" / "train_ddp.py"), "--global-batch", "50", "--lr", "0.02")
+TRAIN = (str(ROOT / "examples" / "train_ddp.py"),)
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -122,6 +122,7 @@ BAD = [
     (["--model", "needy:build"], "--model needy:build: needy needs the module not_installed_anywhere"),
     (["--model", "bad:build"], "--model bad:build: importing bad raised ZeroDivisionError: division by zero"),
     (["--model", "nets:biuld"], "--model nets:biuld: nets has no 'biuld': did you mean build?"),
+    (["--model", "nets:torhc"], "--model nets:torhc: nets has no 'torhc'\n"),  # not: torch, which it imports
     (["--loss", "nets:number"], "--loss nets:number: expected a function, got an int"),
     (["--model", "nets:broken"], "nets:broken() raised KeyError: 'weights'"),
     (["--model", "nets:nothing"], "nets:nothing() must return a torch.nn.Module, got None"),

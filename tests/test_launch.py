@@ -1,5 +1,7 @@
 """Recipes for one machine, and for clusters where one machine can stand in for them."""
 
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ from launches import ROOT, TRAIN, environment, epochs, free_port, run
 
 LAUNCH = ROOT / "launch"
 FIRST_EPOCH = (*TRAIN, "--epochs", "1", "--checkpoint")
-ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
+LAUNCHED = (str(ROOT / "examples" / "train_launched.py"), "--epochs", "1")
 
 pytestmark = pytest.mark.timeout(400)  # a quiet machine needs 10 s for the longest
 
@@ -34,12 +36,63 @@ def test_torchrun_takes_the_same_steps_on_one_rank_and_on_two(tmp_path):
     assert loss_of_one == pytest.approx(loss_of_two, abs=2e-6)
 
 
-def test_a_recipe_without_its_script_says_how_to_call_it(tmp_path):
-    for recipe in ("torchrun.sh", "torchrun_nodes.sh"):
-        done = subprocess.run(["bash", str(LAUNCH / recipe)], env=environment(), capture_output=True, text=True)
-        assert done.returncode != 0
-        assert f"bash launch/{recipe} examples/train_ddp.py" in done.stderr
-        assert len(done.stderr.splitlines()) == 1
+def complaint(*command: str, **env: str) -> list[str]:
+    """The lines with which a command fails."""
+    done = subprocess.run(command, env=environment(**env), capture_output=True, text=True)
+    assert done.returncode != 0
+    return done.stderr.splitlines()
+
+
+@pytest.mark.parametrize("shell", ["bash", "sh"])
+@pytest.mark.parametrize("recipe", ["torchrun.sh", "torchrun_nodes.sh"])
+def test_a_recipe_without_its_script_says_how_to_call_it(recipe, shell):
+    (line,) = complaint(shell, str(LAUNCH / recipe))
+    assert f"bash launch/{recipe} examples/train_ddp.py" in line
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ({}, "give the address of the first machine"),
+        ({"FIRST": "no.such.invalid"}, "FIRST=no.such.invalid has no IPv4 address here"),
+        (
+            {"FIRST": "127.0.0.1", "ADDRESS": "198.51.100.7"},
+            "no interface of this machine has the address 198.51.100.7",
+        ),
+    ],
+)
+def test_several_machines_need_a_first_one_that_is_reached(where, said):
+    if shutil.which("ip", path=environment()["PATH"]) is None:
+        pytest.skip("no ip: apt-get install iproute2")
+    (line,) = complaint("bash", str(LAUNCH / "torchrun_nodes.sh"), *TRAIN, **where)
+    assert line.endswith(said) or f"{said}:" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--global-batch", "7"], "--global-batch 7 does not divide among 2 ranks"),
+        (["--checkpoint", "nowhere/digits.pt"], "--checkpoint nowhere/digits.pt: there is no such folder"),
+    ],
+)
+def test_the_example_refuses_before_it_meets_others(arguments, said):
+    assert complaint(sys.executable, *TRAIN, *arguments, WORLD_SIZE="2")[-1].endswith(f"error: {said}")
+
+
+def accelerate(config: str) -> tuple[str, ...]:
+    file = str(LAUNCH / "accelerate" / config)
+    return sys.executable, "-m", "accelerate.commands.launch", "--config_file", file, "--main_process_port", "0"
+
+
+def loss_in(line: str) -> float:
+    return float(re.fullmatch(r"epoch 0: test loss ([\d.]+), accuracy [\d.]+", line)[1])
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> float:
+    what, loss = run(sys.executable, *LAUNCHED, cwd=tmp_path_factory.mktemp("one")).splitlines()
+    assert what == "1 ranks, NO, cpu"
+    return loss_in(loss)
 
 
 @pytest.mark.parametrize(
@@ -50,33 +103,28 @@ def test_a_recipe_without_its_script_says_how_to_call_it(tmp_path):
         ("fsdp2.yaml", None),
     ],
 )
-def test_accelerate(tmp_path, config, kind):
-    script = str(ROOT / "examples" / "train_launched.py"), "--epochs", "1"
-    free_port = "--main_process_port", "0"
+def test_accelerate_takes_the_steps_of_one_process(tmp_path, one_process, config, kind):
     use_cpu = {"ACCELERATE_USE_CPU": "true"} if kind else {}
-    launch = *ACCELERATE, "--config_file", str(LAUNCH / "accelerate" / config), *free_port
-    output = run(*launch, *script, cwd=tmp_path, **use_cpu)
-    first, second = output.splitlines()
-    assert first.startswith(f"2 ranks, {kind or ''}")
-    assert second.startswith("epoch 0: test loss ")
+    what, loss = run(*accelerate(config), *LAUNCHED, cwd=tmp_path, **use_cpu).splitlines()
+    assert what.startswith(f"2 ranks, {kind or ''}")
+    assert loss_in(loss) == pytest.approx(one_process, abs=1e-3)
 
 
-def test_accelerate_shards_and_trains_as_without_shards(tmp_path):
-    launch = *ACCELERATE, "--config_file", str(LAUNCH / "accelerate" / "fsdp2.yaml"), "--main_process_port", "0"
-    script = str(ROOT / "examples" / "train_launched.py"), "--epochs", "1"
-    *_, whole = run(*launch, *script, cwd=tmp_path).splitlines()  # no GPUs: DDP
-    shards, kind, loss = run(*launch, str(ROOT / "tests" / "sharded.py"), *script, cwd=tmp_path).splitlines()
+def test_accelerate_shards_and_takes_the_steps_of_one_process(tmp_path, one_process):
+    sharded = *accelerate("fsdp2.yaml"), str(ROOT / "tests" / "sharded.py")
+    shards, what, loss = run(*sharded, *LAUNCHED, cwd=tmp_path).splitlines()
     assert shards == "7229 of 14458 parameters on rank 0"
-    assert kind == "2 ranks, FSDP, cpu"
-    assert loss == whole
+    assert what == "2 ranks, FSDP, cpu"
+    assert loss_in(loss) == pytest.approx(one_process, abs=1e-3)
 
 
 def test_ray_train(tmp_path):
     pytest.importorskip("ray.train.torch", reason="needs syncnorm[launchers]")
     ray = sys.executable, str(LAUNCH / "ray_train.py"), "--storage", str(tmp_path / "ray")
-    output = run(*ray, *FIRST_EPOCH, str(tmp_path / "ray.pt"), cwd=tmp_path)
+    output = run(*ray, *FIRST_EPOCH, "ray.pt", cwd=tmp_path)
     expected = run("bash", str(LAUNCH / "torchrun.sh"), *FIRST_EPOCH, "torchrun.pt", cwd=tmp_path, RANKS="2")
     assert set(epochs(output)) == set(epochs(expected)) != set()  # Ray shows a worker's lines more than once
+    assert (tmp_path / "ray.pt").exists()
 
 
 def test_kubernetes_manifest_is_a_train_job():

@@ -124,7 +124,7 @@ def test_a_cut_cable_ends_both_nodes_with_an_error_that_names_the_layer(nodes):
 
 
 def test_an_elastic_job_loses_a_node_and_takes_the_same_steps(nodes, tmp_path):
-    script = str(ROOT / "tests" / "in_double.py"), *TRAIN, "--epochs", "6", "--timeout", "20", "--checkpoint"
+    script = str(ROOT / "tests" / "in_double.py"), *TRAIN, "--epochs", "6", "--checkpoint"
     for node in nodes:
         node.torchrun(*script, "shared.pt")
     nodes[0].wait_for("epoch 0, 2 ranks")

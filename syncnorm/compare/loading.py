@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from difflib import get_close_matches
 from pkgutil import iter_modules
+from types import ModuleType
 from typing import Any
 
 from syncnorm.errors import InputError
@@ -73,7 +74,9 @@ def _near(name: str, known: list[str]) -> str:
 
 
 def _public(owner: Any) -> list[str]:
-    return [name for name in vars(owner) if not name.startswith("_")] if hasattr(owner, "__dict__") else []
+    """What a user may have meant: modules that it imports are not."""
+    known = vars(owner).items() if hasattr(owner, "__dict__") else ()
+    return [name for name, value in known if not name.startswith("_") and not isinstance(value, ModuleType)]
 
 
 def _a(value: Any) -> str:
