@@ -66,7 +66,7 @@ def run_ranks(
 
     Raises:
         RankError: A rank raised, died, or was still running after ``timeout``. Ranks that wait for it in a
-            collective fail at once, so this takes about a second; the next call finds a pool that works.
+            collective fail at once; the others are given two seconds; the next call finds a pool that works.
         InputError: ``fn`` is a lambda, a local function or does not pickle, ``args`` is no tuple,
             ``world_size`` or ``timeout`` is not positive. Nothing has been started.
 
