@@ -2,9 +2,9 @@
 
 torchrun --nproc-per-node 2 examples/compiled_kernels.py
 
-Forward: one kernel for the local statistics, ``syncnorm::gather_moments``, one that merges and updates by channel, one for
-all that follows. Backward: one for both sums, ``syncnorm::reduce_sums``, one for dx, with the ReLU's part in each. The
-others, the first and the last, are of the convolution and the shortcut.
+Forward: one kernel for the local statistics, ``syncnorm::gather_moments``, one that merges and updates by channel,
+one for all that follows. Backward: one for both sums, ``syncnorm::reduce_sums``, one for dx, with the ReLU's part in
+each. The others, the first and the last, are of the convolution and the shortcut.
 """
 
 import re

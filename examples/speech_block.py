@@ -1,7 +1,7 @@
 """A conformer's convolution block on utterances of many lengths: padding stays out of the batch's statistics.
 
-What it shows: ``layer(x, mask=...)`` under DDP. The first ranks hold the short utterances, the last the long ones, each
-               padded to its own longest, so that the ranks differ in size and in how many frames count.
+What it shows: ``layer(x, mask=...)`` under DDP. The first ranks hold the short utterances, the last the long ones,
+               each padded to its own longest, so that ranks differ in size and in how many frames count.
 How to start:  torchrun --nproc-per-node 2 examples/speech_block.py
 What it prints: the loss, first and last; then how far rank 0's logits are from those of one process that holds all
 utterances: by rounding with the mask, by far without it. Data: synthetic, tones that rise or fall, in noise, as

@@ -1,9 +1,14 @@
 """What a launcher (torchrun, ``accelerate launch``, Slurm's ``srun``) says through the environment."""
 
 import os
+import sys
 import time
+from datetime import timedelta
+from typing import Any
 
 from syncnorm.errors import InputError
+
+_RANK_0_SPEAKS = 2.0  # seconds; a launcher ends all ranks as soon as one has failed, so the others wait for its word
 
 
 def launched_world_size() -> int | None:
@@ -38,4 +43,35 @@ def speaks() -> bool:
 def let_rank_0_speak() -> None:
     """Before a rank that does not print fails: a launcher ends all ranks as soon as one has failed."""
     if not speaks():
-        time.sleep(2)
+        time.sleep(_RANK_0_SPEAKS)
+
+
+def say_once(message: str) -> None:
+    """Prints to stderr what ends this process: by rank 0, or else by a rank that is alone in it.
+
+    torchrun's store, which its ranks have before they have a process group, knows whether a rank has spoken.
+    """
+    store = _torchruns_store()
+    if store is None:
+        if speaks():
+            print(message, file=sys.stderr, flush=True)
+        let_rank_0_speak()
+        return
+    spoken = f"syncnorm/error/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    deadline = time.monotonic() + (0 if speaks() else _RANK_0_SPEAKS)
+    while time.monotonic() < deadline and not store.check([spoken]):
+        time.sleep(0.05)
+    if store.add(spoken, 1) == 1:
+        print(message if speaks() else f"rank {os.environ['RANK']}: {message}", file=sys.stderr, flush=True)
+
+
+def _torchruns_store() -> Any:
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_RANK_0_SPEAKS))
+    except RuntimeError:  # torch.distributed's errors are
+        return None

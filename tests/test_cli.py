@@ -332,3 +332,13 @@ def test_under_torchrun_a_bad_argument_is_one_line_of_ours():
     assert done.stdout == ""
     assert done.stderr.count("no arm is called 'nonsense'") == 1
     assert "syncnorm/cli" not in done.stderr  # the traceback that torchrun prints is its own
+
+
+def test_under_torchrun_a_rank_that_fails_alone_says_why(nets):
+    (nets / "lame.py").write_text(
+        "import os\nfrom nets import build\nif os.environ['RANK'] == '1':\n    raise OSError('no disk here')\n"
+    )
+    done = _torchrun("compare", "--model", "lame:build", "--data", "nets:datasets")
+    assert done.returncode != 0
+    assert done.stderr.count("no disk here") == 1
+    assert "rank 1: syncnorm compare: --model lame:build: importing lame raised OSError: no disk here" in done.stderr

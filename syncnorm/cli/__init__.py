@@ -15,7 +15,7 @@ from syncnorm.cli.diagnose import diagnose
 from syncnorm.cli.env import env
 from syncnorm.cli.selftest import selftest
 from syncnorm.cli.study import study
-from syncnorm.launcher import let_rank_0_speak, speaks
+from syncnorm.launcher import say_once
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -41,33 +41,27 @@ def main() -> int:
     try:
         result = syncnorm.main(prog_name="syncnorm", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
-        _say(error.format_message())
+        say_once(error.format_message())
         return 2
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
-        _say(f"{context.command_path if context else 'syncnorm'}: {_one_line(error.format_message())}")
+        say_once(f"{context.command_path if context else 'syncnorm'}: {_one_line(error.format_message())}")
         return 2
     except SyncNormError as error:
-        _say(f"syncnorm: {error}")
+        say_once(f"syncnorm: {error}")
         return 1
     except OSError as error:
         # Most likely stdout: whoever read it has gone. What is left in its buffer would fail again at exit.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, lives as long as the process
-        _say(f"syncnorm: {error}")
+        say_once(f"syncnorm: {error}")
         return 1
     except (click.Abort, KeyboardInterrupt):
         # The rank that drew the progress bar was ended, and left the cursor hidden.
         Console(stderr=True).show_cursor()
-        _say("syncnorm: interrupted")
+        say_once("syncnorm: interrupted")
         return 130
     # Without standalone mode click returns the exit code of --help and --version, and a command's own result.
     return result if isinstance(result, int) else 0
-
-
-def _say(message: str) -> None:
-    if speaks():
-        print(message, file=sys.stderr)
-    let_rank_0_speak()
 
 
 def _one_line(message: str) -> str:
