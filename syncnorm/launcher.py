@@ -4,7 +4,6 @@ import os
 import sys
 import time
 from datetime import timedelta
-from typing import Any
 
 from syncnorm.errors import InputError
 
@@ -47,31 +46,26 @@ def let_rank_0_speak() -> None:
 
 
 def say_once(message: str) -> None:
-    """Prints to stderr what ends this process: by rank 0, or else by a rank that is alone in it.
+    """Prints to stderr what ends this process: by rank 0, or else by a rank that is alone in it."""
+    try:
+        first = _speaks_first()
+    except RuntimeError:  # torch.distributed's errors are: the store went with the launcher, so nobody knows
+        first = True
+    if first:
+        print(message if speaks() else f"rank {os.environ['RANK']}: {message}", file=sys.stderr, flush=True)
 
-    torchrun's store, which its ranks have before they have a process group, knows whether a rank has spoken.
-    """
-    store = _torchruns_store()
-    if store is None:
-        if speaks():
-            print(message, file=sys.stderr, flush=True)
+
+def _speaks_first() -> bool:
+    """Torchrun's store knows, which its ranks have before they have a process group; without it rank 0 does."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or launched_world_size() is None:
         let_rank_0_speak()
-        return
+        return speaks()
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_RANK_0_SPEAKS))
     spoken = f"syncnorm/error/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     deadline = time.monotonic() + (0 if speaks() else _RANK_0_SPEAKS)
     while time.monotonic() < deadline and not store.check([spoken]):
         time.sleep(0.05)
-    if store.add(spoken, 1) == 1:
-        print(message if speaks() else f"rank {os.environ['RANK']}: {message}", file=sys.stderr, flush=True)
-
-
-def _torchruns_store() -> Any:
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    try:
-        return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_RANK_0_SPEAKS))
-    except RuntimeError:  # torch.distributed's errors are
-        return None
+    return bool(store.add(spoken, 1) == 1)
