@@ -4,10 +4,11 @@ import os
 import sys
 import time
 from datetime import timedelta
+from zlib import crc32
 
 from syncnorm.errors import InputError
 
-_RANK_0_SPEAKS = 2.0  # seconds; a launcher ends all ranks as soon as one has failed, so the others wait for its word
+_RANK_0_SPEAKS = 5.0  # seconds that others wait for its word: a launcher ends all ranks as soon as one has failed
 
 
 def launched_world_size() -> int | None:
@@ -46,26 +47,28 @@ def let_rank_0_speak() -> None:
 
 
 def say_once(message: str) -> None:
-    """Prints to stderr what ends this process: by rank 0, or else by a rank that is alone in it."""
+    """Prints to stderr what ends this process: rank 0 at once, another rank if none has said the same in 5 s."""
+    if speaks():
+        print(message, file=sys.stderr, flush=True)
     try:
-        first = _speaks_first()
+        said = _said(message)
     except RuntimeError:  # torch.distributed's errors are: the store went with the launcher, so nobody knows
-        first = True
-    if first:
-        print(message if speaks() else f"rank {os.environ['RANK']}: {message}", file=sys.stderr, flush=True)
+        said = False
+    if not speaks() and not said:
+        print(f"rank {os.environ['RANK']}: {message}", file=sys.stderr, flush=True)
 
 
-def _speaks_first() -> bool:
-    """Torchrun's store knows, which its ranks have before they have a process group; without it rank 0 does."""
+def _said(message: str) -> bool:
+    """Whether another rank has; torchrun's store knows, which its ranks have before they have a process group."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or launched_world_size() is None:
-        let_rank_0_speak()
-        return speaks()
+        let_rank_0_speak()  # and have all ended, if it does
+        return False
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_RANK_0_SPEAKS))
-    spoken = f"syncnorm/error/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    said = f"syncnorm/error/{crc32(message.encode())}"
     deadline = time.monotonic() + (0 if speaks() else _RANK_0_SPEAKS)
-    while time.monotonic() < deadline and not store.check([spoken]):
+    while time.monotonic() < deadline and not store.check([said]):
         time.sleep(0.05)
-    return bool(store.add(spoken, 1) == 1)
+    return bool(store.add(said, 1) > 1)

@@ -172,12 +172,15 @@ def test_bad_arguments_cost_one_line_and_exit_2(call, nets, arguments, message):
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD)
-def test_bad_arguments_under_a_launcher_are_told_by_rank_0_alone(call, nets, monkeypatch, arguments, message):
+def test_bad_arguments_under_a_launcher_are_told_by_rank_0_first(call, nets, monkeypatch, arguments, message):
     launched(monkeypatch, RANK="1", LOCAL_RANK="1", WORLD_SIZE="2")
     pauses = []
     monkeypatch.setattr("time.sleep", pauses.append)  # so that rank 0 has spoken before the launcher ends it
-    assert call("compare", *arguments) == (2, "", "")
+    code, out, err = call("compare", *arguments)
     assert len(pauses) == 1
+    assert (code, out) == (2, "")
+    assert err.startswith("rank 1: syncnorm compare: ")
+    assert message in err
 
 
 def launched(monkeypatch, **environ):

@@ -465,11 +465,13 @@ def test_bad_arguments_cost_one_line_and_exit_2(call, arguments, message):
     assert err.count("\n") == 1
 
 
-def test_under_a_launcher_rank_0_alone_tells(call, monkeypatch):
+def test_under_a_launcher_rank_0_tells_first(call, monkeypatch):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    assert call("placement", "--seeds", "1") == (2, "", "")
+    code, out, err = call("placement", "--seeds", "1")
+    assert (code, out) == (2, "")
+    assert err.startswith("rank 1: syncnorm study placement: ")
 
 
 def test_a_missing_package_is_named(call, monkeypatch):
