@@ -63,7 +63,7 @@ def _said(message: str) -> bool:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or launched_world_size() is None:
         let_rank_0_speak()  # and have all ended, if it does
         return False
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch exports it untyped
 
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_RANK_0_SPEAKS))

@@ -27,4 +27,4 @@ def make_torchvision_importable() -> None:
         for operator in ("nms", "qnms"):
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _DECLARED.append(library)
-        import torchvision  # noqa: F401
+        import torchvision  # noqa: F401, so that it is there for whoever imports it next
