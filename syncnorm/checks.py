@@ -6,8 +6,49 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncnorm.errors import InputError
+from syncnorm.errors import InputError, known_everywhere
 from syncnorm.moments import Count
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensor(input: object) -> None:
+    """Refuses what is no tensor.
+
+    Raises:
+        InputError: with its class.
+    """
+    if not isinstance(input, Tensor):
+        raise InputError(f"{where()}expected a tensor, got {type(input).__name__}")
+
+
+def check_synced(input: Tensor, *vectors: Tensor | None) -> None:
+    """Refuses what could be exchanged with other ranks, but not be normalized, or not be differentiated, after that.
+
+    Args:
+        input: passed :func:`check_input`.
+        vectors: running statistics, weight and bias, which passed :func:`check_vectors`.
+
+    Raises:
+        InputError: no dense tensor with data, or made in inference mode and needed in a backward.
+    """
+    if input.is_nested or input.layout != torch.strided:
+        kind = "nested tensor" if input.is_nested else f"layout {input.layout}"
+        raise InputError(f"{where()}expected a dense tensor, got a {kind}; convert it first")
+    if input.device.type == "meta":
+        raise InputError(f"{where()}expected an input with data, got one on the meta device")
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return
+    needed = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (input, *vectors))
+    for name, tensor in zip(
+        ("input", "running_mean", "running_var", "weight", "bias"), (input, *vectors), strict=True
+    ):
+        changed = name in ("running_mean", "running_var")
+        if tensor is not None and (changed or needed) and tensor.is_inference():
+            raise InputError(
+                f"{where()}expected {name} to be an ordinary tensor, got one that was made in torch.inference_mode, "
+                f"which autograd cannot use; clone it outside of that"
+            )
 
 
 def check_input(input: Tensor, channels: int | None = None) -> None:
@@ -22,7 +63,7 @@ def check_input(input: Tensor, channels: int | None = None) -> None:
     """
     if input.dim() < 2:
         raise InputError(f"{where()}expected at least 2 dimensions (batch, channels, ...), got {shape(input)}")
-    if not input.is_floating_point():
+    if input.dtype not in _DTYPES:
         raise InputError(f"{where()}expected a floating-point input, got {input.dtype}; convert it first")
     if input.size(1) == 0 or input.size(1) != (channels or input.size(1)):
         raise InputError(
@@ -32,16 +73,23 @@ def check_input(input: Tensor, channels: int | None = None) -> None:
 
 
 def check_vectors(input: Tensor, **vectors: Tensor | None) -> None:
-    """Refuses parameters and buffers that do not have one value a channel of ``input``.
+    """Refuses parameters and buffers that do not have one floating value a channel, where ``input`` is.
 
     Raises:
         InputError: with the name of the first such vector.
     """
     for name, vector in vectors.items():
-        if vector is not None and vector.shape != (input.size(1),):
+        if vector is None:
+            continue
+        if vector.shape != (input.size(1),):
             raise InputError(
                 f"{where()}expected {name} to have one value for each of {input.size(1)} channels "
                 f"(input of {shape(input)}), got {shape(vector)}"
+            )
+        if vector.device != input.device or vector.dtype not in _DTYPES:
+            raise InputError(
+                f"{where()}expected {name} to be floating and on {input.device}, as the input is, "
+                f"got {vector.dtype} on {vector.device}"
             )
     if (vectors["running_mean"] is None) != (vectors["running_var"] is None):
         raise InputError("running_mean and running_var come together: one is None, the other is not")
@@ -81,7 +129,7 @@ def check_count(counts: Sequence[int] | Tensor, local_count: Count) -> None:
     """
     if not isinstance(counts, Tensor):
         if sum(counts) == 1:
-            raise _one_value(local_count)
+            raise known_everywhere(_one_value(local_count))
         return
     # A rank that holds two values knows the answer. Where the total is one no rank holds two, so all of them look.
     if not isinstance(local_count, Tensor) and local_count > 1:
@@ -90,7 +138,7 @@ def check_count(counts: Sequence[int] | Tensor, local_count: Count) -> None:
     try:
         torch._assert_async(counts.sum() != 1, str(refused))
     except RuntimeError as error:
-        raise refused from error
+        raise known_everywhere(refused) from error
 
 
 def _one_value(local_count: Count) -> InputError:

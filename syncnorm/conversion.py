@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from syncnorm import baselines, classes, fusing, groups
+from syncnorm import baselines, classes, collectives, fusing, groups, names
 from syncnorm.errors import InputError
 from syncnorm.modules import BatchNorm, Synced
 from syncnorm.redirect import GroupCallsMixin
@@ -82,13 +82,26 @@ def convert(
         group = groups.subgroup(group_size)
     for module, cls in planned.items():
         _set_synced(module, cls, group)
-    for name, module in model.named_modules():
-        if module in planned:
-            module._sync_name = name or type(module).__name__
+    synced = {
+        name: module for name, module in model.named_modules() if module in planned and isinstance(module, Synced)
+    }
+    for used in {module._sync_group.peek() for module in synced.values()}:
+        collectives.reopen(used)
+    _name_layers(synced)
     if fuse:
         fusing.fuse(model)
     _warn_of(skipped)
     return model
+
+
+def _name_layers(layers: dict[str, Synced]) -> None:
+    layers = {name or type(layer).__name__: layer for name, layer in layers.items()}
+    earlier = {None if layer._sync_name is None else layer._sync_name.model for layer in layers.values()}
+    model = earlier.pop() if len(earlier) == 1 else None
+    if model is None or model.names != layers.keys():  # not the same model, converted once more
+        model = names.Model(frozenset(layers))
+    for name, layer in layers.items():
+        layer._sync_name = names.LayerName(name, model)
 
 
 def revert(model: M) -> M:

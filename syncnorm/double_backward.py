@@ -62,10 +62,8 @@ def double_backward(
     local_v, local_vx, local_vdy = v_.sum(dims), (v_ * xhat).sum(dims), (v_ * dy_).sum(dims)
     # u differs by rank, so what it weighs is summed after the weighing
     local = [local_v, local_vx, local_vdy, u * dy_.sum(dims), u * (dy_ * xhat).sum(dims)]
-    mean_v, mean_vx, mean_vdy, mean_udy, mean_udyx = (
-        total / count
-        for total in collectives.reduce_sums(local, group, layer, number, collectives.Kind.DOUBLE_BACKWARD)()
-    )
+    with collectives.reduce_sums(local, group, layer, number, collectives.Kind.DOUBLE_BACKWARD) as finish:
+        mean_v, mean_vx, mean_vdy, mean_udy, mean_udyx = (total / count for total in finish())
     mean_dy, mean_dyx = sum_dy / count, sum_dy_xmu * s / count
 
     def per_channel(vector: Tensor) -> Tensor:

@@ -1,4 +1,10 @@
-"""The errors that syncnorm raises on its own."""
+"""The errors that syncnorm raises on its own, and which of all errors the other ranks know of."""
+
+from typing import TypeVar
+
+E = TypeVar("E", bound=BaseException)
+
+REFUSED = "its own input was refused"  # why a rank that raises an InputError does not take part
 
 
 class SyncNormError(RuntimeError):
@@ -10,3 +16,14 @@ class InputError(SyncNormError, ValueError):
 
     Also a ``ValueError``, because that is what ``torch.nn``'s batch norms raise for the same mistakes.
     """
+
+
+def known_everywhere(error: E) -> E:
+    """Marks ``error`` as one that the other ranks raise as well, or have been told of."""
+    error.__dict__["_syncnorm_known_everywhere"] = True
+    return error
+
+
+def is_known_everywhere(error: BaseException) -> bool:
+    """Whether nobody has to be told of ``error`` any more."""
+    return "_syncnorm_known_everywhere" in error.__dict__

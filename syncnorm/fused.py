@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from syncnorm import collectives, kernels, moments
+from syncnorm import collectives, kernels, moments, recomputation
 from syncnorm.whole_batch import of_all_ranks
 
 
@@ -76,7 +76,7 @@ class _SyncBatchNormRelu(torch.autograd.Function):
         residual = None if residual is None else kernels.dense(residual, layout)
         y = torch.empty_like(x)
         local = kernels.moments_of(x, eps, y, None)
-        whole, _ = of_all_ranks(*local, eps, group, layer, segments, running)
+        whole, _ = of_all_ranks(*local, eps, group, layer, segments, running, node=ctx)
         if x.numel() > 0:
             _passes(x).normalise(x, whole.mean, whole.invstd, weight, bias, residual, y)
         ctx.save_for_backward(input, weight, bias, whole.mean, whole.invstd, None if residual is None else y)
@@ -86,25 +86,31 @@ class _SyncBatchNormRelu(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, bias, mean, invstd, y = ctx.saved_tensors
-        passes = _passes(input)
-        layout = kernels.memory_format(input)
-        x, dy = kernels.dense(input, layout), kernels.dense(dy, layout)
+        recomputation.backward_begins()
+        with collectives.passing_on(ctx.group, dy.device):
+            return _gradients(ctx, dy)
 
-        d_residual = None
-        if x.numel() > 0:
-            sum_dy, sum_dy_xmu, d_residual = passes.reduce_grad(dy, x, mean, invstd, weight, bias, y)
-        else:
-            sum_dy, sum_dy_xmu = torch.zeros_like(mean), torch.zeros_like(mean)
-            d_residual = None if y is None else dy
-        d_bias = None if bias is None else sum_dy.to(bias.dtype)
-        finish = collectives.reduce_sums([sum_dy, sum_dy_xmu], ctx.group, ctx.layer, ctx.number)
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    input, weight, bias, mean, invstd, y = ctx.saved_tensors
+    passes = _passes(input)
+    layout = kernels.memory_format(input)
+    x, dy = kernels.dense(input, layout), kernels.dense(dy, layout)
+
+    d_residual = None
+    if x.numel() > 0:
+        sum_dy, sum_dy_xmu, d_residual = passes.reduce_grad(dy, x, mean, invstd, weight, bias, y)
+    else:
+        sum_dy, sum_dy_xmu = torch.zeros_like(mean), torch.zeros_like(mean)
+        d_residual = None if y is None else dy
+    d_bias = None if bias is None else sum_dy.to(bias.dtype)
+    with collectives.reduce_sums([sum_dy, sum_dy_xmu], ctx.group, ctx.layer, ctx.number) as finish:
         d_weight = None if weight is None else (sum_dy_xmu * invstd).to(weight.dtype)
         sums = finish()
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = torch.empty_like(x)
-            if x.numel() > 0:
-                dz = dy if y is None else d_residual
-                passes.finish_grad(dz, x, mean, invstd, weight, bias, *sums, ctx.count, y is None, dx)
-        return dx, d_weight, d_bias, d_residual, *(None,) * 5
+    dx = None
+    if ctx.needs_input_grad[0]:
+        dx = torch.empty_like(x)
+        if x.numel() > 0:
+            dz = dy if y is None else d_residual
+            passes.finish_grad(dz, x, mean, invstd, weight, bias, *sums, ctx.count, y is None, dx)
+    return dx, d_weight, d_bias, d_residual, *(None,) * 5

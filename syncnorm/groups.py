@@ -2,6 +2,7 @@
 
 import os
 import socket
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -79,6 +80,30 @@ def resolve(group: Any) -> dist.ProcessGroup | None:
     raise InputError(f"process_group must be a ProcessGroup, a 1-D DeviceMesh or None, got {type(group).__name__}")
 
 
+def check_not_inherited(group: dist.ProcessGroup) -> None:
+    """Refuses a group in a process that was forked from one of its ranks, whose connections' threads it lacks.
+
+    Raises:
+        SyncNormError: with what to do.
+    """
+    if _inherited and group in _inherited:
+        raise SyncNormError(
+            f"rank {dist.get_rank()}: process {os.getpid()} was forked from a rank after "
+            f"torch.distributed.init_process_group, so it is no rank itself and cannot synchronize: fork before, "
+            f"start it by spawn, or put this forward under `with syncnorm.no_sync_stats():`"
+        )
+
+
+def _after_fork() -> None:
+    if dist.is_initialized():
+        _inherited.update(dist.distributed_c10d._world.pg_map)
+
+
+_inherited: "weakref.WeakSet[dist.ProcessGroup]" = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def synced_group(group: Any) -> dist.ProcessGroup | None:
     """The group to synchronise over, or None where there is nobody to synchronise with.
 
@@ -87,7 +112,7 @@ def synced_group(group: Any) -> dist.ProcessGroup | None:
 
     Raises:
         InputError: this rank is not a member of ``group``.
-        SyncNormError: ``group`` was destroyed.
+        SyncNormError: ``group`` was destroyed, or this process was forked from one of its ranks.
     """
     if not dist.is_initialized() or not syncing():
         return None
@@ -102,6 +127,7 @@ def synced_group(group: Any) -> dist.ProcessGroup | None:
             f"rank {dist.get_rank()} is not a member of the process group that this layer synchronises over. "
             f"Give each rank a group that holds it: syncnorm.convert(model, group_size=...) does."
         )
+    check_not_inherited(group)
     return group if group.size() > 1 or _alone else None
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncnorm import checks, collectives, errors, functional, groups
+from syncnorm import checks, collectives, functional, groups, names
 
 
 class Synced:
@@ -18,7 +18,7 @@ class Synced:
 
     # Defaults on the class: an instance whose class was changed in place needs no attributes of its own.
     _sync_group = groups.GroupHandle(None)
-    _sync_name: str | None = None
+    _sync_name: names.LayerName | None = None
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -30,9 +30,9 @@ class Synced:
         self._sync_group = groups.GroupHandle(groups.resolve(group))
 
     def sync_name(self, group: dist.ProcessGroup | None) -> str:
-        """The name by which ranks compare this layer: where ``convert`` found it in the model.
+        """The name by which ranks compare this layer: where ``convert`` found it, and in which of several models.
 
-        A layer that was built synced gets one when it first runs, from the order in which layers did.
+        Layers that were built synced are numbered, see ``syncnorm.names``.
         """
         if torch.compiler.is_compiling():
             from syncnorm import traced
@@ -49,10 +49,11 @@ def _name_in_graph(layer: Synced, group: str) -> str:
 
 def _name(layer: Synced, group: dist.ProcessGroup | None) -> str:
     if layer._sync_name is None:
-        if group is None:
-            return type(layer).__name__
-        layer._sync_name = f"{type(layer).__name__} no. {collectives.peers_of(group).next_unnamed()}"
-    return layer._sync_name
+        own = f"{type(layer).__name__}({layer.num_features})"  # type: ignore[attr-defined]
+        layer._sync_name = names.LayerName(own, names.Model(frozenset((own,))), built=True)
+    if group is None:
+        return layer._sync_name.name
+    return collectives.peers_of(group).models.name(layer._sync_name)
 
 
 class SyncMixin(Synced):
@@ -79,16 +80,27 @@ class SyncMixin(Synced):
         Collective: in training, all ranks of the group must call.
         """
         group = groups.synced_group(self.process_group) if self.training else None
+        try:
+            return self._synced_forward(group, input, mask, residual, relu)  # type: ignore[no-any-return]
+        except BaseException as error:
+            functional.pass_on(error, group, functional.device_of(self.running_mean, self.weight, input))
+            raise
+
+    def _synced_forward(
+        self: Any,
+        group: dist.ProcessGroup | None,
+        input: Tensor,
+        mask: Tensor | None,
+        residual: Tensor | None,
+        relu: bool,
+    ) -> Tensor:
         # what the layer holds, not what it was built with: pruning shortens the one and not the other
         running_mean, running_var = self.running_mean, self.running_var
         channels = self.num_features if running_mean is None else running_mean.numel()
-        try:
-            self._check_input_dim(input)
-            checks.check_input(input, channels)
-            checks.check_mask(input, mask)
-        except (errors.SyncNormError, ValueError) as error:  # ValueErrors are those of nn.BatchNorm's own checks
-            functional.refuse(error, group, input)
-            raise
+        checks.check_tensor(input)
+        self._check_input_dim(input)
+        checks.check_input(input, channels)
+        checks.check_mask(input, mask)
         in_replica = warn_under_data_parallel(self)
         if mask is None and (not self.training or in_replica):
             return functional.add_and_rectify(super().forward(input), residual, relu)  # type: ignore[misc]
@@ -168,6 +180,7 @@ class SyncBatchNorm(SyncMixin, BatchNorm):
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, bias=bias
         )
         self.process_group = process_group
+        _name(self, None)  # now, for the order in which layers are built is the same on all ranks
 
 
 class SyncBatchNorm1d(SyncBatchNorm, nn.BatchNorm1d):

@@ -72,7 +72,9 @@ def merge(moments_WP: Tensor, counts: Sequence[int] | Tensor, eps: float) -> tup
     return mean, var_eps.clamp_(min=eps), count
 
 
-def update_running_(running: Running, mean: Tensor, var: Tensor, count: Count) -> None:
+def update_running_(
+    running: Running, mean: Tensor, var: Tensor, count: Count, moves: bool = True, counts: bool = True
+) -> None:
     """Moves the running statistics towards the batch's, in place; an empty batch moves nothing.
 
     The running variance is unbiased over the whole batch: ``var * N / (N - 1)``.
@@ -83,12 +85,16 @@ def update_running_(running: Running, mean: Tensor, var: Tensor, count: Count) -
         mean: (C), of the whole batch.
         var: (C), biased.
         count: values a channel in the whole batch; a tensor () where only the device knows.
+        moves: False where mean and variance have this batch already.
+        counts: False where ``num_batches_tracked`` has.
     """
     if isinstance(count, int) and count == 0:
         return
     num_batches_tracked = running.num_batches_tracked
-    if num_batches_tracked is not None:
+    if counts and num_batches_tracked is not None:
         num_batches_tracked.add_(count > 0 if isinstance(count, Tensor) else 1)
+    if not moves:
+        return
     factor: float | Tensor
     if running.momentum is None:
         assert num_batches_tracked is not None

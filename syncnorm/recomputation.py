@@ -8,7 +8,7 @@ saved-tensor hooks, or by the ``autograd.Function`` in whose forward it is; a se
 
 import sys
 import weakref
-from collections import defaultdict
+from collections import defaultdict, deque
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncnorm.errors import SyncNormError
+from syncnorm.groups import syncing
 from syncnorm.moments import Count
 
 # How far a recomputed input may be from the first, in standard deviations: rounding, or the inverse of a
@@ -25,20 +26,49 @@ from syncnorm.moments import Count
 _SAME = 1e-2
 
 
+# Records that a hook may hold on to; a checkpointed segment makes a hook of its own, and runs fewer layers.
+_MOST = 1024
+
+
 @dataclass(eq=False)
 class Gathered:
-    """The statistics that one forward used, and which forward it was."""
+    """The statistics that one forward used, which forward it was, and what it did with them."""
 
     mean: Tensor
     invstd: Tensor
     count: Count
     group: dist.ProcessGroup | None
     number: int  # of the forward over its group
+    var: Tensor | None = None  # biased
+    moved: bool = True  # the running statistics; also where they were not to move
+    counted: bool = True  # the batch
     local: Tensor | None = None  # mean and invstd of this rank's input (2, C)
     local_count: int = 0
+    backwards: int = 0  # that had begun before
+
+    def note(self, moves: bool, counts: bool) -> None:
+        """Remembers what this forward, the first run, does: whether it moves running statistics, and counts."""
+        meant_to_stay = not syncing()
+        self.moved, self.counted = moves or meant_to_stay, counts or meant_to_stay
+
+    def left_to(self, moves: bool, counts: bool) -> tuple[bool, bool]:
+        """What of that falls to a second run, which would do this and that: all that no run before it has done.
+
+        Wrappers switch tracking off, or the momentum to zero, in one of the two runs; in which is not ours to say.
+        """
+        moves, counts = moves and not self.moved, counts and not self.counted
+        self.moved, self.counted = self.moved or moves, self.counted or counts
+        return moves, counts
 
 
 _kept: "defaultdict[str, list[weakref.ref[Gathered]]]" = defaultdict(list)
+_backwards = 0  # that have begun
+
+
+def backward_begins() -> None:
+    """To be called by a layer's backward."""
+    global _backwards
+    _backwards += 1
 
 
 def in_backward() -> bool:
@@ -57,14 +87,28 @@ def owners() -> list[Any]:
     return [hooks[1]] if hooks and isinstance(hooks[1], FunctionType) else []
 
 
-def keep(layer: str, gathered: Gathered, local: Tensor, local_count: int, owners: list[Any]) -> None:
-    """Remembers ``gathered``, and for which input, for as long as one of ``owners`` lives."""
-    gathered.local, gathered.local_count = local, local_count
+def keep(layer: str, gathered: Gathered, local: Tensor, local_count: int, owners: list[Any], node: Any) -> None:
+    """Remembers ``gathered``, and for which input, for as long as one of ``owners``, or ``node`` of the graph, lives.
+
+    Hooks that do not recompute may live on, as those that offload activations do: where one comes again after a
+    backward, what it held before goes, and remains with the nodes of graphs that are still there.
+    """
+    gathered.local, gathered.local_count, gathered.backwards = local, local_count, _backwards
     for owner in owners:
-        owner.__dict__.setdefault("_syncnorm_gathered", []).append(gathered)
+        held = owner.__dict__.setdefault("_syncnorm_gathered", deque(maxlen=_MOST))
+        while held and isinstance(owner, FunctionType) and held[0].backwards < _backwards:
+            held.popleft()
+        held.append(gathered)
+    if owners and node is not None:
+        node.metadata["syncnorm"] = gathered
     if owners:
         kept = _kept[layer]
         kept.append(weakref.ref(gathered, kept.remove))
+
+
+def known(layer: str) -> bool:
+    """Whether a first run of ``layer`` is remembered at all."""
+    return bool(_kept[layer])
 
 
 def recall(layer: str, local: Tensor, local_count: int) -> Gathered | None:

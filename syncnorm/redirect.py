@@ -72,24 +72,26 @@ class SyncCallsMixin(Synced):
         """
         if warn_under_data_parallel(self) or not self.training:
             return super().forward(input, *args, **kwargs)  # type: ignore[misc]
-        group = self.process_group
-        name = self.sync_name(groups.synced_group(group))
+        group = groups.synced_group(self.process_group)
+        name = self.sync_name(group)
 
         calls = []
 
         def norm(*args: Any, **kwargs: Any) -> Tensor:
             calls.append(name)
-            return functional.sync_batch_norm(*args, **kwargs, process_group=group, layer=name)
+            return functional.sync_batch_norm(*args, **kwargs, process_group=self.process_group, layer=name)
 
         tracked = None if self.num_batches_tracked is None else self.num_batches_tracked.clone()
+        version = None if self.running_mean is None else self.running_mean._version
         try:
             with RedirectBatchNorm(self, norm):
                 output = super().forward(input, *args, **kwargs)  # type: ignore[misc]
-        except Exception:
+        except BaseException as error:
             if tracked is not None:  # counted before the input was judged
                 self.num_batches_tracked.copy_(tracked)
+            functional.pass_on(error, group, functional.device_of(self.running_mean, self.weight, input))
             raise
-        if tracked is not None and (recomputation.in_backward() or not groups.syncing()):
+        if tracked is not None and not self._counts(version):
             self.num_batches_tracked.copy_(tracked)  # as the running statistics, it stays
         if not calls:
             warnings.warn(
@@ -98,6 +100,12 @@ class SyncCallsMixin(Synced):
                 stacklevel=2,
             )
         return output
+
+    def _counts(self: Any, version: int | None) -> bool:
+        """Whether this forward's batch counts: not a second time where it is computed again."""
+        if recomputation.in_backward():
+            return version is not None and version != self.running_mean._version  # the first run had nothing to move
+        return groups.syncing()
 
 
 class GroupCallsMixin:

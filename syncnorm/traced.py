@@ -51,17 +51,24 @@ def while_tracing(function: Callable[..., str], *args: Any) -> str:
     return function(*args)
 
 
-def refuse(reason: str, group: str, device: str) -> str:
+def refuse(what: str, text: str, group: str, device: str) -> str:
     """``collectives.refuse``; a tracer finds what is wrong with an input while it traces."""
     known = named(group)
     if known is not None:
-        collectives.refuse(reason, known, torch.device(device), tracing=True)
-    return reason
+        collectives.refuse(what, text, known, torch.device(device), tracing=True)
+    return text
 
 
 @torch.library.custom_op("syncnorm::gather_moments", mutates_args=())
 def gather_moments(
-    mean: Tensor, invstd: Tensor, count: int, valid: Tensor | None, eps: float, group: str, layer: str
+    mean: Tensor,
+    invstd: Tensor,
+    count: int,
+    valid: Tensor | None,
+    eps: float,
+    group: str,
+    layer: str,
+    tracks: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``whole_batch.of_all_ranks``.
 
@@ -73,6 +80,7 @@ def gather_moments(
         eps: inside ``invstd``.
         group: its name.
         layer: its name.
+        tracks: whether the graph moves running statistics, and counts.
 
     Returns:
         ``(mean (C), invstd (C), biased variance (C), count (), new (), number ())`` of all ranks. ``new`` is the
@@ -83,18 +91,26 @@ def gather_moments(
         SyncNormError: as the collective.
     """
     local_count = count if valid is None else valid
-    whole, var = of_all_ranks(mean, invstd, local_count, eps, named(group), layer, recomputation.owners())
+    owners = recomputation.owners()
+    whole, moves = of_all_ranks(mean, invstd, local_count, eps, named(group), layer, owners, tracks=tracks)
     total = torch.as_tensor(whole.count, dtype=torch.float64, device=mean.device)
-    new = total.clone()
-    if var is None:  # a checkpointed forward, computed again
+    var, new = whole.var, total.clone()
+    if not moves or var is None:  # where nothing is tracked, or a checkpointed forward computed again
         var, new = torch.zeros_like(whole.mean), torch.zeros_like(total)
     # Clones, for an operator's results belong to nobody else.
-    return whole.mean.clone(), whole.invstd.clone(), var, total.clone(), new, torch.tensor(whole.number)
+    return whole.mean.clone(), whole.invstd.clone(), var.clone(), total.clone(), new, torch.tensor(whole.number)
 
 
 @gather_moments.register_fake
 def _(
-    mean: Tensor, invstd: Tensor, count: int, valid: Tensor | None, eps: float, group: str, layer: str
+    mean: Tensor,
+    invstd: Tensor,
+    count: int,
+    valid: Tensor | None,
+    eps: float,
+    group: str,
+    layer: str,
+    tracks: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     number = torch.empty((), dtype=torch.int64, device="cpu")
     total, new = (mean.new_empty((), dtype=torch.float64) for _ in range(2))
@@ -104,7 +120,8 @@ def _(
 @torch.library.custom_op("syncnorm::reduce_sums", mutates_args=())
 def reduce_sums(sum_dy: Tensor, sum_dy_xmu: Tensor, number: Tensor, group: str, layer: str) -> tuple[Tensor, Tensor]:
     """``collectives.reduce_sums`` of a backward; ``number`` is what :func:`gather_moments` returned."""
-    first, second = collectives.reduce_sums([sum_dy, sum_dy_xmu], named(group), layer, int(number))()
+    with collectives.reduce_sums([sum_dy, sum_dy_xmu], named(group), layer, int(number)) as finish:
+        first, second = finish()
     return first.clone(), second.clone()  # an operator's results share no memory
 
 
@@ -131,6 +148,7 @@ class SyncBatchNorm(torch.autograd.Function):
         group: str,
         padding: Tensor | None,
         layer: str,
+        tracks: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Output, and ``(mean (C), biased variance (C), count ())`` that the running statistics have not had."""
         count, valid = input.numel() // input.size(1), None
@@ -142,7 +160,7 @@ class SyncBatchNorm(torch.autograd.Function):
             local_mean = input.new_zeros(input.size(1), dtype=moments.statistics_dtype(input.dtype))
             local_invstd = torch.ones_like(local_mean)
         mean, invstd, var, total, new, number = gather_moments(
-            local_mean, local_invstd, count, valid, eps, group, layer
+            local_mean, local_invstd, count, valid, eps, group, layer, tracks
         )
         scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
         y = (input - per_channel(mean, input)) * per_channel(scale, input)
@@ -168,4 +186,4 @@ class SyncBatchNorm(torch.autograd.Function):
         slope = scale * invstd.square() * (sum_dy_xmu / count).to(invstd.dtype)
         dx = per_channel(scale, dy) * dy - per_channel(slope, dy) * (input - per_channel(mean, input))
         dx = dx - per_channel(scale * (sum_dy / count).to(invstd.dtype), dy)
-        return dx.to(input.dtype), d_weight, d_bias, None, None, None, None
+        return dx.to(input.dtype), d_weight, d_bias, *(None,) * 5

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from syncnorm import collectives, kernels, moments, recomputation
 from syncnorm.checks import check_count
-from syncnorm.errors import SyncNormError
 
 
 def of_all_ranks(
@@ -20,30 +19,52 @@ def of_all_ranks(
     layer: str,
     segments: list[Any],
     running: moments.Running | None = None,
-) -> tuple[recomputation.Gathered, Tensor | None]:
-    """The statistics of the whole batch, with which ``running`` is moved, and its variance.
+    *,
+    node: Any = None,
+    tracks: bool = False,
+) -> tuple[recomputation.Gathered, bool]:
+    """The statistics of the whole batch; moves ``running`` towards them.
 
-    That is None, and ``running`` stays, where a checkpointed forward is computed again: it has had them.
+    Where a checkpointed forward is computed again, they are those of its first run, and what that moved stays.
+
+    Args:
+        local_mean: (C), of this rank.
+        local_invstd: (C), of this rank.
+        local_count: values a channel on this rank.
+        eps: inside ``local_invstd``.
+        group: all of its ranks must call; None is this process alone.
+        layer: its name.
+        segments: ``recomputation.owners()``.
+        running: to be moved, or None.
+        node: of the autograd graph, that this is for.
+        tracks: instead, that the caller moves statistics.
+
+    Returns:
+        The statistics, and whether running ones had to move.
 
     Raises:
         InputError: one value a channel over all ranks; ``running`` is as it was.
         SyncNormError: as the gather.
     """
+    moves = tracks or (running is not None and running.momentum != 0)
+    counts = tracks or (running is not None and running.num_batches_tracked is not None)
     again = recomputation.in_backward()
-    if again and group is not None:
-        try:
-            first_run = recomputation.recall(layer, torch.stack([local_mean, local_invstd]), int(local_count))
-        except SyncNormError as error:
-            collectives.refuse(str(error), group, local_mean.device)
-            raise
-        if first_run is not None:
-            return first_run, None
+    local = torch.stack([local_mean, local_invstd]) if segments or again else local_mean
+    if again:
+        first = recomputation.recall(layer, local, int(local_count))
+        if first is not None:
+            moves, counts = first.left_to(moves, counts)
+            if running is not None and first.var is not None:
+                moments.update_running_(running, first.mean, first.var, first.count, moves, counts)
+            return first, moves
+        if group is None and recomputation.known(layer):  # too far off to be recognized, so it has had them
+            running = None
     gathered = collectives.gather_moments(local_mean, local_invstd, local_count, eps, group, layer)
     check_count(gathered.counts, local_count)
-    known = again and group is None
     merge = kernels.for_device(local_mean.device).merge
-    mean, invstd, var, count = merge(gathered.moments, gathered.counts, eps, None if known else running)
-    whole = recomputation.Gathered(mean, invstd, count, group, gathered.number)
+    mean, invstd, var, count = merge(gathered.moments, gathered.counts, eps, running)
+    whole = recomputation.Gathered(mean, invstd, count, group, gathered.number, var)
     if segments:
-        recomputation.keep(layer, whole, torch.stack([local_mean, local_invstd]), int(local_count), segments)
-    return whole, None if known else var
+        whole.note(moves, counts)
+        recomputation.keep(layer, whole, local, int(local_count), segments, node)
+    return whole, moves

@@ -5,8 +5,8 @@ are for; elsewhere they are ``direct``: an all_gather and an all_reduce of the g
 """
 
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,7 +18,9 @@ from syncnorm.collectives import direct
 from syncnorm.collectives.call import Call, Kind
 from syncnorm.collectives.direct import set_debug
 from syncnorm.collectives.exchange import Exchange
-from syncnorm.errors import SyncNormError
+from syncnorm.errors import REFUSED, InputError, SyncNormError, is_known_everywhere, known_everywhere
+from syncnorm.groups import check_not_inherited
+from syncnorm.names import Numbers
 
 __all__ = [
     "Call",
@@ -26,9 +28,12 @@ __all__ = [
     "Kind",
     "exchange_of",
     "gather_moments",
+    "pass_on",
+    "passing_on",
     "peers_of",
     "reduce_sums",
     "refuse",
+    "reopen",
     "set_debug",
 ]
 
@@ -40,7 +45,8 @@ class Peers:
     calls: int = 0  # forwards of all layers
     compared: set[tuple[Kind, str]] = field(default_factory=set)
     exchange: Exchange | None = None
-    unnamed: int = 0  # layers that asked for a name
+    closed: list[Exchange] = field(default_factory=list)  # before it; kept, for gloo may still write to them
+    models: Numbers = field(default_factory=Numbers)
     staged: bool = False  # tensors of GPUs travel as frames too: a rank that has joined cannot answer otherwise
 
     def is_first(self, call: Call) -> bool:
@@ -48,11 +54,6 @@ class Peers:
         known = (call.kind, call.layer) in self.compared
         self.compared.add((call.kind, call.layer))
         return not known
-
-    def next_unnamed(self) -> int:
-        """1, 2, ... on all ranks of the group alike, if they ask in the same order."""
-        self.unnamed += 1
-        return self.unnamed
 
 
 class Gathered(NamedTuple):
@@ -73,29 +74,33 @@ def peers_of(group: dist.ProcessGroup) -> Peers:
     return _peers[group]
 
 
-def exchange_of(group: dist.ProcessGroup, device: torch.device, call: Call) -> Exchange | None:
+def exchange_of(group: dist.ProcessGroup, device: torch.device) -> Exchange | None:
     """The exchange for tensors on ``device``; None where they travel by the group's own collectives.
 
-    Collective: at the first call for a group, all of its ranks, to connect.
-
     Raises:
-        SyncNormError: they did not all come, in the group's timeout.
+        SyncNormError: this process was forked from a rank.
     """
+    check_not_inherited(group)
     peers = peers_of(group)
     if peers.exchange is not None and (device.type == "cpu" or peers.staged):
         return peers.exchange
     on_gloo = device.type == "cpu" and "cpu:gloo" in dist.get_backend_config(group)
-    if not (on_gloo or peers.staged):
-        return None
-    try:
-        peers.exchange = Exchange(group)
-    except RuntimeError as error:  # torch.distributed's own errors are RuntimeErrors
-        raise SyncNormError(
-            f"rank {dist.get_rank()}: {call} could not connect to ranks {dist.get_process_group_ranks(group)}: "
-            f"not all of them came to their first synced layer. Another rank died, raised an error of its own "
-            f"(look for the first one), or does not run this layer. The backend said: {error}"
-        ) from error
-    return peers.exchange
+    if on_gloo or peers.staged:
+        peers.exchange = Exchange(group, attempt=len(peers.closed))
+        return peers.exchange
+    return None
+
+
+def reopen(group: dist.ProcessGroup | None) -> None:
+    """Lets the ranks of ``group`` connect again if their exchange was closed: by an interrupt, or a rank that failed.
+
+    Collective: none, but the next call connects only if all ranks have come here.
+    """
+    group = dist.group.WORLD if group is None and dist.is_initialized() else group
+    peers = None if group is None else _peers.get(group)
+    if peers is not None and peers.exchange is not None and peers.exchange.closed:
+        peers.closed.append(peers.exchange)
+        peers.exchange = None
 
 
 def gather_moments(
@@ -123,8 +128,8 @@ def gather_moments(
         return Gathered(torch.cat([mean, invstd]).unsqueeze(0), counts, 0)
     peers = peers_of(group)
     number = 1 + (peers.calls if peers.exchange is None else peers.exchange.calls)
-    call = Call(Kind.FORWARD, layer, number, channels, mean.dtype, eps)
-    exchange = exchange_of(group, mean.device, call)
+    call = Call(Kind.FORWARD, layer, number, channels, mean.dtype, eps, peers.models.built(layer))
+    exchange = exchange_of(group, mean.device)
     if exchange is None:
         peers.calls += 1
         # full() and not tensor(): a fill is a kernel, a copy of host memory would synchronise a GPU.
@@ -138,10 +143,11 @@ def gather_moments(
     return Gathered(received.to(mean.device), [h.values for h in headers], call.number)
 
 
+@contextmanager
 def reduce_sums(
     sums: Sequence[Tensor], group: dist.ProcessGroup | None, layer: str, number: int, kind: Kind = Kind.BACKWARD
-) -> Callable[[], Sequence[Tensor]]:
-    """Starts to add up each of ``sums`` over all ranks, in one collective of them packed.
+) -> Iterator[Callable[[], Sequence[Tensor]]]:
+    """Adds up each of ``sums`` over all ranks, in one collective of them packed, while the block runs.
 
     In the backward these are ``[sum_dy (C), sum_dy_xmu (C)]``. Over gloo every rank gets the others' sums and adds
     them up itself: for a few KiB that takes less time than gloo's all_reduce.
@@ -153,33 +159,57 @@ def reduce_sums(
         number: what that one returned.
         kind: what they are the sums of.
 
-    Returns:
+    Yields:
         What waits for the sums and returns them. No other collective of the group may begin before that.
 
     Raises:
         SyncNormError: now or at the end: the ranks came for different things, or the collective failed.
     """
     if group is None:
-        return lambda: sums
+        yield lambda: sums
+        return
     like = sums[0]
-    call = Call(kind, layer, number, like.numel(), like.dtype)
-    exchange = exchange_of(group, like.device, call)
+    call = Call(kind, layer, number, like.numel(), like.dtype, built=peers_of(group).models.built(layer))
+    exchange = exchange_of(group, like.device)
     if exchange is None:
-        return direct.reduce(sums, group, call, peers_of(group).is_first(call))
-    receive = exchange.start(call, sums)
-    return lambda: receive().payloads.sum(0).to(like.device).chunk(len(sums))
+        yield direct.reduce(sums, group, call, peers_of(group).is_first(call))
+        return
+    under_way = exchange.start(call, sums)
+    try:
+        yield lambda: under_way().payloads.sum(0).to(like.device).chunk(len(sums))
+    except BaseException as error:
+        under_way.abandon(error)
+        raise
 
 
 _told: set[str] = set()  # while tracing; torch.compile may run the same in eager mode afterwards
 
 
-def refuse(reason: str, group: dist.ProcessGroup, device: torch.device, tracing: bool = False) -> None:
-    """Lets the other ranks raise ``reason`` where they wait for this one; nothing where frames do not travel."""
+def refuse(what: str, text: str, group: dist.ProcessGroup, device: torch.device, tracing: bool = False) -> None:
+    """Lets the other ranks raise ``what: text`` where they wait for this one; nothing where no frames travel."""
     if tracing:
-        _told.add(reason)
-    elif reason in _told:
-        return _told.remove(reason)
+        _told.add(text)
+    elif text in _told:
+        return _told.remove(text)
     with suppress(SyncNormError):  # what was wrong here says more than that the others are gone
-        exchange = exchange_of(group, device, Call(Kind.REFUSED))
+        exchange = exchange_of(group, device)
         if exchange is not None:
-            exchange.refuse(reason)
+            exchange.refuse(f"{what}: {text}")
+
+
+def pass_on(error: BaseException, group: dist.ProcessGroup | None, device: torch.device) -> None:
+    """Lets the other ranks raise where they wait for this one, which is about to raise ``error``; once an error."""
+    if group is not None and not is_known_everywhere(error):
+        known_everywhere(error)
+        what = REFUSED if isinstance(error, InputError) else f"it raised {type(error).__name__}"
+        refuse(what, str(error), group, device)
+
+
+@contextmanager
+def passing_on(group: dist.ProcessGroup | None, device: torch.device) -> Iterator[None]:
+    """:func:`pass_on` of whatever ends the block."""
+    try:
+        yield
+    except BaseException as error:
+        pass_on(error, group, device)
+        raise

@@ -31,6 +31,7 @@ class Call(NamedTuple):
     channels: int = 0
     dtype: torch.dtype = torch.float32
     eps: float = 0.0
+    built: int = 0  # for a layer that was built synced: 1 for the first of its class and width, as far as known
 
     def __str__(self) -> str:
         if self.kind == Kind.JOINED:
@@ -38,16 +39,18 @@ class Call(NamedTuple):
         what = self.kind.name.lower().replace("_", " ")
         dtype = str(self.dtype).removeprefix("torch.")
         width = f"{self.channels} channels, {dtype} statistics, eps {self.eps:g}"
+        if self.built and not self.layer.endswith(f" {self.built}"):
+            width += f", no. {self.built} in the order in which they were built"
         return f"{what} of {self.layer} (call {self.number} of the group; {width})"
 
     def key(self) -> int:
         """63 bits that are the same on two ranks if they do the same, but for the number, and by chance otherwise."""
-        return _key(self.kind, self.layer, self.channels, self.dtype, self.eps)
+        return _key(self.kind, self.layer, self.channels, self.dtype, self.eps, self.built)
 
 
 @lru_cache(maxsize=4096)
-def _key(kind: Kind, layer: str, channels: int, dtype: torch.dtype, eps: float) -> int:
-    text = f"{kind}/{layer}/{channels}/{dtype}/{eps!r}"
+def _key(kind: Kind, layer: str, channels: int, dtype: torch.dtype, eps: float, built: int) -> int:
+    text = f"{kind}/{layer}/{channels}/{dtype}/{eps!r}/{built}"
     return int(struct.unpack("<Q", hashlib.blake2b(text.encode(), digest_size=8).digest())[0]) >> 1
 
 

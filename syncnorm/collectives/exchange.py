@@ -2,13 +2,20 @@
 
 Of its own, so that DDP's collectives and the layer's never meet: ranks that fall out of step then disagree here, in
 frames that say so, and not with a gradient bucket of another size.
+
+An exchange that one rank leaves half-way, by an interrupt or an error, is not taken up again: the others' next frames
+might be of another size, for which gloo aborts. It is closed, on all ranks, until all of them convert again.
 """
 
+import atexit
+import ctypes
 import functools
 import os
+import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -17,18 +24,28 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncnorm.collectives.call import Call, Kind, explain_disagreement
-from syncnorm.collectives.frames import Frames, Header, agreed, capacity_for
+from syncnorm.collectives.frames import FIRST, Frames, Header, agreed, capacity_for, protocol
 from syncnorm.collectives.notices import Notices
 from syncnorm.collectives.observers import observers
-from syncnorm.errors import SyncNormError
+from syncnorm.collectives.waiting import Waiting
+from syncnorm.errors import SyncNormError, known_everywhere
 
 _PATIENCE = timedelta(seconds=0.3)  # how long a rank waits before it looks whether another has failed
 # Seconds that a waiting rank stays awake. A thread that sleeps is woken late, on a core that has gone cold; one that
 # yields leaves the core to gloo's own threads, and to whoever else has work.
 _SPIN = 0.005
 _yield = getattr(os, "sched_yield", functools.partial(time.sleep, 0))
-_FIRST = 1024  # bytes of a frame of which nothing is known yet
-_ROLL_CALL = 0.6  # seconds that a failed rank waits for the others to say where they were
+_CONNECT = 60.0  # seconds for connecting, once all ranks are there
+
+
+_closed_exchanges: "weakref.WeakSet[Exchange]" = weakref.WeakSet()
+
+
+@atexit.register
+def _leave_connections_to_the_system() -> None:
+    """Keeps gloo from being taken down at exit where its work was not done: it would wait for the other ranks."""
+    for exchange in _closed_exchanges:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(exchange._group))
 
 
 class Received(NamedTuple):
@@ -38,13 +55,43 @@ class Received(NamedTuple):
     payloads: Tensor  # (W, numbers), zero where a rank has joined; a view that the next exchange overwrites
 
 
+class UnderWay(NamedTuple):
+    """An exchange that has begun. Called, it waits for the other ranks; else it has to be abandoned."""
+
+    exchange: "Exchange"
+    call: Call
+    vectors: Sequence[Tensor]
+    own: Header
+    frames: Frames
+    work: dist.Work
+
+    def __call__(self) -> Received:
+        """What all ranks brought. Raises as the exchange does."""
+        with self.exchange._guarded(self.call):
+            return self.exchange._receive(self)
+
+    def abandon(self, error: BaseException) -> None:
+        """Closes the exchange because of ``error``, unless it is over."""
+        if self.exchange._under_way is self.call:
+            self.exchange._under_way = None
+            self.exchange._close(f"left {self.call} half-way", error)
+
+
+class _Failed(RuntimeError):
+    """The other ranks' frames did not come."""
+
+
 class Exchange:
-    """All-to-all exchange of frames between the ranks of one group.
+    """All-to-all exchange of frames between the ranks of one group, by one thread of each rank.
 
     Collective: all ranks of the group must make the first exchange, which connects them, and all later ones.
+
+    Args:
+        group: of two ranks or more.
+        attempt: how many exchanges of this group were closed before this one.
     """
 
-    def __init__(self, group: dist.ProcessGroup):
+    def __init__(self, group: dist.ProcessGroup, attempt: int = 0):
         self.ranks = dist.get_process_group_ranks(group)
         self.rank = dist.get_rank()
         self.calls = 0  # the same on all ranks
@@ -55,10 +102,20 @@ class Exchange:
         self._frames: dict[int, Frames] = {}
         store = dist.distributed_c10d._get_default_store()
         # The name of a group is the same on all of its ranks.
-        store = dist.distributed_c10d.PrefixStore(f"syncnorm/{group.group_name}", store)
-        self._notices = Notices(store)
-        self._group = _connect(store, group)
+        self._store = dist.distributed_c10d.PrefixStore(f"syncnorm/{group.group_name}/{attempt}", store)
+        self._notices = Notices(self._store, self.rank, self.ranks)
+        self._waiting = Waiting(self._notices, self.rank, self.ranks)
+        self._shared_by = weakref.ref(group)
+        self._group: dist.ProcessGroup | None = None  # of connections, once there are
+        self._entering = threading.Lock()
+        self._under_way: Call | None = None
+        self._closed = ""  # because of what
         self._pending: list[object] = []
+
+    @property
+    def closed(self) -> bool:
+        """Whether this rank, or as far as can be known another one, has left an exchange half-way."""
+        return bool(self._closed) or self._notices.any_failure()
 
     def __call__(self, call: Call, vectors: Sequence[Tensor] = (), values: int = 0) -> Received:
         """Gives this rank's ``vectors`` to the others, and theirs to this one.
@@ -69,23 +126,95 @@ class Exchange:
             values: a channel; goes into the header.
 
         Raises:
-            SyncNormError: the ranks came for different calls, or one refused its input, on all ranks alike; or
-                the exchange failed.
+            SyncNormError: the ranks came for different calls, or one refused its input, on all ranks alike; or the
+                exchange failed, or is closed.
         """
         return self.start(call, vectors, values)()
 
-    def start(self, call: Call, vectors: Sequence[Tensor], values: int = 0) -> Callable[[], Received]:
-        """The exchange under way; what is returned waits for it. No other may start before that has been called."""
-        self.calls += 1
-        frames = self._of(self._follows.get(self._last, _FIRST))
-        own = frames.write(call, vectors, values)
-        return functools.partial(self._finish, call, vectors, own, frames, self._send(frames, call))
+    def start(self, call: Call, vectors: Sequence[Tensor], values: int = 0) -> UnderWay:
+        """Begins an exchange. No other may begin before it is over."""
+        self._enter(call)
+        with self._guarded(call, leaves=False):
+            self._connected(call)
+            frames = self._of(self._follows.get(self._last, FIRST))
+            self.calls += 1
+            own = frames.write(call, vectors, values)
+            return UnderWay(self, call, vectors, own, frames, self._send(frames))
 
-    def _finish(
-        self, call: Call, vectors: Sequence[Tensor], own: Header, frames: Frames, work: dist.Work
-    ) -> Received:
+    def refuse(self, reason: str) -> None:
+        """Tells the ranks that come, or will come, to the next exchange that this one will not, and why."""
+        call = Call(Kind.REFUSED)
+        self._enter(call)
+        with self._guarded(call):
+            self._connected(call)
+            self.calls += 1
+            # Frames of its own: the next exchange may come before the others have these.
+            frames = Frames(len(self.ranks), self._follows.get(self._last, FIRST))
+            frames.write(call, [_text(reason, frames.room)], 0)
+            work = self._send(frames)
+            # Not waited for beyond that: the others may be slow to come. The tensors must live until they do.
+            self._pending = [work, frames]
+            with suppress(RuntimeError):
+                _done(work)
+
+    def _enter(self, call: Call) -> None:
+        """Makes ``call`` the one that is under way.
+
+        Raises:
+            SyncNormError: it cannot be.
+        """
+        with self._entering:
+            other, self._under_way = self._under_way, self._under_way or call
+        if other is not None:
+            self._close(f"began {call} before {other} was over")
+            raise self._known(
+                f"{call} began before {other} was over. Only one thread may run the layers of a process group at a "
+                f"time, because its exchanges have one order. Give each thread's model a group of its own"
+            )
+        if self._closed:
+            self._under_way = None
+            raise self._known(
+                f"{call} cannot be synchronized over ranks {self.ranks} any more: {self._closed}. To go on, call "
+                f"syncnorm.convert(model) again on all ranks, or start anew from a checkpoint"
+            )
+
+    @contextmanager
+    def _guarded(self, call: Call, leaves: bool = True) -> Iterator[None]:
+        """Closes the exchange if the block ends by an error that the other ranks do not have as well."""
+        try:
+            yield
+        except BaseException as error:
+            self._under_way = None
+            if isinstance(error, _Failed):
+                message = self._waiting.why(call, error)
+                self._over(f"{call} failed")
+                raise known_everywhere(SyncNormError(message)) from error.__cause__
+            if not isinstance(known_everywhere(error), SyncNormError):
+                self._close(f"left {call} half-way", error)
+            raise
+        if leaves:
+            self._under_way = None
+
+    def _close(self, reason: str, error: BaseException | None = None) -> None:
+        """Ends all exchanges of the group, here and, as soon as they look, on the other ranks."""
+        if error is not None:
+            known_everywhere(error)
+            # By its class alone: who looks for the words of a full memory in a message should not find them in ours.
+            reason += f", because of {type(error).__name__}"
+        self._over(f"rank {self.rank} {reason}")
+        self._notices.post_failure(reason)
+
+    def _over(self, reason: str) -> None:
+        self._closed = reason
+        _closed_exchanges.add(self)
+
+    def _known(self, message: str) -> SyncNormError:
+        return known_everywhere(SyncNormError(f"rank {self.rank}: {message}"))
+
+    def _receive(self, begun: UnderWay) -> Received:
+        _, call, vectors, own, frames, work = begun
         while True:
-            self.wait(work, call)
+            self._wait(work, call)
             found = frames.headers()
             if any(h[:4] != own[:4] for h in found):
                 self._check(call, found, frames)
@@ -94,7 +223,7 @@ class Exchange:
                 break
             frames = self._of(capacity_for(size))
             frames.write(call, vectors, own.values)
-            work = self._send(frames, call)
+            work = self._send(frames)
         self._follows[self._last] = max(capacity_for(size), self._follows.get(self._last, 0))
         self._last = next((h.key for h in found if h.kind != Kind.JOINED), 0)
         payloads = frames.payloads(size, vectors[0].dtype if vectors else torch.uint8)
@@ -102,18 +231,6 @@ class Exchange:
             if header.size == 0:
                 payloads[row] = 0  # what was there is of another exchange
         return Received(found, payloads)
-
-    def refuse(self, reason: str) -> None:
-        """Tells the ranks that come, or will come, to the next exchange that this one will not, and why."""
-        self.calls += 1
-        # Frames of its own: the next exchange may come before the others have these.
-        frames = Frames(len(self.ranks), self._follows.get(self._last, _FIRST))
-        frames.write(Call(Kind.REFUSED), [_text(reason, frames.room)], 0)
-        work = self._group.alltoall_base(frames.received, frames.sent, [], [])
-        # Not waited for beyond that: the others may be slow to come. The tensors must live until they do.
-        self._pending = [work, frames]
-        with suppress(RuntimeError):
-            _done(work)
 
     def _of(self, capacity: int) -> Frames:
         if capacity not in self._frames:
@@ -127,53 +244,90 @@ class Exchange:
         if refused:
             reason = _told(frames, found)[refused[0]]
             raise SyncNormError(
-                f"rank {self.rank}: rank {self.ranks[refused[0]]} did not take part in {call}, because its own "
-                f"input was refused: {reason}"
+                f"rank {self.rank}: rank {self.ranks[refused[0]]} did not take part in {call}, because {reason}"
             )
         # All ranks see the same headers, so all of them come here.
-        names = Frames(len(self.ranks), _FIRST)
+        names = Frames(len(self.ranks), FIRST)
         names.write(call, [_text(str(call), names.room)], 0)
-        self.wait(self._send(names, call), call)
+        self._wait(self._send(names), call)
         told = _told(names, names.headers())
         raise SyncNormError(explain_disagreement(self.rank, dict(zip(self.ranks, told, strict=True))))
 
-    def _send(self, frames: Frames, call: Call) -> dist.Work:
+    def _send(self, frames: Frames) -> dist.Work:
+        assert self._group is not None
         try:
             # Each rank sends its frame to each other one: gloo's all_gather passes them round a ring instead.
             return self._group.alltoall_base(frames.received, frames.sent, [], [])
         except RuntimeError as error:  # torch.distributed's own errors are RuntimeErrors
-            raise SyncNormError(self._explain(call, error)) from error
+            raise _Failed(str(error)) from error
 
-    def wait(self, work: dist.Work, call: Call) -> None:
+    def _wait(self, work: dist.Work, call: Call) -> None:
         """Returns when all ranks' frames are here."""
-        began = time.perf_counter() if observers else 0.0
+        began = time.perf_counter()
         try:
             while not _done(work):
-                # A rank whose neighbour died need not be the dead one's neighbour.
-                if self._notices.posted("failed"):
-                    raise RuntimeError("another rank's exchange failed")
+                # A rank whose neighbor died need not be the dead one's neighbor.
+                self._waiting.look_around(call, self.calls, time.perf_counter() - began)
         except RuntimeError as error:
-            raise SyncNormError(self._explain(call, error)) from error
+            raise _Failed(str(error)) from error
         for observer in observers:
             observer(call, time.perf_counter() - began)
 
-    def _explain(self, call: Call, error: RuntimeError) -> str:
-        absent: list[int] | None = None
+    def _connected(self, call: Call) -> None:
+        """Connects this rank to all others, if it is not; with an eye on them, which gloo alone would not have."""
+        if self._group is not None:
+            return
+        group = self._shared_by()
+        assert group is not None, "who calls has it"
+        timeout = _timeout_of(group)
         try:
-            self._notices.post("failed")
-            self._notices.post(f"failed/{self.rank}", str(call))
-            deadline = time.monotonic() + _ROLL_CALL
-            absent = [r for r in self.ranks if r != self.rank]
-            while absent and time.monotonic() < deadline:
-                time.sleep(0.05)
-                absent = [r for r in absent if not self._notices.posted(f"failed/{r}")]
-        except RuntimeError:
-            pass  # the store went with the rank that kept it
-        waited = "another rank" if absent is None else f"ranks {absent}" if absent else "a rank that failed as well"
-        return (
-            f"rank {self.rank}: {call} over ranks {self.ranks} failed, waiting for {waited}. It died, raised an "
-            f"error of its own (look for the first one), or does not run this layer. The backend said: {error}"
-        )
+            self._meet(call, timeout)
+            self._group = self._reach(call, min(timeout, _CONNECT), group)
+        except SyncNormError:
+            raise
+        except RuntimeError as error:  # torch.distributed's own errors are RuntimeErrors
+            raise _Failed(f"could not connect to ranks {self.ranks}: {error}") from error
+
+    def _reach(self, call: Call, timeout: float, group: dist.ProcessGroup) -> dist.ProcessGroup:
+        """Connects, in a thread, because gloo waits for a rank that has died once for each of its neighbors."""
+        made: list[dist.ProcessGroup | BaseException] = []
+
+        def connect() -> None:
+            try:
+                made.append(_connect(self._store, group))
+            except BaseException as error:
+                made.append(error)
+
+        thread = threading.Thread(target=connect, daemon=True)
+        thread.start()
+        began = time.perf_counter()
+        thread.join(_PATIENCE.total_seconds())
+        while thread.is_alive():
+            seconds = time.perf_counter() - began
+            self._waiting.look_around(call, 0, seconds)
+            if seconds > timeout + 1:
+                raise RuntimeError(f"no connection in {seconds:.0f} s")
+            thread.join(_PATIENCE.total_seconds())
+        if isinstance(made[0], BaseException):
+            raise made[0]
+        return made[0]
+
+    def _meet(self, call: Call, timeout: float) -> None:
+        """Waits until all ranks have come, and compares their protocols."""
+        self._notices.post("here", protocol())
+        began = time.perf_counter()
+        while len(here := self._notices.by_rank("here") or {}) < len(self.ranks):
+            seconds = time.perf_counter() - began
+            self._waiting.look_around(call, 0, seconds)
+            if seconds > timeout:
+                raise RuntimeError(f"not all of them came to their first synced layer in {seconds:.0f} s")
+            time.sleep(min(0.2, 0.002 + seconds / 20))
+        if len(set(here.values())) > 1:
+            told = "\n".join(f"  rank {rank}: {protocol}" for rank, protocol in here.items())
+            raise SyncNormError(
+                f"rank {self.rank}: the ranks run versions of syncnorm that do not understand each other:\n{told}\n"
+                f"Install the same version on all of them."
+            )
 
 
 def _text(text: str, room: int) -> Tensor:
@@ -199,14 +353,18 @@ def _done(work: dist.Work) -> bool:
     return True
 
 
-def _connect(store: Any, group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A gloo group of the same ranks that torch.distributed keeps no list of, for dist.new_group needs all ranks."""
-    device = torch.device("cpu")
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
+def _timeout_of(group: dist.ProcessGroup) -> float:
+    """Seconds that the ranks of ``group`` wait for each other."""
     timeout = None
     with suppress(RuntimeError):  # a group of GPUs alone has no backend for the CPU
-        timeout = getattr(getattr(group._get_backend(device), "options", None), "_timeout", None)
+        timeout = getattr(getattr(group._get_backend(torch.device("cpu")), "options", None), "_timeout", None)
+    return (timeout or dist.default_pg_timeout).total_seconds()
+
+
+def _connect(store: Any, group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A gloo group of the same ranks that torch.distributed keeps no list of, for dist.new_group needs all ranks."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
     own = dist.ProcessGroup(store, rank, size)
-    backend = dist.ProcessGroupGloo(store, rank, size, timeout or dist.default_pg_timeout)
-    own._register_backend(device, dist.ProcessGroup.BackendType.GLOO, backend)
+    backend = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=_timeout_of(group)))
+    own._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
     return own

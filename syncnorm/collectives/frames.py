@@ -5,16 +5,35 @@ messages of different sizes gloo would abort one process and hand garbage to the
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from syncnorm.collectives.call import Call, Kind
 
+_VERSION = 1  # of what frames mean; one more whenever that changes
 _HEADER = struct.Struct("<5q")
 _LEAST = 512
+FIRST = 1024  # bytes of a frame of which nothing is known yet
+
+
+def protocol() -> str:
+    """What ranks must have in common before a frame of one can be read by another."""
+    return f"frames of version {_VERSION}: a header {_HEADER.format}, {FIRST} bytes at first, {_LEAST} at least"
+
+
+@contextmanager
+def _lasting() -> Iterator[None]:
+    """For memory that outlives a call, which must not take after the modes that the call is made in.
+
+    Made in inference mode it could not be used in training, made under a fake tensor mode it would hold no numbers.
+    """
+    with torch.inference_mode(False), torch._C.DisableTorchFunction(), _disable_current_modes():
+        yield
 
 
 class Header(NamedTuple):
@@ -38,8 +57,9 @@ class Frames:
         self.capacity = capacity  # bytes, a multiple of 8
         self.room = capacity - _HEADER.size
         self._out, self._in = bytearray(world_size * capacity), bytearray(world_size * capacity)
-        self.sent = torch.frombuffer(self._out, dtype=torch.uint8)
-        self.received = torch.frombuffer(self._in, dtype=torch.uint8)
+        with _lasting():
+            self.sent = torch.frombuffer(self._out, dtype=torch.uint8)
+            self.received = torch.frombuffer(self._in, dtype=torch.uint8)
         self._views: dict[tuple[torch.dtype, int], tuple[Tensor, Tensor]] = {}
 
     def write(self, call: Call, vectors: Sequence[Tensor], values: int) -> Header:
@@ -69,11 +89,12 @@ class Frames:
         """What this rank sends, (size / itemsize), and what all ranks sent."""
         if (dtype, size) not in self._views:
             numbers, step, offset = (n // dtype.itemsize for n in (size, self.capacity, _HEADER.size))
-            sent, received = self.sent.view(dtype), self.received.view(dtype)
-            self._views[dtype, size] = (
-                sent[offset : offset + numbers],
-                received.as_strided((self.world_size, numbers), (step, 1), offset),
-            )
+            with _lasting():
+                sent, received = self.sent.view(dtype), self.received.view(dtype)
+                self._views[dtype, size] = (
+                    sent[offset : offset + numbers],
+                    received.as_strided((self.world_size, numbers), (step, 1), offset),
+                )
         return self._views[dtype, size]
 
 

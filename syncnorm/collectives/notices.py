@@ -1,49 +1,71 @@
-"""Notices that ranks leave for each other in the job's store, asked for with patience."""
+"""Notices that the ranks of a group leave for each other in the job's store, asked for with patience."""
 
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 _PATIENCE = 1.0  # seconds for an answer; a store that is there gives it within milliseconds
 
+T = TypeVar("T")
+
 
 class Notices:
-    """The store, by a thread: where the network is cut, torch's calls to it wait for hours, whatever their timeout.
+    """The store, asked by a thread: with the network cut, torch's calls to it wait for hours, whatever their timeout.
+
+    A store that does not answer, or has ended with the rank that kept it, is no failure of the group: its ranks are
+    connected to each other. What it would have said is then unknown, which is not the same as "no".
 
     Args:
         store: a ``torch.distributed`` store, the same on all ranks.
+        rank: this one.
+        ranks: of the group.
     """
 
-    def __init__(self, store: Any) -> None:
+    def __init__(self, store: Any, rank: int, ranks: Sequence[int]) -> None:
         self._store = store
+        self._rank = rank
+        self._ranks = ranks
         self._asking: threading.Thread | None = None
+        self._gone = False
 
-    def post(self, name: str, text: str = "1") -> None:
-        """Leaves a notice, unless the store is out of reach."""
-        self._ask(lambda: self._store.set(name, text))
+    def post(self, name: str, text: str) -> None:
+        """Leaves this rank's notice, unless the store is out of reach."""
+        self._ask(lambda: self._store.set(f"{name}/{self._rank}", text))
 
-    def posted(self, name: str) -> bool:
-        """Whether the notice is there; False also where the store is out of reach.
+    def by_rank(self, name: str) -> dict[int, str] | None:
+        """The notices of that name; without the ranks that left none. None where that is unknown."""
 
-        Raises:
-            RuntimeError: the store has gone, with the rank that kept it.
-        """
-        return bool(self._ask(lambda: self._store.check([name])))
+        def read() -> dict[int, str]:
+            posted = [rank for rank in self._ranks if self._store.check([f"{name}/{rank}"])]
+            return {rank: self._store.get(f"{name}/{rank}").decode() for rank in posted}
 
-    def _ask(self, question: Callable[[], Any]) -> Any:
-        if self._asking is not None and self._asking.is_alive():  # it still waits for the last answer
+        return self._ask(read)
+
+    def post_failure(self, reason: str) -> None:
+        """Tells the ranks that wait for this one that its exchanges are over; ``reason`` may be empty."""
+
+        def write() -> None:
+            self._store.set(f"failed/{self._rank}", reason)
+            self._store.set("failed", "1")
+
+        self._ask(write)
+
+    def any_failure(self) -> bool:
+        """Whether the exchanges of a rank are over; False also where that is unknown."""
+        return bool(self._ask(lambda: self._store.check(["failed"])))
+
+    def _ask(self, question: Callable[[], T]) -> T | None:
+        if self._gone or (self._asking is not None and self._asking.is_alive()):  # it waits for the last answer
             return None
-        answers: list[Any] = []
+        answers: list[T] = []
 
         def ask() -> None:
             try:
                 answers.append(question())
-            except RuntimeError as error:
-                answers.append(error)
+            except RuntimeError:  # torch.distributed's own errors are RuntimeErrors
+                self._gone = True
 
         self._asking = threading.Thread(target=ask, daemon=True)  # daemon: it may never return
         self._asking.start()
         self._asking.join(_PATIENCE)
-        if answers and isinstance(answers[0], RuntimeError):
-            raise answers[0]
         return answers[0] if answers else None

@@ -111,7 +111,8 @@ def gather_sample(
 
 def _numbers(layer: _BatchNorm, notes: Notes) -> list[Tensor]:
     """Of one layer: scalars, mean (C), var (C), all fp64 on the host."""
-    waited = notes.waited.get(layer._sync_name or "", -1.0) if isinstance(layer, Synced) else -1.0
+    name = layer.sync_name(groups.synced_group(layer.process_group)) if isinstance(layer, Synced) else ""
+    waited = notes.waited.get(name, -1.0)
     now = buffers_of(layer)
     digests = [bits_of(*both) for both in zip(now, notes.buffers.get(layer, now), strict=True)]
     nothing = torch.zeros(width(layer), dtype=torch.float64)

@@ -34,9 +34,10 @@ def local_moments(x: Tensor, eps: float, scratch: Tensor) -> tuple[Tensor, Tenso
     var = squares.mean(dims)
     invstd = torch.rsqrt(var + eps)
     margin = torch.addcmul(var, mean, mean, value=-(_FAR**-2))
-    if margin.min() < 0:
+    if not margin.min() >= 0:  # also where one channel's NaN hides the others
         far = margin.less(0).nonzero().squeeze(1)
-        mean[far], invstd[far] = corrected_moments(x.index_select(1, far), eps)
+        if far.numel() > 0:
+            mean[far], invstd[far] = corrected_moments(x.index_select(1, far), eps)
     return mean, invstd
 
 

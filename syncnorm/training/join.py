@@ -150,7 +150,7 @@ class _Shadow(JoinHook):
 
     def _answer(self, group: dist.ProcessGroup, layers: list[nn.Module], is_last_joiner: bool) -> None:
         try:
-            exchange = collectives.exchange_of(group, torch.device("cpu"), collectives.Call(Kind.JOINED))
+            exchange = collectives.exchange_of(group, torch.device("cpu"))
             assert exchange is not None
             sources: list[int] = []
             while not sources:
