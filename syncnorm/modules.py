@@ -12,6 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncnorm import checks, collectives, errors, functional, groups
 
+INSTEAD = "call the layer, or syncnorm.functional.sync_batch_norm"
+
 
 class Synced:
     """What every synced layer has: the process group that it synchronises over."""
@@ -19,6 +21,10 @@ class Synced:
     # Defaults on the class: an instance whose class was changed in place needs no attributes of its own.
     _sync_group = groups.GroupHandle(None)
     _sync_name: str | None = None
+    # Of its forwards in training: None before the first one, "" if all were synced, otherwise why one was not.
+    _sync_seen: str | None = None
+    # Synced layers inside a layer with a forward of its own, which may use their statistics without calling them.
+    _sync_inner: tuple[nn.Module, ...] = ()
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -40,6 +46,33 @@ class Synced:
             return traced.while_tracing(_name_in_graph, self, traced.name_of(group))  # type: ignore[no-any-return]
         return _name(self, group)
 
+    def note_unsynced(self, reason: str) -> None:
+        """Lets ``describe`` say why a forward in training was not synced; warns of the first such forward.
+
+        Args:
+            reason: what the layer did, to follow its name in a sentence.
+
+        Warns:
+            UserWarning: once a layer.
+        """
+        if torch.compiler.is_compiling():
+            from syncnorm import traced
+
+            traced.while_tracing(_note_unsynced, self, reason)
+        else:
+            _note_unsynced(self, reason)
+
+
+def _note_unsynced(layer: Synced, reason: str) -> str:
+    if not layer._sync_seen:
+        layer._sync_seen = reason
+        warnings.warn(
+            f"{type(layer).__name__} {reason}, so syncnorm could not synchronize it ({layer._sync_name}): its "
+            f"statistics there are those of this rank. {INSTEAD[0].upper()}{INSTEAD[1:]}",
+            stacklevel=3,
+        )
+    return reason
+
 
 def _name_in_graph(layer: Synced, group: str) -> str:
     from syncnorm import traced
@@ -47,12 +80,14 @@ def _name_in_graph(layer: Synced, group: str) -> str:
     return _name(layer, traced.named(group))
 
 
-def _name(layer: Synced, group: dist.ProcessGroup | None) -> str:
+def _name(layer: Any, group: dist.ProcessGroup | None) -> str:
+    if layer._sync_seen is None and layer.training:
+        layer._sync_seen = ""
     if layer._sync_name is None:
         if group is None:
             return type(layer).__name__
         layer._sync_name = f"{type(layer).__name__} no. {collectives.peers_of(group).next_unnamed()}"
-    return layer._sync_name
+    return layer._sync_name  # type: ignore[no-any-return]
 
 
 class SyncMixin(Synced):
