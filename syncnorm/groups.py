@@ -1,11 +1,14 @@
 """Which ranks share statistics: resolving, creating and carrying process groups."""
 
+import functools
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 
 from syncnorm.errors import InputError, SyncNormError
@@ -88,8 +91,15 @@ def synced_group(group: Any) -> dist.ProcessGroup | None:
     Raises:
         InputError: this rank is not a member of ``group``.
         SyncNormError: ``group`` was destroyed.
+
+    Warns:
+        UserWarning: once a process, where a launcher's ``WORLD_SIZE`` is above 1 and there is no process group.
     """
-    if not dist.is_initialized() or not syncing():
+    if not syncing():
+        return None
+    if not dist.is_initialized():
+        if not torch.compiler.is_compiling():
+            _warn_under_a_launcher()
         return None
     if group is None:
         group = dist.group.WORLD
@@ -103,6 +113,18 @@ def synced_group(group: Any) -> dist.ProcessGroup | None:
             f"Give each rank a group that holds it: syncnorm.convert(model, group_size=...) does."
         )
     return group if group.size() > 1 or _alone else None
+
+
+@functools.cache  # once a process
+def _warn_under_a_launcher() -> None:
+    """Warns where a launcher started several ranks, of which torch.distributed has not been told."""
+    world_size = os.environ.get("WORLD_SIZE", "")
+    if world_size.isdecimal() and int(world_size) > 1:
+        warnings.warn(
+            f"WORLD_SIZE={world_size}, but there is no process group: synced layers of this rank train alone, with "
+            f"its local statistics. Call torch.distributed.init_process_group before the first forward",
+            stacklevel=4,
+        )
 
 
 def subgroup(size: int | Literal["node"]) -> dist.ProcessGroup:
@@ -178,11 +200,11 @@ class GroupHandle:
         return self._group
 
     def describe(self) -> str:
-        """One or two words for a table."""
+        """A few words for a table."""
         if self._lost is not None:
             return f"lost ({self._lost})"
         if self._group is None:
-            return "default"
+            return "default" if dist.is_initialized() else "no process group yet"
         if self._group == dist.GroupMember.NON_GROUP_MEMBER:  # type: ignore[comparison-overlap]
             return "not a member"
         return f"ranks {dist.get_process_group_ranks(self._group)}" if alive(self._group) else "destroyed"
