@@ -31,6 +31,10 @@ def no_sync_stats() -> Iterator[None]:
     they are, so that they stay equal on all ranks. The backward of such a forward is local too. For all threads
     of the process. Code of ``torch.compile`` is compiled once more for it.
 
+    Running statistics cannot be made here by forwards, as ``torch.optim.swa_utils.update_bn`` would: resetting those
+    of a synced layer raises a ``SyncNormError``. ``syncnorm.training.recalibrate`` computes them, here on one rank
+    alone or, outside of this context, over all ranks.
+
     Example:
         >>> with no_sync_stats():
         ...     pass  # losses = model(batch), on rank 0 alone

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from syncnorm import checks, collectives, errors, functional, groups
 
@@ -25,6 +26,8 @@ class Synced:
     _sync_seen: str | None = None
     # Synced layers inside a layer with a forward of its own, which may use their statistics without calling them.
     _sync_inner: tuple[nn.Module, ...] = ()
+    # The constructor resets running statistics before there are any to lose.
+    _sync_under_construction = False
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -61,6 +64,23 @@ class Synced:
             traced.while_tracing(_note_unsynced, self, reason)
         else:
             _note_unsynced(self, reason)
+
+    def reset_running_stats(self) -> None:
+        """As of ``nn.BatchNorm``: running mean 0, running variance 1, no batch seen.
+
+        Raises:
+            SyncNormError: inside ``syncnorm.no_sync_stats``, where no forward would move them again; they are as
+                they were.
+        """
+        complete = not self._sync_under_construction and not isinstance(self, LazyModuleMixin)
+        if complete and not groups.syncing():
+            raise errors.SyncNormError(
+                "reset_running_stats inside syncnorm.no_sync_stats, where forwards leave the running statistics as "
+                "they are: they would stay 0 and 1. Call torch.optim.swa_utils.update_bn on all ranks, outside of "
+                "no_sync_stats; or call syncnorm.training.recalibrate(model, batches), which computes them anew on "
+                "all ranks or, inside no_sync_stats, on this one alone"
+            )
+        super().reset_running_stats()  # type: ignore[misc]
 
 
 def _note_unsynced(layer: Synced, reason: str) -> str:
@@ -199,10 +219,12 @@ class SyncBatchNorm(SyncMixin, BatchNorm):
         *,
         bias: bool = True,
     ):
+        self.__dict__["_sync_under_construction"] = True  # nn.Module's own attributes are not there yet
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, bias=bias
         )
         self.process_group = process_group
+        del self._sync_under_construction
 
 
 class SyncBatchNorm1d(SyncBatchNorm, nn.BatchNorm1d):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.functional import batch_norm as imported
+from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
 
 import syncnorm
@@ -505,3 +506,63 @@ def with_a_group() -> tuple[str, int]:
 
 def test_with_a_process_group_nothing_is_said():
     assert run_ranks(with_a_group) == [("default", 0)] * 2
+
+
+RESET = r"(?s)reset_running_stats inside syncnorm.no_sync_stats.*update_bn on all ranks.*training.recalibrate"
+
+
+@pytest.mark.parametrize("build", [lambda: syncnorm.convert(nn.BatchNorm1d(3)), lambda: syncnorm.SyncBatchNorm1d(3)])
+@pytest.mark.parametrize("reset", ["reset_running_stats", "reset_parameters"])
+def test_running_statistics_are_not_reset_where_they_cannot_move(build, reset):
+    layer = build()
+    nn.init.uniform_(layer.weight)
+    layer(torch.randn(4, 3))
+    before = copy.deepcopy(layer.state_dict())
+    with syncnorm.no_sync_stats(), pytest.raises(syncnorm.SyncNormError, match=RESET):
+        getattr(layer, reset)()
+    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+    getattr(layer, reset)()
+    assert layer.running_mean.tolist() == [0, 0, 0]
+    assert layer.num_batches_tracked == 0
+
+
+def update_on_one_rank() -> list[Tensor]:
+    model = syncnorm.convert(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))
+    model(torch.randn(4, 3))
+    before = copy.deepcopy(model.state_dict())
+    if dist.get_rank() == 0:
+        with syncnorm.no_sync_stats(), pytest.raises(syncnorm.SyncNormError, match=RESET):
+            update_bn([torch.randn(4, 3)], model)
+    assert model[1].momentum == 0.1
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    with torch.no_grad():
+        model[0].load_state_dict({"weight": torch.eye(3), "bias": torch.zeros(3)})
+    batches = [torch.full((4, 3), float(dist.get_rank()))]
+    update_bn(batches, model)  # what the message says to do
+    of_all = model[1].running_mean.clone()
+    if dist.get_rank() == 0:
+        with syncnorm.no_sync_stats():
+            syncnorm.training.recalibrate(model, batches)
+    return [of_all, model[1].running_mean]
+
+
+def test_update_bn_on_one_rank_raises_and_what_it_points_to_works():
+    for rank, (of_all, mean) in enumerate(run_ranks(update_on_one_rank)):
+        assert of_all.tolist() == [0.5] * 3
+        assert mean.tolist() == [0.5 * rank] * 3
+
+
+def test_layers_can_be_built_under_no_sync_stats():
+    with syncnorm.no_sync_stats():
+        for layer in (
+            syncnorm.SyncBatchNorm(3),
+            syncnorm.SyncBatchNorm1d(3),
+            copy.deepcopy(syncnorm.SyncBatchNorm(3)),
+        ):
+            assert layer.running_var.tolist() == [1, 1, 1]
+            assert not any("construction" in name for name in vars(layer))
+        lazy = syncnorm.convert(nn.LazyBatchNorm1d())
+        lazy(torch.randn(4, 3))
+        assert lazy.running_mean.tolist() == [0, 0, 0]
+    with syncnorm.no_sync_stats(), pytest.raises(syncnorm.SyncNormError, match=RESET):
+        lazy.reset_running_stats()
