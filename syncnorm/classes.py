@@ -4,19 +4,17 @@ Converting a layer is setting its ``__class__``. Synced classes of torch's own l
 ``modules``; those of other classes are made here, once each, and pickle by the name of the class they came from.
 """
 
-import inspect
-from collections.abc import Iterator
-from types import CodeType, FunctionType
+import functools
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
+from syncnorm.calls import loads_batch_norm, names_batch_norm, near_children
 from syncnorm.errors import SyncNormError
 from syncnorm.modules import (
+    INSTEAD,
     BatchNorm,
     SyncBatchNorm,
     SyncBatchNorm1d,
@@ -64,7 +62,7 @@ def synced_class(cls: type) -> type:
         raise NotConvertible("a subclass of torch.nn.SyncBatchNorm, which DDP refuses on CPU")
     if cls.forward is _BatchNorm.forward:  # type: ignore[attr-defined]
         return _make(SyncMixin, cls)
-    if calls_batch_norm(cls):
+    if names_batch_norm(cls):
         return _make(SyncCallsMixin, cls)
     raise NotConvertible(NO_CALL)
 
@@ -91,6 +89,23 @@ def has_own_forward(cls: type) -> bool:
     return forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
+def bypassed(model: nn.Module) -> dict[nn.Module, str]:
+    """The synced layers that the module around them seems to bypass by calling ``F.batch_norm``, with a note each.
+
+    Told from the code of that module's class. A layer that has run in training is not bypassed, nor is one inside a
+    layer whose forward is followed.
+    """
+    followed = {m for layer in model.modules() if isinstance(layer, SyncCallsMixin) for m in layer.modules()}
+    loads = functools.cache(loads_batch_norm)  # a class has many instances in a model
+    found: dict[nn.Module, str] = {}
+    for module in model.modules():
+        layers = [m for m in near_children(module) if isinstance(m, Synced) and m._sync_seen is None]
+        if layers and module not in followed and loads(type(module)):  # type: ignore[arg-type]
+            note = f"{type(module).__name__}.forward calls F.batch_norm itself: {INSTEAD}"
+            found.update(dict.fromkeys(layers, note))
+    return found
+
+
 def move_parametrizations(old: nn.Module, new: nn.Module) -> None:
     """Gives ``new`` the parametrized tensors of ``old``, which were its plain parameters of the same names."""
     if parametrize.is_parametrized(old):
@@ -98,39 +113,6 @@ def move_parametrizations(old: nn.Module, new: nn.Module) -> None:
         for name in new.parametrizations:  # type: ignore[union-attr]
             new._parameters.pop(name, None)
         new.__class__ = _rebase(type(old), type(new))
-
-
-def calls_batch_norm(cls: type) -> bool:
-    """Whether the forward of ``cls``, or what it calls in its class, parents or module, names ``batch_norm``.
-
-    Told from the code objects alone: nothing is run.
-    """
-    pending: list[FunctionType] = [cls.forward]  # type: ignore[attr-defined]
-    seen: set[CodeType] = set()
-    while pending:
-        function = inspect.unwrap(pending.pop())
-        if not isinstance(function, FunctionType) or function.__code__ in seen:
-            continue
-        seen.add(function.__code__)
-        names = set(_names(function.__code__))
-        if "batch_norm" in names:
-            return True
-        for name in names:
-            # every definition along the MRO, because super() names the method but not the class
-            pending += [c.__dict__[name] for c in cls.__mro__ if c is not nn.Module and name in c.__dict__]
-            helper = function.__globals__.get(name)
-            if getattr(helper, "func", helper) in (F.batch_norm, torch.batch_norm):  # an alias, or a partial
-                return True
-            if getattr(helper, "__module__", None) == function.__module__:
-                pending.append(helper)  # type: ignore[arg-type]
-    return False
-
-
-def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)
 
 
 class _Made:

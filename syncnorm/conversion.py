@@ -13,8 +13,9 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from syncnorm import baselines, classes, collectives, fusing, groups, names
+from syncnorm.calls import names_batch_norm
 from syncnorm.errors import InputError
-from syncnorm.modules import BatchNorm, Synced
+from syncnorm.modules import INSTEAD, BatchNorm, Synced
 from syncnorm.redirect import GroupCallsMixin
 
 M = TypeVar("M", bound=nn.Module)
@@ -60,7 +61,8 @@ def convert(
             from that of a fused block; nothing was changed.
 
     Warns:
-        UserWarning: once, with the names of the layers that cannot be converted, which stay as they are.
+        UserWarning: once, with the names of the layers that cannot be converted, which stay as they are; and once,
+            with those that the module around them seems to bypass, by calling ``F.batch_norm`` itself.
 
     Collective: with ``group_size``, all ranks of the default group must call. Otherwise none.
 
@@ -82,15 +84,18 @@ def convert(
         group = groups.subgroup(group_size)
     for module, cls in planned.items():
         _set_synced(module, cls, group)
-    synced = {
-        name: module for name, module in model.named_modules() if module in planned and isinstance(module, Synced)
-    }
-    for used in {module._sync_group.peek() for module in synced.values()}:
+    synced = {n: m for n, m in model.named_modules() if m in planned and isinstance(m, Synced)}
+    for used in {layer._sync_group.peek() for layer in synced.values()}:
         collectives.reopen(used)
     _name_layers(synced)
+    for layer in synced.values():
+        inner = tuple(m for m in layer.modules() if m in planned and m is not layer)  # type: ignore[attr-defined]
+        if inner:
+            layer._sync_inner = inner
     if fuse:
         fusing.fuse(model)
     _warn_of(skipped)
+    _warn_of_bypassed(model)
     return model
 
 
@@ -165,19 +170,31 @@ class Description(list[LayerInfo]):
 def describe(model: nn.Module) -> Description:
     """Every norm layer of ``model``: name, class, whether it is synced and over which group, or why it is not.
 
+    A converted layer is not called synced where the module that holds it calls ``F.batch_norm`` itself (told from its
+    code), until the layer's own forward has run in training; nor after one that was not synced.
+
     Example:
         >>> print(describe(nn.Sequential(nn.BatchNorm2d(8))))
         layer  class        synced  group  note
         0      BatchNorm2d  no      -      convert() syncs it
     """
     found = Description()
-    fused = fusing.fused_layers(model)
+    fused, bypassed = fusing.fused_layers(model), classes.bypassed(model)
     for name, module in model.named_modules():
-        note = "fused with its ReLU" if module in fused else _note(module)
+        obstacle = _unsynced(module) or bypassed.get(module)
+        note = obstacle or ("fused with its ReLU" if module in fused else _note(module))
         if note is not None:
-            group = module._sync_group.describe() if isinstance(module, Synced) else "-"
-            found.append(LayerInfo(name or "(model)", type(module).__name__, isinstance(module, Synced), group, note))
+            synced = isinstance(module, Synced) and obstacle is None
+            group = module._sync_group.describe() if isinstance(module, Synced) and synced else "-"
+            found.append(LayerInfo(name or "(model)", type(module).__name__, synced, group, note))
     return found
+
+
+def _unsynced(module: nn.Module) -> str | None:
+    """Why a forward in training was not synced; None if all were."""
+    if not isinstance(module, Synced) or not module._sync_seen:
+        return None
+    return f"its forward {module._sync_seen}: {INSTEAD}"
 
 
 def _note(module: nn.Module) -> str | None:
@@ -228,6 +245,8 @@ def _set_synced(module: nn.Module, cls: type, group: dist.ProcessGroup | None) -
         # It keeps its group as a plain attribute, which a copy or pickle would trip over.
         own = module.__dict__.pop("process_group")
     module.__dict__.pop("_num_groups", None)
+    for name in ("_sync_seen", "_sync_inner"):
+        module.__dict__.pop(name, None)
     _set_class(module, cls)
     if group is not None or own is not None:
         module.process_group = own if group is None else group  # type: ignore[assignment]
@@ -239,8 +258,8 @@ def _is_converted(module: nn.Module) -> bool:
 
 def _set_plain(module: nn.Module) -> None:
     group = module.__dict__.pop("_sync_group", None)
-    module.__dict__.pop("_sync_name", None)
-    module.__dict__.pop("_num_groups", None)
+    for name in ("_sync_name", "_sync_seen", "_sync_inner", "_num_groups"):
+        module.__dict__.pop(name, None)
     _set_class(module, classes.plain_class(type(module)))
     if type(module) is nn.SyncBatchNorm:
         module.process_group = None if group is None else group.peek()
@@ -278,7 +297,7 @@ def _to_baseline(model: M, kind: str, num_groups: int) -> M:
             skipped[name] = obstacle
         elif isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
             skipped[name] = "lazy, and has not seen an input yet"
-        elif classes.has_own_forward(type(module)) and not classes.calls_batch_norm(type(module)):
+        elif classes.has_own_forward(type(module)) and not names_batch_norm(type(module)):
             skipped[name] = classes.NO_CALL
         else:
             groups_of[module] = baselines.groups_for(kind, module.num_features, num_groups, name)  # type: ignore[arg-type]
@@ -304,6 +323,13 @@ def _warn_of(skipped: dict[str, str], what: str = "convert") -> None:
     if skipped:
         told = "; ".join(f"{name or '(model)'}: {reason}" for name, reason in skipped.items())
         warnings.warn(f"syncnorm.{what} left {len(skipped)} layer(s) as they were: {told}", stacklevel=3)
+
+
+def _warn_of_bypassed(model: nn.Module) -> None:
+    bypassed = classes.bypassed(model)
+    if bypassed:
+        told = "; ".join(f"{name}: {bypassed[m]}" for name, m in model.named_modules() if m in bypassed)
+        warnings.warn(f"syncnorm.convert found {len(bypassed)} layer(s) that may be bypassed: {told}", stacklevel=3)
 
 
 def _check_options(

@@ -1,12 +1,15 @@
 """Which ranks share statistics: resolving, creating and carrying process groups."""
 
+import functools
 import os
 import socket
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 
 from syncnorm.errors import InputError, SyncNormError
@@ -28,6 +31,10 @@ def no_sync_stats() -> Iterator[None]:
     Inside, synced layers normalise with the statistics of this rank's batch and leave the running statistics as
     they are, so that they stay equal on all ranks. The backward of such a forward is local too. For all threads
     of the process. Code of ``torch.compile`` is compiled once more for it.
+
+    Running statistics cannot be made here by forwards, as ``torch.optim.swa_utils.update_bn`` would: resetting those
+    of a synced layer raises a ``SyncNormError``. ``syncnorm.training.recalibrate`` computes them, here on one rank
+    alone or, outside of this context, over all ranks.
 
     Example:
         >>> with no_sync_stats():
@@ -113,8 +120,15 @@ def synced_group(group: Any) -> dist.ProcessGroup | None:
     Raises:
         InputError: this rank is not a member of ``group``.
         SyncNormError: ``group`` was destroyed, or this process was forked from one of its ranks.
+
+    Warns:
+        UserWarning: once a process, where a launcher's ``WORLD_SIZE`` is above 1 and there is no process group.
     """
-    if not dist.is_initialized() or not syncing():
+    if not syncing():
+        return None
+    if not dist.is_initialized():
+        if not torch.compiler.is_compiling():
+            _warn_under_a_launcher()
         return None
     if group is None:
         group = dist.group.WORLD
@@ -129,6 +143,18 @@ def synced_group(group: Any) -> dist.ProcessGroup | None:
         )
     check_not_inherited(group)
     return group if group.size() > 1 or _alone else None
+
+
+@functools.cache  # once a process
+def _warn_under_a_launcher() -> None:
+    """Warns where a launcher started several ranks, of which torch.distributed has not been told."""
+    world_size = os.environ.get("WORLD_SIZE", "")
+    if world_size.isdecimal() and int(world_size) > 1:
+        warnings.warn(
+            f"WORLD_SIZE={world_size}, but there is no process group: synced layers of this rank train alone, with "
+            f"its local statistics. Call torch.distributed.init_process_group before the first forward",
+            stacklevel=4,
+        )
 
 
 def subgroup(size: int | Literal["node"]) -> dist.ProcessGroup:
@@ -204,11 +230,11 @@ class GroupHandle:
         return self._group
 
     def describe(self) -> str:
-        """One or two words for a table."""
+        """A few words for a table."""
         if self._lost is not None:
             return f"lost ({self._lost})"
         if self._group is None:
-            return "default"
+            return "default" if dist.is_initialized() else "no process group yet"
         if self._group == dist.GroupMember.NON_GROUP_MEMBER:  # type: ignore[comparison-overlap]
             return "not a member"
         return f"ranks {dist.get_process_group_ranks(self._group)}" if alive(self._group) else "destroyed"

@@ -9,8 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from syncnorm import checks, collectives, functional, groups, names
+from syncnorm.errors import SyncNormError
+
+INSTEAD = "call the layer, or syncnorm.functional.sync_batch_norm"
 
 
 class Synced:
@@ -18,7 +22,11 @@ class Synced:
 
     # Defaults on the class: an instance whose class was changed in place needs no attributes of its own.
     _sync_group = groups.GroupHandle(None)
-    _sync_name: names.LayerName | None = None
+    _sync_name: names.LayerName | None = None  # set by convert, and at the end of the constructor
+    # Of its forwards in training: None before the first one, "" if all were synced, otherwise why one was not.
+    _sync_seen: str | None = None
+    # Synced layers inside a layer with a forward of its own, which may use their statistics without calling them.
+    _sync_inner: tuple[nn.Module, ...] = ()
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -40,6 +48,50 @@ class Synced:
             return traced.while_tracing(_name_in_graph, self, traced.name_of(group))  # type: ignore[no-any-return]
         return _name(self, group)
 
+    def note_unsynced(self, reason: str) -> None:
+        """Lets ``describe`` say why a forward in training was not synced; warns of the first such forward.
+
+        Args:
+            reason: what the layer did, to follow its name in a sentence.
+
+        Warns:
+            UserWarning: once a layer.
+        """
+        if torch.compiler.is_compiling():
+            from syncnorm import traced
+
+            traced.while_tracing(_note_unsynced, self, reason)
+        else:
+            _note_unsynced(self, reason)
+
+    def reset_running_stats(self) -> None:
+        """As of ``nn.BatchNorm``: running mean 0, running variance 1, no batch seen.
+
+        Raises:
+            SyncNormError: inside ``syncnorm.no_sync_stats``, where no forward would move them again; they are as
+                they were.
+        """
+        complete = self._sync_name is not None and not isinstance(self, LazyModuleMixin)
+        if complete and not groups.syncing():
+            raise SyncNormError(
+                "reset_running_stats inside syncnorm.no_sync_stats, where forwards leave the running statistics as "
+                "they are: they would stay 0 and 1. Call torch.optim.swa_utils.update_bn on all ranks, outside of "
+                "no_sync_stats; or call syncnorm.training.recalibrate(model, batches), which computes them anew on "
+                "all ranks or, inside no_sync_stats, on this one alone"
+            )
+        super().reset_running_stats()  # type: ignore[misc]
+
+
+def _note_unsynced(layer: Synced, reason: str) -> str:
+    if not layer._sync_seen:
+        layer._sync_seen = reason
+        warnings.warn(
+            f"{type(layer).__name__} {reason}, so syncnorm could not synchronize it ({layer._sync_name}): its "
+            f"statistics there are those of this rank. {INSTEAD[0].upper()}{INSTEAD[1:]}",
+            stacklevel=3,
+        )
+    return reason
+
 
 def _name_in_graph(layer: Synced, group: str) -> str:
     from syncnorm import traced
@@ -47,13 +99,19 @@ def _name_in_graph(layer: Synced, group: str) -> str:
     return _name(layer, traced.named(group))
 
 
-def _name(layer: Synced, group: dist.ProcessGroup | None) -> str:
+def _name(layer: Any, group: dist.ProcessGroup | None) -> str:
+    if layer._sync_seen is None and layer.training:
+        layer._sync_seen = ""
     if layer._sync_name is None:
-        own = f"{type(layer).__name__}({layer.num_features})"  # type: ignore[attr-defined]
-        layer._sync_name = names.LayerName(own, names.Model(frozenset((own,))), built=True)
+        layer._sync_name = _built_name(layer)
     if group is None:
-        return layer._sync_name.name
+        return layer._sync_name.name  # type: ignore[no-any-return]
     return collectives.peers_of(group).models.name(layer._sync_name)
+
+
+def _built_name(layer: Any) -> names.LayerName:
+    own = f"{type(layer).__name__}({layer.num_features})"
+    return names.LayerName(own, names.Model(frozenset((own,))), built=True)
 
 
 class SyncMixin(Synced):
@@ -180,7 +238,7 @@ class SyncBatchNorm(SyncMixin, BatchNorm):
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, bias=bias
         )
         self.process_group = process_group
-        _name(self, None)  # now, for the order in which layers are built is the same on all ranks
+        self._sync_name = _built_name(self)  # now, for the order in which layers are built is the same on all ranks
 
 
 class SyncBatchNorm1d(SyncBatchNorm, nn.BatchNorm1d):

@@ -5,9 +5,8 @@ Rebuilding it as another class would lose that, so its forward runs as it is, un
 one call.
 """
 
-import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,33 +17,65 @@ from syncnorm import functional, groups, recomputation
 from syncnorm.baselines import check_instances
 from syncnorm.modules import Synced, warn_under_data_parallel
 
+UNSEEN = "did not call F.batch_norm in training"
+STRANGE = "calls F.batch_norm in training with statistics that belong to no synced layer"
+
 Norm = Callable[..., Tensor]  # called like F.batch_norm
 
 
 class RedirectBatchNorm(TorchFunctionMode):
     """While active, a layer's calls of ``F.batch_norm`` or ``torch.batch_norm`` are calls of ``norm``.
 
-    A call with the running statistics of another module, a child's, is let through.
+    A layer's calls are those with its own buffers, whole or in part, and those without running statistics. Calls with
+    other statistics go to ``others``.
     """
 
-    def __init__(self, layer: nn.Module, norm: Norm):
+    def __init__(self, layer: nn.Module, norm: Norm, others: Norm = F.batch_norm):
         super().__init__()
         self.layer = layer
         self.norm = norm
+        self.others = others
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Sends the layer's own call to ``norm``; all others run as they are."""
+        """Sends a batch norm to whom it belongs; all other calls run as they are."""
         kwargs = kwargs or {}
         if func is torch.batch_norm:
             args, kwargs = _in_order_of_functional(*args, **kwargs), {}
         elif func is not F.batch_norm:
             return func(*args, **kwargs)
-        running_mean = kwargs.get("running_mean", args[1] if len(args) > 1 else None)
-        if running_mean is not None and running_mean is not self.layer.running_mean:
-            return F.batch_norm(*args, **kwargs)
-        return self.norm(*args, **kwargs)
+        running_mean = _argument(1, "running_mean", args, kwargs)
+        if running_mean is None or running_mean is self.layer.running_mean or _holds(self.layer, running_mean):
+            return self.norm(*args, **kwargs)
+        return self.others(*args, **kwargs)
+
+
+def _argument(position: int, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+    """An argument of ``F.batch_norm``."""
+    return args[position] if len(args) > position else kwargs.get(name)
+
+
+def _holds(layer: Any, tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a buffer of ``layer`` itself, or a part of one, as in slimmable networks."""
+    return any(buffer is not None and _is_part(tensor, buffer) for buffer in layer._buffers.values())
+
+
+def _is_part(tensor: Tensor, whole: Tensor) -> bool:
+    if tensor is whole or tensor._base is whole:
+        return True
+    # A view of a detached tensor, or of a buffer that is a view itself, is known by its storage. A tracer has none; a
+    # fake tensor has one, without an address.
+    if torch.compiler.is_compiling() or not torch._C._is_alias_of(tensor, whole):  # type: ignore[attr-defined]
+        return False
+    (first, last), (begin, end) = _extent(tensor), _extent(whole)
+    return bool(begin <= first and last <= end)
+
+
+def _extent(tensor: Tensor) -> tuple[Any, Any]:
+    """Where the first and the last value lie in the storage."""
+    first = tensor.storage_offset()
+    return first, first + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _in_order_of_functional(
@@ -69,43 +100,83 @@ class SyncCallsMixin(Synced):
         """The layer's own forward; see ``syncnorm.functional.sync_batch_norm`` for errors and collectives.
 
         ``num_batches_tracked`` is counted by the layer's own forward, so also for a batch that is empty on all ranks.
+
+        Warns:
+            UserWarning: once a layer, of a forward in training that could not be followed.
         """
         if warn_under_data_parallel(self) or not self.training:
             return super().forward(input, *args, **kwargs)  # type: ignore[misc]
         group = groups.synced_group(self.process_group)
         name = self.sync_name(group)
 
-        calls = []
+        calls: list[str | None] = []  # the layer that each call was synced as
 
         def norm(*args: Any, **kwargs: Any) -> Tensor:
             calls.append(name)
             return functional.sync_batch_norm(*args, **kwargs, process_group=self.process_group, layer=name)
 
-        tracked = None if self.num_batches_tracked is None else self.num_batches_tracked.clone()
-        version = None if self.running_mean is None else self.running_mean._version
+        def others(*args: Any, **kwargs: Any) -> Tensor:
+            return _norm_of_others(self, calls, *args, **kwargs)
+
+        counts = [_Count.of(layer) for layer in (self, *self._sync_inner) if layer.num_batches_tracked is not None]
         try:
-            with RedirectBatchNorm(self, norm):
+            with RedirectBatchNorm(self, norm, others):
                 output = super().forward(input, *args, **kwargs)  # type: ignore[misc]
         except BaseException as error:
-            if tracked is not None:  # counted before the input was judged
-                self.num_batches_tracked.copy_(tracked)
+            for count in counts:  # before the input was judged
+                count.put_back()
             functional.pass_on(error, group, functional.device_of(self.running_mean, self.weight, input))
             raise
-        if tracked is not None and not self._counts(version):
-            self.num_batches_tracked.copy_(tracked)  # as the running statistics, it stays
-        if not calls:
-            warnings.warn(
-                f"{type(self).__name__} did not call F.batch_norm in training, so syncnorm could not synchronise "
-                f"it: its statistics are its own",
-                stacklevel=2,
-            )
+        for count in counts:
+            if not groups.syncing() or (recomputation.in_backward() and not count.statistics_moved()):
+                count.put_back()
+        if None in calls:
+            self.note_unsynced(STRANGE)
+        elif not calls and not recomputation.in_backward():
+            self.note_unsynced(UNSEEN)
         return output
 
-    def _counts(self: Any, version: int | None) -> bool:
-        """Whether this forward's batch counts: not a second time where it is computed again."""
-        if recomputation.in_backward():
-            return version is not None and version != self.running_mean._version  # the first run had nothing to move
-        return groups.syncing()
+
+class _Count(NamedTuple):
+    """The batches that a layer counted in a forward of its own, which does not know when they stay as they are."""
+
+    layer: Any
+    value: Tensor
+    version: int | None  # of its running mean
+
+    @classmethod
+    def of(cls, layer: Any) -> "_Count":
+        """As it is now."""
+        return cls(layer, layer.num_batches_tracked.clone(), _version(layer))
+
+    def statistics_moved(self) -> bool:
+        """Since then: in a checkpoint's second run, if the first one had nothing to move."""
+        return self.version != _version(self.layer)
+
+    def put_back(self) -> None:
+        """Forgets what was counted since."""
+        self.layer.num_batches_tracked.copy_(self.value)
+
+
+def _version(layer: Any) -> int | None:
+    traced = torch.compiler.is_compiling()
+    return None if traced or layer.running_mean is None else layer.running_mean._version
+
+
+def _norm_of_others(layer: Any, calls: list[str | None], *args: Any, **kwargs: Any) -> Tensor:
+    """A call in the forward of ``layer`` with other statistics: those of a synced layer inside it, or of none."""
+    if not _argument(5, "training", args, kwargs):
+        return F.batch_norm(*args, **kwargs)
+    running_mean = _argument(1, "running_mean", args, kwargs)
+    for inner in layer._sync_inner:
+        if isinstance(inner, Synced) and _holds(inner, running_mean):  # it may have been reverted by itself
+            group = inner.process_group
+            name = inner.sync_name(groups.synced_group(group))
+            calls.append(name)
+            return functional.sync_batch_norm(*args, **kwargs, process_group=group, layer=name)
+    if not recomputation.in_backward():  # where a layer inside hands over copies, and there is nothing new to say
+        calls.append(None)
+    return F.batch_norm(*args, **kwargs)
 
 
 class GroupCallsMixin:

@@ -134,11 +134,12 @@ def test_what_cannot_be_converted_is_left_alone_and_named():
     assert said[0].filename == __file__
     assert [type(m) for m in model][1:] == before[1:]
     assert str(syncnorm.describe(model)).splitlines() == [
-        "layer  class                  synced  group    note",
-        "0      SyncBatchNorm2d        yes     default",
-        f"1      OwnArithmetic          no      -        left alone: {classes.NO_CALL}",
-        "2      RecursiveScriptModule  no      -        left alone: TorchScript, convert before torch.jit.script",
-        "3      GroupNorm              no      -        no batch statistics to sync",
+        "layer  class                  synced  group                 note",
+        "0      SyncBatchNorm2d        yes     no process group yet",
+        f"1      OwnArithmetic          no      -                     left alone: {classes.NO_CALL}",
+        "2      RecursiveScriptModule  no      -                     left alone: TorchScript, convert before "
+        "torch.jit.script",
+        "3      GroupNorm              no      -                     no batch statistics to sync",
     ]
 
 
