@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,12 +24,17 @@ WAIT = timedelta(days=1)
 T = TypeVar("T")
 
 
+def _to_nobody(found: Sequence[Any]) -> None:
+    """Nothing."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among the others, its device, and a gloo group to wait and talk in.
 
     The waiting has a group of its own: on NCCL a waiting rank would keep its GPU busy, and the group's
-    default timeout would end a long reference run.
+    default timeout would end a long reference run. ``hand_in`` takes what this process has found, piece by piece,
+    lest all of it be lost when a later piece fails.
     """
 
     rank: int
@@ -37,6 +42,7 @@ class Ranks:
     device: torch.device
     backend: str
     control: dist.ProcessGroup
+    hand_in: Callable[[Sequence[Any]], None] = _to_nobody
 
     def wait(self) -> None:
         """Returns once every rank has called it. Collective: all ranks, one barrier."""

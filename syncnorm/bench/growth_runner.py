@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from dataclasses import replace
 from datetime import datetime, timezone
 
 import torch
@@ -20,6 +21,7 @@ from syncnorm.bench.threads import threads
 from syncnorm.errors import InputError
 from syncnorm.hardware import hardware_of
 from syncnorm.launcher import launched_world_size
+from syncnorm.notes import Keep, nobody_keeps
 from syncnorm.ranks import initialised_ranks
 from syncnorm.testing import run_ranks
 
@@ -61,15 +63,23 @@ def check_growth(ranks: int | None, device: str | None, largest: int | None, par
 
 
 def run_growth(
-    settings: Settings, parameters: Parameters, quick: bool, command: str, progress: ProgressFactory
+    settings: Settings,
+    parameters: Parameters,
+    quick: bool,
+    command: str,
+    progress: ProgressFactory,
+    keep: Keep = nobody_keeps,
 ) -> Benchmark:
-    """Measures worlds of up to ``settings.world_size`` ranks, none if 0, and simulates ``settings.simulate``."""
+    """Measures worlds of up to ``settings.world_size`` ranks, none if 0, and simulates ``settings.simulate``.
+
+    ``keep`` is called with what was measured before that is simulated.
+    """
     started = time.perf_counter()
     growth: Growth | None = None
     if settings.world_size:
         growth = run_ranks(_started_rank, settings.world_size, (settings, quick, progress), timeout=TIMEOUT)[0]
     with threads(1):
-        return Benchmark(
+        benchmark = Benchmark(
             settings=settings,
             hardware=hardware_of(CPU, "gloo" if growth is not None else "fake"),
             syncnorm_version=syncnorm.__version__,
@@ -81,9 +91,12 @@ def run_growth(
             model=None,
             summary=(),
             growth=growth,
-            simulation=_simulation(settings, parameters, growth, quick, progress),
             wall_seconds=time.perf_counter() - started,
         )
+        if growth is not None:
+            keep(benchmark)
+        simulation = _simulation(settings, parameters, growth, quick, progress)
+    return replace(benchmark, simulation=simulation, wall_seconds=time.perf_counter() - started)
 
 
 def _simulation(

@@ -19,6 +19,7 @@ from syncnorm.bench.session import measure_on_rank
 from syncnorm.bench.threads import threads
 from syncnorm.errors import InputError
 from syncnorm.launcher import launched_world_size
+from syncnorm.notes import Keep, nobody_keeps
 from syncnorm.ranks import WAIT, Ranks, world_size_for
 
 BACKENDS = ("gloo", "nccl", "fake")
@@ -54,7 +55,7 @@ def check_backend(backend: str | None, ranks: int | None, device: str) -> int:
     return 1
 
 
-def run_alone(settings: Settings, command: str, progress: ProgressFactory) -> Benchmark:
+def run_alone(settings: Settings, command: str, progress: ProgressFactory, keep: Keep = nobody_keeps) -> Benchmark:
     """Measures what ``settings`` say in this process, which must have no process group."""
     on_gpu = settings.device == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
@@ -62,7 +63,7 @@ def run_alone(settings: Settings, command: str, progress: ProgressFactory) -> Be
     world = fake_world(settings.world_size, device) if fake else world_of_one("nccl", device)
     syncing = groups.syncing_alone() if settings.world_size == 1 else nullcontext()
     with threads(torch.get_num_threads() if on_gpu else 1), world as ranks, syncing:
-        return measure_on_rank(settings, command, ranks, progress)
+        return measure_on_rank(settings, command, ranks, progress, keep)
 
 
 @contextmanager

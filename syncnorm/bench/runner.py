@@ -21,8 +21,8 @@ from syncnorm.bench.simulation import Parameters
 from syncnorm.bench.threads import threads
 from syncnorm.errors import InputError
 from syncnorm.launcher import launched_world_size
+from syncnorm.notes import Keep, nobody_keeps, run_noting
 from syncnorm.ranks import a_gpu_for_each_launched_rank, initialised_ranks, launched_ranks
-from syncnorm.testing import run_ranks
 
 WHAT = ("layer", "model", "all", "growth")
 DEFAULT_REPETITIONS = 15
@@ -52,6 +52,7 @@ def run(
     backend: str | None = None,
     parameters: Parameters = DEFAULT_PARAMETERS,
     progress: ProgressFactory = silent,
+    keep: Keep = nobody_keeps,
 ) -> Benchmark:
     """Times the synced layer against its peers, and a residual network's training step against plain DDP.
 
@@ -76,6 +77,7 @@ def run(
             ``ranks`` (8 by default) without the others, and ``"nccl"`` a rank that synchronises with itself.
         parameters: of that model; what it does not say is fitted to the measured worlds.
         progress: opened by rank 0, in its own process, to follow the run.
+        keep: called on rank 0 with a record of what is measured, at the latest before an error is raised.
 
     Returns:
         The record, the same on every rank.
@@ -131,26 +133,23 @@ def run(
         make_folder(profile)
     command = " ".join(["syncnorm", *sys.argv[1:]])
     if growth:
-        return run_growth(settings, parameters, quick, command, progress)
+        return run_growth(settings, parameters, quick, command, progress, keep)
     if backend in ("fake", "nccl"):
-        return run_alone(settings, command, progress)
+        return run_alone(settings, command, progress, keep)
     if launched_world_size() is None:
-        results: list[Benchmark] = run_ranks(
-            _started_rank, settings.world_size, args=(settings, command, progress), timeout=TIMEOUT
-        )
-        return results[0]
+        return run_noting(_started_rank, settings.world_size, (settings, command, progress), TIMEOUT, keep)[0]
     on_cpu = settings.device == "cpu"
     with threads(1 if on_cpu else torch.get_num_threads()), launched_ranks(cpu=on_cpu) as given:
-        return measure_on_rank(settings, command, given, progress)
+        return measure_on_rank(settings, command, given, progress, keep)
 
 
-def _started_rank(settings: Settings, command: str, progress: ProgressFactory) -> Benchmark:
+def _started_rank(settings: Settings, command: str, progress: ProgressFactory, note: Keep) -> Benchmark:
     device = torch.device(settings.device)
     if device.type == "cuda":
         device = torch.device("cuda", dist.get_rank() % torch.cuda.device_count())
         torch.cuda.set_device(device)
     with initialised_ranks(device) as ranks:
-        return measure_on_rank(settings, command, ranks, progress)
+        return measure_on_rank(settings, command, ranks, progress, note)
 
 
 def _device(asked: str | None) -> str:

@@ -13,9 +13,7 @@ from syncnorm.bench.growth_runner import DEFAULT_LARGEST_WORLD
 from syncnorm.bench.lone import FAKE_WORLD
 from syncnorm.bench.runner import DEFAULT_BATCH_PER_RANK, DEFAULT_REPETITIONS, WHAT
 from syncnorm.bench.shapes import DTYPES, parse_shapes
-from syncnorm.cli.files import check_writable
-from syncnorm.errors import InputError
-from syncnorm.launcher import speaks
+from syncnorm.cli.results import Results
 from syncnorm.ranks import DEFAULT_RANKS
 from syncnorm.report.bench_csv import write_csv
 from syncnorm.report.bench_plot import write_plot
@@ -123,7 +121,7 @@ def bench(
     plot_file: Path | None,
     simulate: int | None,
     **network: Any,
-) -> None:
+) -> int:
     """Time the synced layer against local batch norm, the bare collectives and the usual work-around.
 
     Alone it starts gloo ranks on this machine, one thread each. Under a launcher it uses the ranks that it is given:
@@ -142,10 +140,10 @@ def bench(
         what = "growth" if simulate is not None else "layer" if backend == "fake" else "all"
     if what == "growth" and csv_file is not None:
         raise click.UsageError("--csv has the layers' rows, and growth has none: take --json")
-    check_writable(json_file, csv_file, plot_file)
     if plot_file is not None:
         importlib.import_module("matplotlib")  # missing: told now, not after the measuring
-    try:
+    files = ((json_file, write_json), (csv_file, write_csv), (plot_file, write_plot))
+    with Results(print_benchmark, *files) as results:
         benchmark = run(
             what,
             ranks=ranks,
@@ -161,14 +159,7 @@ def bench(
             simulate=simulate,
             parameters=Parameters(**network),
             progress=counted_on_stderr,
+            keep=results.keep,
         )
-    except InputError as error:
-        raise click.UsageError(str(error)) from error
-    if speaks():
-        if json_file is not None:  # first: printing fails where nobody reads on
-            write_json(benchmark, json_file)
-        if csv_file is not None:
-            write_csv(benchmark, csv_file)
-        if plot_file is not None:
-            write_plot(benchmark, plot_file)
-        print_benchmark(benchmark)
+        results.keep(benchmark)
+    return results.exit_code

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from syncnorm.cli.files import check_writable
+from syncnorm.cli.results import Results
 from syncnorm.compare import ARMS
 from syncnorm.compare.loading import load
-from syncnorm.compare.records import Sweep
+from syncnorm.compare.records import Comparison, Sweep
 from syncnorm.compare.runner import DEFAULT_BATCH_PER_RANK, DEFAULT_LR, DEFAULT_PARITY_STEPS, DEFAULT_STEPS, sweep
-from syncnorm.errors import InputError
-from syncnorm.launcher import speaks
 from syncnorm.ranks import DEFAULT_RANKS
 from syncnorm.report.html import write_html
 from syncnorm.report.progress import progress_on_stderr
@@ -91,7 +91,7 @@ def compare(
     json_file: Path | None,
     html_file: Path | None,
     **numbers: Any,
-) -> None:
+) -> int:
     """Do I need SyncBN, is it right, what does it cost, or should I take GroupNorm?
 
     Trains a model with each, from the same weights on the same batches: yours, or a small one on scikit-learn's
@@ -103,10 +103,17 @@ def compare(
 
     torchrun --nproc-per-node 2 -m syncnorm compare
     """
-    check_writable(json_file, html_file)
-    try:
+    if html_file is not None:
+        for package in ("jinja2", "matplotlib"):
+            importlib.import_module(package)  # missing: told now, not after the training
+    sizes = _sizes(batch_per_rank)
+
+    def write_record(found: Sequence[Comparison], path: Path) -> None:
+        write_json(Sweep(tuple(found)) if len(sizes) > 1 else found[0], path)
+
+    with Results(_print_last, (json_file, write_record), (html_file, write_html)) as results:
         comparisons = sweep(
-            _sizes(batch_per_rank),
+            sizes,
             None if model is None else load(model, "--model"),
             None if data is None else load(data, "--data"),
             None if loss is None else load(loss, "--loss"),
@@ -114,21 +121,22 @@ def compare(
             progress=progress_on_stderr,
             **numbers,
         )
-    except InputError as error:
-        raise click.UsageError(str(error)) from error
-    if not speaks():
-        return
-    if json_file is not None:  # first: what follows may fail, where nobody reads on
-        write_json(comparisons[0] if len(comparisons) == 1 else Sweep(tuple(comparisons)), json_file)
-    if html_file is not None:
-        write_html(comparisons, html_file)
-    for comparison in comparisons:
-        print_comparison(comparison)
+        found: list[Comparison] = []
+        for comparison in comparisons:
+            found.append(comparison)
+            results.keep(found)
+            if len(found) < len(sizes):
+                results.deliver(more=True)
+    return results.exit_code
+
+
+def _print_last(found: Sequence[Comparison]) -> None:
+    print_comparison(found[-1])
 
 
 def _sizes(text: str) -> list[int]:
     try:
         sizes = [int(part) for part in text.split(",")]
     except ValueError:
-        raise InputError(f"--batch-per-rank takes numbers such as 4, or 2,4,8; got {text!r}") from None
+        raise click.UsageError(f"--batch-per-rank takes numbers such as 4, or 2,4,8; got {text!r}") from None
     return list(dict.fromkeys(sizes))

@@ -8,15 +8,15 @@ from statistics import quantiles
 import click
 import torch.nn.functional as F
 
-from syncnorm.cli.files import check_writable
+from syncnorm.cli.results import Results
 from syncnorm.compare.data import digits
 from syncnorm.compare.loading import load
 from syncnorm.compare.models import build_residual_net
+from syncnorm.diagnostics.findings import Findings
 from syncnorm.diagnostics.watched_run import BLOCK, Overhead, Task
 from syncnorm.diagnostics.watched_run import diagnose as run_diagnose
-from syncnorm.errors import InputError
-from syncnorm.launcher import speaks
 from syncnorm.ranks import DEFAULT_RANKS
+from syncnorm.report.consoles import say
 from syncnorm.report.records_json import write_json
 
 FUNCTION = "MODULE:FUNCTION"
@@ -66,7 +66,7 @@ def diagnose(
     no_sync: bool,
     overhead: int,
     json_file: Path | None,
-) -> None:
+) -> int:
     """Train a model under syncnorm.diagnostics.monitor, and say what it found.
 
     For each batch norm: how far the ranks' statistics are apart, how long each rank waits and for whom, and whether
@@ -75,8 +75,9 @@ def diagnose(
 
     torchrun --nproc-per-node 2 -m syncnorm diagnose --model nets:build --data nets:datasets
     """
-    check_writable(json_file)
-    try:
+    if overhead and json_file is not None:
+        raise click.UsageError("--json has the findings, and --overhead has none: leave one out")
+    with Results(_print, (json_file, _write_json)) as results:
         task = Task(
             build=build_residual_net if model is None else load(model, "--model"),
             datasets=digits if data is None else load(data, "--data"),
@@ -87,18 +88,19 @@ def diagnose(
             every=every,
             seed=seed,
             repetitions=overhead,
+            say=say,
         )
-        found = run_diagnose(task, ranks)
-    except InputError as error:
-        raise click.UsageError(str(error)) from error
-    if not speaks():
-        return
-    if isinstance(found, Overhead):
-        print(_overhead_text(found))
-        return
-    if json_file is not None:  # first: printing fails where nobody reads on
-        write_json(found, json_file)
-    print(f"\n{found}")
+        results.keep(run_diagnose(task, ranks))
+    return results.exit_code
+
+
+def _print(found: Findings | Overhead) -> None:
+    say(_overhead_text(found) if isinstance(found, Overhead) else f"\n{found}")
+
+
+def _write_json(found: Findings | Overhead, path: Path) -> None:
+    assert isinstance(found, Findings)  # --overhead has no --json
+    write_json(found, path)
 
 
 def _overhead_text(found: Overhead) -> str:

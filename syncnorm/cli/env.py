@@ -8,6 +8,7 @@ import click
 
 from syncnorm.diagnostics.environment import environment
 from syncnorm.launcher import speaks
+from syncnorm.report.consoles import say
 from syncnorm.report.env_text import env_text
 
 
@@ -20,4 +21,4 @@ def env(as_json: bool) -> None:
     """
     if speaks():
         found = environment()
-        print(json.dumps(found.to_dict(), indent=2) if as_json else env_text(found))
+        say(json.dumps(found.to_dict(), indent=2) if as_json else env_text(found))

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import click
 
-from syncnorm.cli.files import check_writable
+from syncnorm.cli.results import Results
 from syncnorm.diagnostics.selftest import selftest as run_selftest
-from syncnorm.errors import InputError
-from syncnorm.launcher import let_rank_0_speak, speaks
+from syncnorm.launcher import let_rank_0_speak
 from syncnorm.ranks import DEFAULT_RANKS
 from syncnorm.report.progress import counted_on_stderr
 from syncnorm.report.records_json import write_json
@@ -35,18 +34,12 @@ def selftest(ranks: int | None, cpu: bool, json_file: Path | None) -> int:
 
     torchrun --nproc-per-node 2 -m syncnorm selftest
 
-    Exit code 0 if every case passed that this machine can run, else 1.
+    Exit code 0 if every case passed that this machine can run, 3 if so and FILE could not be written, else 1.
     """
-    check_writable(json_file)
-    try:
+    with Results(print_selftest, (json_file, write_json)) as results:
         record = run_selftest(ranks, cpu, counted_on_stderr)
-    except InputError as error:
-        raise click.UsageError(str(error)) from error
-    if speaks():
-        if json_file is not None:  # first: printing fails where nobody reads on
-            write_json(record, json_file)
-        print_selftest(record)
+        results.keep(record)
     if record.passed:
-        return 0
+        return results.exit_code
     let_rank_0_speak()
     return 1

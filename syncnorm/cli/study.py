@@ -7,10 +7,8 @@ from pathlib import Path
 
 import click
 
-from syncnorm.cli.files import check_writable
 from syncnorm.cli.norms import norms
-from syncnorm.errors import InputError
-from syncnorm.launcher import speaks
+from syncnorm.cli.results import Results
 from syncnorm.ranks import DEFAULT_RANKS
 from syncnorm.report.progress import counted_on_stderr
 from syncnorm.report.records_json import write_json
@@ -40,24 +38,22 @@ def _command(question: Question) -> click.Command:
         json_file: Path | None,
         plot_file: Path | None,
         markdown_file: Path | None,
-    ) -> None:
-        check_writable(json_file, plot_file, markdown_file)
+    ) -> int:
         if plot_file is not None:
             importlib.import_module("matplotlib")  # missing: told now, not after the training
-        try:
-            record = run(
-                question.name, ranks=ranks, seeds=seeds, steps=steps, quick=quick, progress=counted_on_stderr
+        files = ((json_file, write_json), (plot_file, write_plot), (markdown_file, write_markdown))
+        with Results(print_study, *files) as results:
+            study = run(
+                question.name,
+                ranks=ranks,
+                seeds=seeds,
+                steps=steps,
+                quick=quick,
+                progress=counted_on_stderr,
+                keep=results.keep,
             )
-        except InputError as error:
-            raise click.UsageError(str(error)) from error
-        if speaks():
-            if json_file is not None:  # first: printing fails where nobody reads on
-                write_json(record, json_file)
-            if plot_file is not None:
-                write_plot(record, plot_file)
-            if markdown_file is not None:
-                write_markdown(record, markdown_file)
-            print_study(record)
+            results.keep(study)
+        return results.exit_code
 
     options = (
         click.option("--ranks", type=int, metavar="N", help=f"Ranks to start, {DEFAULT_RANKS} by default."),

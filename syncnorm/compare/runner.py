@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
@@ -79,7 +79,8 @@ def run(
     Collective: under a launcher, all ranks.
     """
     sizes = [batch_per_rank]
-    return sweep(sizes, build_model, datasets, loss, arms, ranks, steps, parity_steps, seed, seeds, lr, progress)[0]
+    (found,) = sweep(sizes, build_model, datasets, loss, arms, ranks, steps, parity_steps, seed, seeds, lr, progress)
+    return found
 
 
 def sweep(
@@ -95,8 +96,8 @@ def sweep(
     seeds: int = 1,
     lr: float = DEFAULT_LR,
     progress: ProgressFactory = silent,
-) -> list[Comparison]:
-    """A comparison for each of ``sizes``, samples that a rank sees a step; the rest as in `run`.
+) -> Iterator[Comparison]:
+    """A comparison for each of ``sizes``, samples of a rank's step, as soon as it is made; the rest as in `run`.
 
     Raises:
         InputError: as `run`, for whichever size, before anything is started.
@@ -111,9 +112,12 @@ def sweep(
         planned.append((asked, task, replace(settings, num_groups=num_groups)))
     command = " ".join(["syncnorm", *sys.argv[1:]])
     if launched_world_size() is None:
-        return [_start(*each, command, progress) for each in planned]
+        for each in planned:
+            yield _start(*each, command, progress)
+        return
     with launched_ranks() as given:  # once: a launcher's ranks cannot form their group again
-        return [compare_on_rank(*each, command, given, progress) for each in planned]
+        for each in planned:
+            yield compare_on_rank(*each, command, given, progress)
 
 
 def _start(asked: Problem, task: Task, settings: Settings, command: str, progress: ProgressFactory) -> Comparison:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
-import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 
@@ -16,8 +13,9 @@ from syncnorm.diagnostics.selftest_cases import CASES
 from syncnorm.diagnostics.selftest_records import SelfTest
 from syncnorm.diagnostics.selftest_session import prove_on_rank
 from syncnorm.launcher import launched_world_size
+from syncnorm.notes import Keep, run_noting
 from syncnorm.ranks import initialised_ranks, launched_ranks, world_size_for
-from syncnorm.testing import RankError, run_ranks
+from syncnorm.testing import RankError
 
 # Opened in the process of rank 0, with the number of cases; what it gives is called with the name of each.
 ProgressFactory = Callable[[int], AbstractContextManager[Callable[[str], None]]]
@@ -57,25 +55,22 @@ def selftest(ranks: int | None = None, cpu: bool = False, progress: ProgressFact
 
 
 def _start(world_size: int, progress: ProgressFactory) -> SelfTest:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "record"
-        try:
-            results: list[SelfTest] = run_ranks(_started_rank, world_size, (progress, file), timeout=TIMEOUT)
-            return results[0]
-        except RankError as error:
-            # A rank that crashed took the others' results with it, but for what rank 0 had written down.
-            if not file.exists():
-                raise
-            record: SelfTest = pickle.loads(file.read_bytes())
-            why = str(error).splitlines()[0]
-            cases = (replace(case, message=why) if case.status == "fail" else case for case in record.cases)
-            return replace(record, cases=tuple(cases))
+    noted: list[SelfTest] = []
+    try:
+        return run_noting(_started_rank, world_size, (progress,), TIMEOUT, noted.append)[0]
+    except RankError as error:
+        # A rank that crashed took the others' results with it, but for what rank 0 had written down.
+        if not noted:
+            raise
+        why = str(error).splitlines()[0]
+        cases = (replace(case, message=why) if case.status == "fail" else case for case in noted[0].cases)
+        return replace(noted[0], cases=tuple(cases))
 
 
-def _started_rank(progress: ProgressFactory, file: Path) -> SelfTest:
+def _started_rank(progress: ProgressFactory, note: Keep) -> SelfTest:
     with initialised_ranks(torch.device("cpu"), WAIT) as ranks:
         with (progress if ranks.rank == 0 else silent)(len(CASES)) as tell:
             record = prove_on_rank(ranks, tell, CASES)
         if ranks.rank == 0:
-            file.write_bytes(pickle.dumps(record))
+            note(record)
         return record

@@ -29,6 +29,10 @@ BLOCK = 50
 WAYS = {"off": 0, "every 50": 50, "every 1": 1}
 
 
+def _print(text: str) -> None:
+    print(text, flush=True)
+
+
 @dataclass(frozen=True)
 class Task:
     """What to train, and how.
@@ -43,6 +47,7 @@ class Task:
         every: sampled.
         seed: of the weights and of the order of the data.
         repetitions: measure the overhead instead, with so many repetitions; 0 does not.
+        say: prints the line of a sampled step, in the process of the first rank.
     """
 
     build: Callable[[], nn.Module]
@@ -54,6 +59,7 @@ class Task:
     every: int = 20
     seed: int = 0
     repetitions: int = 0
+    say: Callable[[str], None] = _print
 
 
 @dataclass(frozen=True)
@@ -107,15 +113,15 @@ def _on_rank(task: Task, ranks: Ranks) -> Findings | Overhead:
     step = _Step(task, ddp, ranks)
     if task.repetitions:
         return _overhead(task, ddp, step, ranks)
-    with monitor(ddp, every=task.every, tell=None if ranks.rank else _say) as watch:
+
+    def tell(text: str) -> None:
+        if text.startswith("step "):  # the table is the command's to print
+            task.say(text)
+
+    with monitor(ddp, every=task.every, tell=None if ranks.rank else tell) as watch:
         for _ in range(task.steps):
             step()
     return watch.findings()
-
-
-def _say(text: str) -> None:
-    if text.startswith("step "):  # the table is the command's to print
-        print(text, flush=True)
 
 
 class _Step:

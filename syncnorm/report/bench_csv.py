@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 
 from syncnorm.bench.records import Benchmark
+from syncnorm.report.files import write_file
 
 COLUMNS = (
     "peer",
@@ -40,10 +42,11 @@ COLUMNS = (
 
 def write_csv(benchmark: Benchmark, path: Path) -> None:
     """Writes ``path``, replacing what is there. Microseconds a step; empty where there is no figure."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        writer.writerows(_lines(benchmark))
+    text = StringIO()
+    writer = csv.writer(text)
+    writer.writerow(COLUMNS)
+    writer.writerows(_lines(benchmark))
+    write_file(path, text.getvalue().encode())
 
 
 def _lines(benchmark: Benchmark) -> Iterator[tuple[object, ...]]:

@@ -8,6 +8,7 @@ from statistics import geometric_mean
 from typing import Any
 
 from syncnorm.bench.records import Benchmark, Row
+from syncnorm.report.figures import png
 from syncnorm.report.growth_plot import write_growth_plot
 
 # Markers, line styles and greys that differ without colour too; peer -> (label, marker, line style, colour, width).
@@ -29,34 +30,32 @@ def write_plot(benchmark: Benchmark, path: Path) -> None:
     if benchmark.settings.what == "growth":
         write_growth_plot(benchmark, path)
         return
-    # Imported here: it takes a second, which only a run that plots should pay.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     dtypes = {row.dtype for row in benchmark.rows}
     dtype = "fp32" if "fp32" in dtypes or not dtypes else min(dtypes)
     panels = {
         title: [row for row in benchmark.rows if row.dtype == dtype and row.memory_format == name]
         for name, title in _TITLES.items()
     }
-    figure = Figure(figsize=(10, 5.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
-    for ax, (title, rows) in zip(axes, panels.items(), strict=True):
-        _panel(ax, title, rows)
-    axes[0].set_ylabel("microseconds a step, forward + backward")
-    handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
-    hardware = benchmark.hardware
-    figure.suptitle(
-        f"Batch norm in {dtype}, {benchmark.settings.world_size} ranks over {hardware.backend}: "
-        f"median and middle half of {benchmark.settings.repetitions} repetitions\n"
-        f"{hardware.device_name}, {hardware.cpu_count} cores, torch {benchmark.torch_version}, "
-        f"syncnorm {benchmark.syncnorm_version}, {benchmark.date[:10]}",
-        fontsize=10,
-    )
-    figure.savefig(path, dpi=120, format="png")
+    with png(path, (10, 5.2)) as figure:
+        axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+        for ax, (title, rows) in zip(axes, panels.items(), strict=True):
+            _panel(ax, title, rows)
+        axes[0].set_ylabel("microseconds a step, forward + backward")
+        handles = {
+            label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+        }
+        if handles:
+            figure.legend(
+                handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False
+            )
+        hardware = benchmark.hardware
+        figure.suptitle(
+            f"Batch norm in {dtype}, {benchmark.settings.world_size} ranks over {hardware.backend}: "
+            f"median and middle half of {benchmark.settings.repetitions} repetitions\n"
+            f"{hardware.device_name}, {hardware.cpu_count} cores, torch {benchmark.torch_version}, "
+            f"syncnorm {benchmark.syncnorm_version}, {benchmark.date[:10]}",
+            fontsize=10,
+        )
 
 
 def _panel(ax: Any, title: str, rows: Sequence[Row]) -> None:

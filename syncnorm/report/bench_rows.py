@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from rich.table import Table
 from rich.text import Text
 
 from syncnorm.bench.memory import PASSES
 from syncnorm.bench.records import Benchmark, Memory, Row
+from syncnorm.report.consoles import PlainTable
 
 # More decimals would be noise.
 RATIO = ".2f"
@@ -23,22 +23,17 @@ _ABOUT = {
 }
 
 
-def plain_table() -> Table:
-    """Columns, and nothing between them."""
-    return Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-
-
-def rows_table(benchmark: Benchmark) -> Table:
+def rows_table(benchmark: Benchmark) -> PlainTable:
     """A line a row."""
     others = _others(benchmark.rows)
-    table = plain_table()
+    table = PlainTable(gap=1)
     for header in ("\nshape", "\nlayout", "\ndtype"):
         table.add_column(header, no_wrap=True)
     names = [name.replace("^2", "²") for name in others]
     headers = ["\nKiB", "\nlocal", *(f"\n{name}" for name in names), "\nsyncnorm", "\np25-p75"]
     headers += [f"ratio\n{names[0]}", f"\n{names[1]}", "copy\nshare"]
     for header in headers:
-        table.add_column(Text(header), justify="right", no_wrap=True)  # Text: E[x²] is no markup
+        table.add_column(header, justify="right", no_wrap=True)
     for row in benchmark.rows:
         table.add_row(*_cells(row, others))
     return table
@@ -49,9 +44,9 @@ def _others(rows: tuple[Row, ...]) -> tuple[str, str]:
     return "floor", "torch" if _ran(rows, "torch") else "E[x^2]"
 
 
-def _cells(row: Row, others: tuple[str, str]) -> list[str | Text]:
+def _cells(row: Row, others: tuple[str, str]) -> list[str]:
     ours = row["syncnorm"]
-    cells: list[str | Text] = [
+    cells = [
         "x".join(map(str, row.shape)),
         _LAYOUTS[row.memory_format][len(row.shape)],
         row.dtype,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from syncnorm.bench.records import Benchmark, Figure, ModelResult, Settings, Timing
-from syncnorm.report.bench_rows import RATIO, as_ratio, plain_table, rows_legend, rows_table
+from syncnorm.report.bench_rows import RATIO, as_ratio, rows_legend, rows_table
+from syncnorm.report.consoles import PlainTable, for_tables
 from syncnorm.report.growth_terminal import render_growth, render_simulation
 
-# What the table of rows needs; longer lines are hard to read.
+# What the table of rows needs.
 WIDTH = 100
 # Of the table of waits; files have all ranks.
 MAX_RANKS = 3
@@ -18,11 +18,7 @@ MAX_RANKS = 3
 
 def print_benchmark(benchmark: Benchmark, console: Console | None = None) -> None:
     """Prints tables, summary and legend, at most 100 columns wide; plain text where stdout is no terminal."""
-    if console is None:
-        console = Console(highlight=False)
-        # Wider than a narrow terminal if need be: it wraps lines, where a table that fits would cut the figures.
-        console.width = WIDTH
-    console.print(render(benchmark))
+    (console or for_tables(WIDTH)).print(render(benchmark))
 
 
 def render(benchmark: Benchmark) -> RenderableType:
@@ -84,8 +80,8 @@ def _model_title(model: ModelResult) -> str:
     )
 
 
-def _model_table(model: ModelResult) -> Table:
-    table = plain_table()
+def _model_table(model: ModelResult) -> PlainTable:
+    table = PlainTable(gap=1)
     table.add_column("arm", no_wrap=True)
     for header in ("ms", "p25-p75", "ratio to ddp"):
         table.add_column(header, justify="right", no_wrap=True)
@@ -94,7 +90,7 @@ def _model_table(model: ModelResult) -> Table:
     return table
 
 
-def _arm_cells(arm: Timing) -> tuple[str | Text, ...]:
+def _arm_cells(arm: Timing) -> tuple[str, ...]:
     if arm.not_run or arm.median is None or arm.p25 is None or arm.p75 is None:
         return ("not run", "-", "-")
     return (f"{arm.median * 1e3:,.1f}", f"{arm.p25 * 1e3:,.1f}-{arm.p75 * 1e3:,.1f}", as_ratio(arm.ratio("ddp")))
@@ -110,8 +106,8 @@ def _model_legend(model: ModelResult) -> Text:
     return Text("\n".join(lines), style="dim")
 
 
-def _split_table(model: ModelResult) -> Table:
-    table = plain_table()
+def _split_table(model: ModelResult) -> PlainTable:
+    table = PlainTable(gap=1)
     for header in ("rank", "step", "compute", "norm, forward", "norm, backward", "rest"):
         table.add_column(header, justify="right", no_wrap=True)
     for rank in model.profile:
@@ -121,8 +117,8 @@ def _split_table(model: ModelResult) -> Table:
     return table
 
 
-def _waits_table(model: ModelResult) -> Table:
-    table = plain_table()
+def _waits_table(model: ModelResult) -> PlainTable:
+    table = PlainTable(gap=1)
     table.add_column("\nlayer", no_wrap=True)
     shown = model.profile[:MAX_RANKS]
     for rank in shown:
@@ -132,7 +128,7 @@ def _waits_table(model: ModelResult) -> Table:
     for layer in by_rank[0]:
         waits = [waits.get(layer) for waits in by_rank]
         cells = [(_milli(w.forward_ms), _milli(w.backward_ms)) if w else ("-", "-") for w in waits]
-        table.add_row(Text(layer), *(cell for pair in cells for cell in pair))
+        table.add_row(layer, *(cell for pair in cells for cell in pair))
     return table
 
 
@@ -149,15 +145,15 @@ def _milli(milliseconds: float) -> str:
     return f"{milliseconds:,.2f}"
 
 
-def _summary_table(benchmark: Benchmark) -> Table:
-    table = plain_table()
+def _summary_table(benchmark: Benchmark) -> PlainTable:
+    table = PlainTable(gap=1)
     table.add_column("ratio", no_wrap=True)
     table.add_column("figure", justify="right", no_wrap=True)
     table.add_column("target", no_wrap=True)
     table.add_column("", no_wrap=True)
     for figure in benchmark.summary:
         target = "" if figure.limit is None else f"{'>=' if figure.at_least else '<='} {figure.limit:{RATIO}}"
-        table.add_row(Text(figure.what), as_ratio(figure.value), target, _verdict(figure))
+        table.add_row(figure.what, as_ratio(figure.value), target, _verdict(figure))
     return table
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from io import StringIO
+from io import BytesIO
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from syncnorm.compare.evidence import ROUNDING, Gap
 from syncnorm.compare.records import ArmResult, Comparison
+from syncnorm.report.figures import figure
 
 # Marker, line style and colour: any one of them tells the arms apart.
 _LOOKS = {
@@ -254,23 +255,15 @@ def _bar(colour: str, hatch: str) -> dict[str, Any]:
 
 
 def _svg(draw: Callable[[Any], None], height: float = _HEIGHT, legend: bool = True) -> str:
-    # Imported here: it takes a second, which only a run that draws should pay.
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    look: Any = {"font.size": 8.5, "hatch.linewidth": 0.6, "svg.fonttype": "path", "text.parse_math": False}
-    with matplotlib.rc_context(look):
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-        FigureCanvasSVG(figure)
-        ax = figure.subplots()
+    svg = BytesIO()
+    look = {"font.size": 8.5, "hatch.linewidth": 0.6, "svg.fonttype": "path"}
+    with figure(svg, (_WIDTH, height), look, "constrained", format="svg", metadata={"Date": None}) as drawn:
+        ax = drawn.subplots()
         draw(ax)
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="both", color="#dddddd", linewidth=0.6)
         ax.set_axisbelow(True)
         handles, labels = ax.get_legend_handles_labels()
         if legend and handles:
-            figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=7.5)
-        text = StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()
+            drawn.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=7.5)
+    return svg.getvalue().decode()

@@ -7,6 +7,7 @@ from typing import Any
 
 from syncnorm.bench.growth_records import Growth, Simulation
 from syncnorm.bench.records import Benchmark
+from syncnorm.report.figures import png
 
 # Differ without colour too.
 _MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -20,26 +21,20 @@ _ARRANGEMENTS = (
 
 def write_growth_plot(benchmark: Benchmark, path: Path) -> None:
     """Writes a PNG: a panel of the measured layers, a line per number of channels, and one of the simulation."""
-    # Imported here: it takes a second, which only a run that plots should pay.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     growth, simulation = benchmark.growth, benchmark.simulation
     panels = (growth is not None) + (simulation is not None)
-    figure = Figure(figsize=(5.5 * panels, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = list(figure.subplots(1, panels, squeeze=False)[0])
-    if growth is not None:
-        _measured(axes.pop(0), growth, benchmark.hardware.cpu_count)
-    if simulation is not None:
-        _simulated(axes.pop(0), simulation)
-    hardware = benchmark.hardware
-    figure.suptitle(
-        f"{hardware.device_name}, {hardware.cpu_count} cores, torch {benchmark.torch_version}, "
-        f"syncnorm {benchmark.syncnorm_version}, {benchmark.date[:10]}",
-        fontsize=9,
-    )
-    figure.savefig(path, dpi=120, format="png")
+    with png(path, (5.5 * panels, 5)) as figure:
+        axes = list(figure.subplots(1, panels, squeeze=False)[0])
+        if growth is not None:
+            _measured(axes.pop(0), growth, benchmark.hardware.cpu_count)
+        if simulation is not None:
+            _simulated(axes.pop(0), simulation)
+        hardware = benchmark.hardware
+        figure.suptitle(
+            f"{hardware.device_name}, {hardware.cpu_count} cores, torch {benchmark.torch_version}, "
+            f"syncnorm {benchmark.syncnorm_version}, {benchmark.date[:10]}",
+            fontsize=9,
+        )
 
 
 def _measured(ax: Any, growth: Growth, cores: int) -> None:

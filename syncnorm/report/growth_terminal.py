@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from math import inf
 
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from syncnorm.bench.growth_records import Arrangements, Check, Cost, Growth, Simulation
+from syncnorm.report.consoles import PlainTable
 
 CLUSTER = "--latency-us 30 --per-message-us 5 --bandwidth-gb 1.25"
 
@@ -62,7 +62,7 @@ _CHECKS = {
 }
 
 
-def _costs_table(size: str, costs: Sequence[Cost], worlds: Sequence[int]) -> Table:
+def _costs_table(size: str, costs: Sequence[Cost], worlds: Sequence[int]) -> PlainTable:
     over = {cost.world_size for cost in costs if cost.oversubscribed}
     table = _table(size, *(f"{w} rank{'s' * (w > 1)}{'*' * (w in over)}" for w in worlds))
     by_place = {(cost.size, cost.world_size): cost for cost in costs}
@@ -72,7 +72,7 @@ def _costs_table(size: str, costs: Sequence[Cost], worlds: Sequence[int]) -> Tab
     return table
 
 
-def _checks_table(checks: Sequence[Check], size: str) -> Table:
+def _checks_table(checks: Sequence[Check], size: str) -> PlainTable:
     table = _table("ranks", size, "predicted", "measured", "ratio")
     for check in checks:
         ranks = f"{check.world_size:,}{'*' * check.oversubscribed}"
@@ -111,7 +111,7 @@ def _worlds_title(simulation: Simulation, over: str) -> str:
     )
 
 
-def _worlds_table(simulation: Simulation, prefix: str) -> Table:
+def _worlds_table(simulation: Simulation, prefix: str) -> PlainTable:
     grouped = f"groups\nof {simulation.group_size}"
     kinds = ("flat", "two-level\n(model only)", "best\nsplit", grouped)
     received = () if prefix else ("KiB\na layer",)
@@ -204,10 +204,10 @@ def _bandwidth(per_byte: float) -> str:
     return "no measurable cost" if per_byte == 0 else f"{1e-9 / per_byte:.3g} GB/s"
 
 
-def _table(*headers: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+def _table(*headers: str) -> PlainTable:
+    table = PlainTable(gap=1)
     for header in headers:
-        table.add_column(Text(header), justify="right", no_wrap=True)
+        table.add_column(header, justify="right", no_wrap=True)
     return table
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from syncnorm.compare.evidence import Gap
 from syncnorm.compare.records import ArmResult, Comparison
 from syncnorm.report.compare_plots import Picture, over_batch, pictures
+from syncnorm.report.files import write_file
 
 
 class _Table(NamedTuple):
@@ -27,7 +28,7 @@ def write_html(comparisons: Sequence[Comparison], path: Path) -> None:
     """
     if not comparisons:
         raise ValueError("a report needs at least one comparison")
-    path.write_text(render_html(comparisons), encoding="utf-8")
+    write_file(path, render_html(comparisons).encode(errors="replace"))  # the command may hold any bytes
 
 
 def render_html(comparisons: Sequence[Comparison]) -> str:

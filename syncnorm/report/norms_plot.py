@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from syncnorm.report.figures import png
 from syncnorm.study.footprints import LAYERS, Footprint
 
 # Told apart by lightness and hatching, not by colour.
@@ -18,21 +19,16 @@ _AXIS_NAMES = {"ranks": "ranks", "samples": "N", "channels": "C", "positions": "
 
 def write_norms_plot(footprints: Sequence[Footprint], path: Path) -> None:
     """Writes a PNG with a panel a norm: rows are samples, by rank; columns are spatial positions, by channel."""
-    # Imported here: it takes a second, which only a run that plots should pay.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     rows = -(-len(footprints) // _COLUMNS)
-    figure = Figure(figsize=(8.8, 0.55 + 2.25 * rows), layout=ConstrainedLayoutEngine(hspace=0.09))
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, _COLUMNS, squeeze=False).flatten()
-    for ax in axes:
-        ax.axis("off")
-    for ax, footprint in zip(axes, footprints, strict=False):
-        _panel(ax, footprint)
-    figure.legend(handles=_legend(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    figure.savefig(path, dpi=110, format="png")
+    with png(path, (8.8, 0.55 + 2.25 * rows), ConstrainedLayoutEngine(hspace=0.09), dpi=110) as figure:
+        axes = figure.subplots(rows, _COLUMNS, squeeze=False).flatten()
+        for ax in axes:
+            ax.axis("off")
+        for ax, footprint in zip(axes, footprints, strict=False):
+            _panel(ax, footprint)
+        figure.legend(handles=_legend(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
 
 
 def described(footprint: Footprint) -> str:

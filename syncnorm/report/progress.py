@@ -11,18 +11,19 @@ from rich.progress import Progress as Bar
 
 from syncnorm.compare.progress import Progress
 from syncnorm.compare.records import ArmResult
+from syncnorm.report.consoles import console as console_on
 
 
 @contextmanager
 def progress_on_stderr(num_arms: int) -> Iterator[Progress]:
     """A `Progress` of ``num_arms`` arms, written to this process's stderr."""
-    console = Console(stderr=True, highlight=False)
+    console = console_on(stderr=True)
     if not console.is_terminal:
         yield _Lines(console, num_arms)
         return
     # Four times a second: the ranks need the cores more than the eye needs the frames.
     with Bar(
-        TextColumn("{task.description:<24}"),
+        TextColumn("{task.description:<24}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -67,7 +68,7 @@ class _Lines:
     def finish(self, result: ArmResult) -> None:
         outcome = f"not run: {result.not_run}" if result.not_run else f"{_result(result)}"
         line = f"{self._arm}/{self._num_arms} {self._label}: {outcome}"
-        self._console.print(line, markup=False, soft_wrap=True)
+        self._console.print(line, soft_wrap=True)
 
 
 def _result(result: ArmResult) -> str:
@@ -79,19 +80,24 @@ def _result(result: ArmResult) -> str:
 @contextmanager
 def counted_on_stderr(total: int) -> Iterator[Callable[[str], None]]:
     """A function to call with what is measured next, ``total`` times: a bar on a terminal, a line each elsewhere."""
-    console = Console(stderr=True, highlight=False)
+    console = console_on(stderr=True)
     done = 0
 
     def tell_line(label: str) -> None:
         nonlocal done
         done += 1
-        console.print(f"{done}/{total} {label}", markup=False, soft_wrap=True)
+        console.print(f"{done}/{total} {label}", soft_wrap=True)
 
     if not console.is_terminal:
         yield tell_line
         return
     # Twice a second: what is timed needs the core that draws it.
-    columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description:<44}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Bar(*columns, console=console, refresh_per_second=2, transient=True) as bar:
         task = bar.add_task("starting", total=total, completed=-1)
         yield lambda label: bar.update(task, description=label, advance=1)

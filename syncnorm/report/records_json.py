@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from syncnorm.compare.records import Comparison
+from syncnorm.report.files import write_file
 
 
 class Record(Protocol):
@@ -18,7 +19,7 @@ class Record(Protocol):
 
 def write_json(record: Record, path: Path) -> None:
     """Writes the record to ``path``, replacing what is there; schema and version are its first keys."""
-    path.write_text(json.dumps(record.to_dict(), indent=2, allow_nan=False) + "\n")
+    write_file(path, (json.dumps(record.to_dict(), indent=2, allow_nan=False) + "\n").encode())
 
 
 def read_json(path: Path) -> Comparison:
@@ -27,4 +28,4 @@ def read_json(path: Path) -> Comparison:
     Raises:
         ValueError: no JSON, or of another schema or version.
     """
-    return Comparison.from_dict(json.loads(path.read_text()))
+    return Comparison.from_dict(json.loads(path.read_bytes()))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from syncnorm.diagnostics.selftest_records import CaseResult, SelfTest
+from syncnorm.report.consoles import PlainTable, for_tables
 
 WIDTH = 100
 STYLES = {"pass": "green", "fail": "bold red", "skip": "yellow", "not run": "red"}
@@ -18,10 +18,7 @@ LEGEND = (
 
 def print_selftest(record: SelfTest, console: Console | None = None) -> None:
     """Prints a table and the verdict, as its last line; plain text where stdout is no terminal."""
-    if console is None:
-        console = Console(highlight=False)
-        console.width = WIDTH
-    console.print(render(record))
+    (console or for_tables(WIDTH)).print(render(record))
 
 
 def render(record: SelfTest) -> RenderableType:
@@ -33,15 +30,15 @@ def render(record: SelfTest) -> RenderableType:
         f"torch {record.torch_version}, syncnorm {record.syncnorm_version}, Python {record.python_version}, "
         f"{record.date}, {record.wall_seconds:.0f} s.\n"
     )
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = PlainTable()
     table.add_column("", no_wrap=True)
     table.add_column("case", no_wrap=True)
     for header in ("error", "allowed"):
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("of", overflow="fold")
     for case in record.cases:
-        status, told = Text(case.status, style=STYLES[case.status]), Text(case.message or case.what or "")
-        table.add_row(status, case.name, *_figures(case), told)
+        status = Text(case.status, style=STYLES[case.status])
+        table.add_row(status, case.name, *_figures(case), case.message or case.what)
     return Group(Text(head), table, Text(LEGEND, style="dim"), Text(), _verdict(record))
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from syncnorm.report.files import write_file
 from syncnorm.report.study_tables import Cells, cells, legend, ran_on
 from syncnorm.study.records import Study
 
 
 def write_markdown(study: Study, path: Path) -> None:
     """Writes `markdown` to ``path``, replacing what is there."""
-    path.write_text(markdown(study))
+    write_file(path, markdown(study).encode(errors="replace"))  # the command may hold any bytes
 
 
 def markdown(study: Study) -> str:

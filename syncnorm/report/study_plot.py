@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from syncnorm.report.figures import png
 from syncnorm.report.study_tables import sample, text
 from syncnorm.study.records import Study, Value, View
 from syncnorm.study.statistics import levels, spread
@@ -30,41 +31,35 @@ _ROOM = 0.6
 
 def write_plot(study: Study, path: Path) -> None:
     """Writes a PNG: mean of the seeds as a line, their standard deviation as bars, each of them as a small point."""
-    # Imported here: it takes a second, which only a run that plots should pay.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     columns = 2 if len(study.views) == 4 else min(len(study.views), _COLUMNS)
     rows = ceil(len(study.views) / columns)
-    figure = Figure(figsize=(max(7.0, 4.6 * columns), 1.2 + 3.9 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    # One look a name in all panels, also where a panel lacks some.
-    names = list(dict.fromkeys(name for view in study.views for name in levels(_shown(study, view), view.lines)))
-    looks = {name: _STYLES[index % len(_STYLES)] for index, name in enumerate(names)}
-    for ax, view in zip(axes, study.views, strict=False):
-        _panel(ax, study, view, looks)
-    for ax in axes[len(study.views) :]:
-        ax.set_visible(False)
-    for measure in {view.measure for view in study.views}:
-        # What is measured alike is drawn to one scale.
-        alike = [ax for ax, view in zip(axes, study.views, strict=False) if view.measure == measure]
-        low, high = min(ax.get_ylim()[0] for ax in alike), max(ax.get_ylim()[1] for ax in alike)
-        for ax in alike:
-            ax.set_ylim(low, high)
-    handles = {
-        label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
-    }
-    if handles:
-        figure.legend(
-            handles.values(),
-            handles.keys(),
-            loc="outside lower center",
-            ncols=_legend_columns(list(handles), figure.get_figwidth()),
-            frameon=False,
-        )
-    figure.suptitle("\n".join(textwrap.wrap(study.question, 30 + 45 * columns)), fontsize=11)
-    figure.savefig(path, dpi=120, format="png")
+    with png(path, (max(7.0, 4.6 * columns), 1.2 + 3.9 * rows)) as figure:
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+        # One look a name in all panels, also where a panel lacks some.
+        names = list(dict.fromkeys(name for view in study.views for name in levels(_shown(study, view), view.lines)))
+        looks = {name: _STYLES[index % len(_STYLES)] for index, name in enumerate(names)}
+        for ax, view in zip(axes, study.views, strict=False):
+            _panel(ax, study, view, looks)
+        for ax in axes[len(study.views) :]:
+            ax.set_visible(False)
+        for measure in {view.measure for view in study.views}:
+            # What is measured alike is drawn to one scale.
+            alike = [ax for ax, view in zip(axes, study.views, strict=False) if view.measure == measure]
+            low, high = min(ax.get_ylim()[0] for ax in alike), max(ax.get_ylim()[1] for ax in alike)
+            for ax in alike:
+                ax.set_ylim(low, high)
+        handles = {
+            label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+        }
+        if handles:
+            figure.legend(
+                handles.values(),
+                handles.keys(),
+                loc="outside lower center",
+                ncols=_legend_columns(list(handles), figure.get_figwidth()),
+                frameon=False,
+            )
+        figure.suptitle("\n".join(textwrap.wrap(study.question, 30 + 45 * columns)), fontsize=11)
 
 
 def _legend_columns(labels: list[str], width: float) -> int:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
-from syncnorm.report import consoles
+from syncnorm.report.consoles import PlainTable, for_tables
 from syncnorm.report.study_tables import Cells, cells, legend, ran_on
 from syncnorm.study.records import Study
 
 
 def print_study(study: Study, console: Console | None = None) -> None:
     """Prints the study, 80 to 100 columns wide; plain text where stdout is no terminal."""
-    (console or consoles.for_tables()).print(render(study))
+    (console or for_tables()).print(render(study))
 
 
 def render(study: Study) -> RenderableType:
@@ -32,12 +31,10 @@ def render(study: Study) -> RenderableType:
     )
 
 
-def _table(found: Cells) -> Table:
-    table = Table(
-        title=found.title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
-    )
+def _table(found: Cells) -> PlainTable:
+    table = PlainTable(found.title)
     for index, head in enumerate(found.header):
-        table.add_column(Text(head), justify="right" if index else "left", no_wrap=True)
+        table.add_column(head, justify="right" if index else "left", no_wrap=True)
     for line in found.lines:
-        table.add_row(*map(Text, line))
+        table.add_row(*line)
     return table

@@ -6,17 +6,16 @@ from math import sqrt
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from syncnorm.compare.records import ArmResult, Comparison
-from syncnorm.report import consoles
-from syncnorm.report.terminal_parity import layer_part, parity_part, plain_table
+from syncnorm.report.consoles import PlainTable, for_tables
+from syncnorm.report.terminal_parity import layer_part, parity_part
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
     """Prints verdict, tables and legends, 80 to 100 columns wide; plain text where stdout is no terminal."""
-    (console or consoles.for_tables()).print(render(comparison))
+    (console or for_tables()).print(render(comparison))
 
 
 def render(comparison: Comparison) -> RenderableType:
@@ -57,11 +56,11 @@ def _verdict(comparison: Comparison) -> list[RenderableType]:
     return [Text("Verdict", style="bold"), *sentences, Text()]
 
 
-def _result_table(comparison: Comparison) -> Table:
+def _result_table(comparison: Comparison) -> PlainTable:
     accuracy = comparison.task.metric == "accuracy"
     ran = [arm for arm in comparison.arms if arm.seeds]
     steps = [point.step for point in (ran[0].seeds[0].test_losses if ran else ())]
-    table = plain_table(f"Result: test {'accuracy' if accuracy else 'loss'} after a number of steps, and speed")
+    table = PlainTable(f"Result: test {'accuracy' if accuracy else 'loss'} after a number of steps, and speed")
     table.add_column("arm", no_wrap=True)
     for step in steps:
         table.add_column(f"{step:,}", justify="right", no_wrap=True)
@@ -112,8 +111,8 @@ def _noise(comparison: Comparison) -> str:
     return f"; a difference under {points:.1f} points may be chance"
 
 
-def _cost_table(comparison: Comparison) -> Table:
-    table = plain_table("Cost of a training step")
+def _cost_table(comparison: Comparison) -> PlainTable:
+    table = PlainTable("Cost of a training step")
     table.add_column("arm", no_wrap=True)
     headers = ("\nms", "ms waiting\nDDP + norm", "collectives\nDDP + norm", "\nKiB sent", "peak MiB\na rank")
     for header in headers:

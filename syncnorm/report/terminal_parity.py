@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from syncnorm.compare.evidence import ROUNDING, Gap, LayerParity, Parity
 from syncnorm.compare.records import ArmResult, Comparison
+from syncnorm.report.consoles import PlainTable
 
 # Enough to see where a difference begins; all of them are in the JSON.
 MOST_LAYERS = 10
@@ -15,19 +15,12 @@ MOST_LAYERS = 10
 NAME_WIDTH = 32
 
 
-def plain_table(title: str) -> Table:
-    """Without rules, as wide as its figures."""
-    return Table(
-        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
-    )
-
-
 def parity_part(comparison: Comparison) -> list[RenderableType]:
     """A row for each arm that ran."""
     last = comparison.settings.parity_steps
     columns = [(1, "output"), (1, "grads"), (1, "params"), (1, "stats")]
     columns += [(last, "output"), (last, "params")] if last > 1 else []
-    table = plain_table("Difference to single, relative" + (f", in step 1 and in step {last}" if last > 1 else ""))
+    table = PlainTable("Difference to single, relative" + (f", in step 1 and in step {last}" if last > 1 else ""))
     table.add_column("arm", no_wrap=True)
     for index, (step, kind) in enumerate(columns):
         first = index == 0 or columns[index - 1][0] != step
@@ -100,7 +93,7 @@ def layer_part(comparison: Comparison) -> list[RenderableType]:
         return []
     rows = _some(layers)
     some = f", {len(rows)} of {len(layers)} layers" if len(rows) < len(layers) else ""
-    table = plain_table(f"Layer by layer{some}")
+    table = PlainTable(f"Layer by layer{some}")
     table.add_column("norm layer", no_wrap=True)
     for index, name in enumerate(shown):
         table.add_column(f"{'output in step 1' if index == 0 else ''}\n{name}", justify="right", no_wrap=True)

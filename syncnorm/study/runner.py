@@ -6,6 +6,8 @@ import importlib
 import platform
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 
 import torch
@@ -13,12 +15,12 @@ import torch
 import syncnorm
 from syncnorm.errors import InputError
 from syncnorm.launcher import launched_world_size
+from syncnorm.notes import Keep, nobody_keeps, run_noting
 from syncnorm.ranks import Ranks, initialised_ranks, launched_ranks, world_size_for
 from syncnorm.study.progress import ProgressFactory, silent
-from syncnorm.study.records import Settings, Study
+from syncnorm.study.records import Row, Settings, Study
 from syncnorm.study.registry import STUDIES
 from syncnorm.study.tuning import FIRST_SEED
-from syncnorm.testing import run_ranks
 
 QUICK_SEEDS = 2
 MAX_RANKS = 64
@@ -34,6 +36,7 @@ def run(
     steps: int | None = None,
     quick: bool = False,
     progress: ProgressFactory = silent,
+    keep: Keep = nobody_keeps,
 ) -> Study:
     """Answers one question by training runs on real data, on the CPU, one thread a rank.
 
@@ -46,6 +49,7 @@ def run(
         steps: optimiser steps of a run; the study's own number by default.
         quick: few steps and conditions, to see that it works.
         progress: opened by rank 0, in its own process, to follow the run.
+        keep: called on rank 0 with a record of the runs that are done, at the latest before an error is raised.
 
     Returns:
         The record, the same on every rank.
@@ -78,15 +82,12 @@ def run(
         importlib.import_module(package)
     command = " ".join(["syncnorm", *sys.argv[1:]])
     if launched_world_size() is None:
-        studies: list[Study] = run_ranks(
-            _started_rank, settings.world_size, args=(settings, command, progress), timeout=TIMEOUT
-        )
-        return studies[0]
+        return run_noting(_started_rank, settings.world_size, (settings, command, progress), TIMEOUT, keep)[0]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with launched_ranks(cpu=True) as given:
-            return _answer(settings, command, given, progress)
+            return _answer(settings, command, given, progress, keep)
     finally:
         torch.set_num_threads(threads)
 
@@ -95,31 +96,41 @@ def _given(value: int | None, default: int) -> int:
     return default if value is None else value
 
 
-def _started_rank(settings: Settings, command: str, progress: ProgressFactory) -> Study:
+def _started_rank(settings: Settings, command: str, progress: ProgressFactory, note: Keep) -> Study:
     with initialised_ranks(torch.device("cpu")) as ranks:
-        return _answer(settings, command, ranks, progress)
+        return _answer(settings, command, ranks, progress, note)
 
 
-def _answer(settings: Settings, command: str, ranks: Ranks, progress: ProgressFactory) -> Study:
+def _answer(settings: Settings, command: str, ranks: Ranks, progress: ProgressFactory, keep: Keep) -> Study:
     started = time.perf_counter()
     question = STUDIES[settings.study]
-    watcher = progress if ranks.rank == 0 else silent
-    with watcher(question.num_stages(settings)) as tell:
+    done: list[Row] = []
+
+    def record(rows: Sequence[Row], notes: Mapping[str, str], findings: Sequence[str]) -> Study:
+        return Study(
+            question=question.question,
+            claim=question.claim,
+            settings=settings,
+            notes=dict(notes),
+            rows=tuple(rows),
+            views=tuple(question.views(rows)),
+            findings=tuple(findings),
+            hardware=ranks.hardware(),
+            syncnorm_version=syncnorm.__version__,
+            torch_version=torch.__version__,
+            python_version=platform.python_version(),
+            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            command=command,
+            wall_seconds=time.perf_counter() - started,
+        )
+
+    def keep_rows(rows: Sequence[Row]) -> None:
+        done.extend(rows)
+        keep(record(done, {}, ()))  # findings are of all rows
+
+    if ranks.rank == 0:
+        ranks = replace(ranks, hand_in=keep_rows)
+    with (progress if ranks.rank == 0 else silent)(question.num_stages(settings)) as tell:
         outcome = question.run(settings, ranks, tell)
-    study = Study(
-        question=question.question,
-        claim=question.claim,
-        settings=settings,
-        notes=dict(outcome.notes),
-        rows=tuple(outcome.rows),
-        views=tuple(question.views(outcome.rows)),
-        findings=tuple(question.find(outcome.rows)),
-        hardware=ranks.hardware(),
-        syncnorm_version=syncnorm.__version__,
-        torch_version=torch.__version__,
-        python_version=platform.python_version(),
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        command=command,
-        wall_seconds=time.perf_counter() - started,
-    )
+    study = record(outcome.rows, outcome.notes, question.find(outcome.rows))
     return ranks.share(study if ranks.rank == 0 else None)

@@ -45,14 +45,20 @@ def run_trials(
     Collective: all ranks: what ``work`` does together, and an object gather.
     """
     found: dict[int, Sequence[R]] = {}
-    for index, trial in enumerate(trials.together):
+
+    def run(index: int, trial: T, together: bool) -> None:
         tell(trial)
-        found[index] = work(trial, ranks, True)
+        found[index] = work(trial, ranks, together)
+        ranks.hand_in(found[index])
+
+    for index, trial in enumerate(trials.together):
+        run(index, trial, True)
     for index in range(ranks.rank, len(trials.alone), ranks.world_size):
-        tell(trials.alone[index])
-        found[len(trials.together) + index] = work(trials.alone[index], ranks, False)
+        run(len(trials.together) + index, trials.alone[index], False)
     # The last to write wins: rank 0.
     by_index = {index: results for of_rank in reversed(ranks.collect(found)) for index, results in of_rank.items()}
+    for index in by_index.keys() - found.keys():
+        ranks.hand_in(by_index[index])
     return [result for index in sorted(by_index) for result in by_index[index]]
 
 

@@ -32,6 +32,8 @@ def main(connection: Connection, stacks_path: str) -> None:
     """Serve tasks from ``connection`` until it closes, or says to stop, or the parent process ends."""
     # Ctrl-C reaches the whole terminal: the caller is the one who decides what becomes of its ranks.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # so does the end of the terminal
     threading.Thread(target=_end_with_parent, args=(os.path.dirname(stacks_path),), daemon=True).start()
     if sys.platform != "win32":
         import resource
