@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from syncnorm import collectives, fused, groups, moments, recomputation, transforms
+from syncnorm import collectives, fused, groups, kernels, moments, recomputation, transforms
 from syncnorm.autograd import SyncBatchNormFunction, Which, has_own_class, plain_tensor
 from syncnorm.checks import check_input, check_mask, check_synced, check_tensor, check_vectors, shape, where
 from syncnorm.errors import REFUSED, InputError, SyncNormError
@@ -246,10 +246,16 @@ def _checkpointed_batch_norm(
 ) -> Tensor:
     """:func:`_local_batch_norm` in training, of a batch that may come again, in a backward, but counts once."""
     _check_local_count(input)
+    if recomputation.in_backward():
+        # First, because saving a tensor for the backward may end a second run, by an exception.
+        with torch.no_grad():
+            x = kernels.dense(input, kernels.memory_format(input))
+            of_all_ranks(*kernels.moments_of(x, eps, torch.empty_like(x), None), eps, None, layer, segments, running)
     output, mean, invstd = torch.native_batch_norm(input, weight, bias, None, None, True, 0.0, eps)
-    mean, invstd = (v.detach().to(statistics_dtype(input.dtype)) for v in (mean, invstd))
-    local = (mean, invstd, input.numel() // input.size(1))
-    of_all_ranks(*local, eps, None, layer, segments, running, node=output.grad_fn)
+    if not recomputation.in_backward():
+        mean, invstd = (v.detach().to(statistics_dtype(input.dtype)) for v in (mean, invstd))
+        local = (mean, invstd, input.numel() // input.size(1))
+        of_all_ranks(*local, eps, None, layer, segments, running, node=output.grad_fn)
     return output
 
 

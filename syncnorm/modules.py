@@ -86,7 +86,7 @@ def _note_unsynced(layer: Synced, reason: str) -> str:
     if not layer._sync_seen:
         layer._sync_seen = reason
         warnings.warn(
-            f"{type(layer).__name__} {reason}, so syncnorm could not synchronize it ({layer._sync_name}): its "
+            f"{type(layer).__name__} {reason}, so syncnorm could not synchronize it ({_name(layer, None)}): its "
             f"statistics there are those of this rank. {INSTEAD[0].upper()}{INSTEAD[1:]}",
             stacklevel=3,
         )

@@ -9,6 +9,8 @@ saved-tensor hooks, or by the ``autograd.Function`` in whose forward it is; a se
 import sys
 import weakref
 from collections import defaultdict, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -26,8 +28,7 @@ from syncnorm.moments import Count
 _SAME = 1e-2
 
 
-# Records that a hook may hold on to; a checkpointed segment makes a hook of its own, and runs fewer layers.
-_MOST = 1024
+_HELD = "_syncnorm_gathered"  # the attribute of an owner that holds on to records; None where it lives on
 
 
 @dataclass(eq=False)
@@ -63,6 +64,7 @@ class Gathered:
 
 _kept: "defaultdict[str, list[weakref.ref[Gathered]]]" = defaultdict(list)
 _backwards = 0  # that have begun
+_noted: "deque[Gathered] | list[Gathered]" = deque(maxlen=0)
 
 
 def backward_begins() -> None:
@@ -90,20 +92,33 @@ def owners() -> list[Any]:
 def keep(layer: str, gathered: Gathered, local: Tensor, local_count: int, owners: list[Any], node: Any) -> None:
     """Remembers ``gathered``, and for which input, for as long as one of ``owners``, or ``node`` of the graph, lives.
 
-    Hooks that do not recompute may live on, as those that offload activations do: where one comes again after a
-    backward, what it held before goes, and remains with the nodes of graphs that are still there.
+    Hooks that do not recompute may live on, as those that offload activations do. One that comes again after a
+    backward is such a hook: it holds nothing any more, and what it held remains with the nodes of graphs still there.
     """
     gathered.local, gathered.local_count, gathered.backwards = local, local_count, _backwards
     for owner in owners:
-        held = owner.__dict__.setdefault("_syncnorm_gathered", deque(maxlen=_MOST))
-        while held and isinstance(owner, FunctionType) and held[0].backwards < _backwards:
-            held.popleft()
-        held.append(gathered)
+        held = owner.__dict__.setdefault(_HELD, [])
+        if held and isinstance(owner, FunctionType) and held[0].backwards < _backwards:
+            held = owner.__dict__[_HELD] = None
+        if held is not None:
+            held.append(gathered)
     if owners and node is not None:
         node.metadata["syncnorm"] = gathered
+    _noted.append(gathered)
     if owners:
         kept = _kept[layer]
         kept.append(weakref.ref(gathered, kept.remove))
+
+
+@contextmanager
+def noting(records: list[Gathered]) -> Iterator[None]:
+    """Adds to ``records`` what forwards in the block keep or recall."""
+    global _noted
+    before, _noted = _noted, records
+    try:
+        yield
+    finally:
+        _noted = before
 
 
 def known(layer: str) -> bool:
@@ -125,7 +140,7 @@ def recall(layer: str, local: Tensor, local_count: int) -> Gathered | None:
         SyncNormError: two first runs had this input on this rank, but other inputs elsewhere.
     """
     alive = [g for g in (ref() for ref in _kept[layer]) if g is not None]
-    of_segment = [g for context in _contexts("backward") for g in context.__dict__.get("_syncnorm_gathered", ())]
+    of_segment = [g for context in _contexts("backward") for g in context.__dict__.get(_HELD, ())]
     distances = {
         g: _distance(g.local, local)
         for g in [g for g in alive if any(g is other for other in of_segment)] or alive
@@ -138,6 +153,7 @@ def recall(layer: str, local: Tensor, local_count: int) -> Gathered | None:
             f"cannot tell which of {len(best)} checkpointed forwards of {layer} is computed again: this rank's input "
             f"was the same in each, the other ranks' inputs were not. Run their backwards before the next forward"
         )
+    _noted.extend(best[:1])
     return best[0] if best else None
 
 

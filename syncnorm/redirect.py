@@ -6,7 +6,8 @@ one call.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -118,18 +119,16 @@ class SyncCallsMixin(Synced):
         def others(*args: Any, **kwargs: Any) -> Tensor:
             return _norm_of_others(self, calls, *args, **kwargs)
 
-        counts = [_Count.of(layer) for layer in (self, *self._sync_inner) if layer.num_batches_tracked is not None]
+        tracked = [layer.num_batches_tracked for layer in (self, *self._sync_inner)]
+        counts = _Counts([count for count in tracked if count is not None])
         try:
-            with RedirectBatchNorm(self, norm, others):
+            with RedirectBatchNorm(self, norm, others), counts.with_records():
                 output = super().forward(input, *args, **kwargs)  # type: ignore[misc]
         except BaseException as error:
-            for count in counts:  # before the input was judged
-                count.put_back()
+            counts.settle(failed=True)
             functional.pass_on(error, group, functional.device_of(self.running_mean, self.weight, input))
             raise
-        for count in counts:
-            if not groups.syncing() or (recomputation.in_backward() and not count.statistics_moved()):
-                count.put_back()
+        counts.settle()
         if None in calls:
             self.note_unsynced(STRANGE)
         elif not calls and not recomputation.in_backward():
@@ -137,30 +136,31 @@ class SyncCallsMixin(Synced):
         return output
 
 
-class _Count(NamedTuple):
-    """The batches that a layer counted in a forward of its own, which does not know when they stay as they are."""
+class _Counts:
+    """The batches that layers counted in a forward of their own, which does not know when they have to stay."""
 
-    layer: Any
-    value: Tensor
-    version: int | None  # of its running mean
+    def __init__(self, counts: list[Tensor]):
+        self._counts = counts
+        self._before = [count.clone() for count in counts]
+        self.records: list[recomputation.Gathered] = []  # of checkpointed runs
 
-    @classmethod
-    def of(cls, layer: Any) -> "_Count":
-        """As it is now."""
-        return cls(layer, layer.num_batches_tracked.clone(), _version(layer))
+    def with_records(self) -> AbstractContextManager[None]:
+        """For the forward."""
+        return nullcontext() if torch.compiler.is_compiling() else recomputation.noting(self.records)
 
-    def statistics_moved(self) -> bool:
-        """Since then: in a checkpoint's second run, if the first one had nothing to move."""
-        return self.version != _version(self.layer)
-
-    def put_back(self) -> None:
-        """Forgets what was counted since."""
-        self.layer.num_batches_tracked.copy_(self.value)
-
-
-def _version(layer: Any) -> int | None:
-    traced = torch.compiler.is_compiling()
-    return None if traced or layer.running_mean is None else layer.running_mean._version
+    def settle(self, failed: bool = False) -> None:
+        """At the end of the forward: keeps what was counted, or not."""
+        if recomputation.in_backward():  # where a second run may end by an exception, as soon as it has all it needs
+            stay = all(record.counted for record in self.records)
+        else:
+            stay = failed or not groups.syncing()
+        if stay:
+            for count, before in zip(self._counts, self._before, strict=True):
+                count.copy_(before)
+        elif self.records:
+            counted = any(bool(count != before) for count, before in zip(self._counts, self._before, strict=True))
+            for record in self.records:
+                record.counted = record.counted or counted
 
 
 def _norm_of_others(layer: Any, calls: list[str | None], *args: Any, **kwargs: Any) -> Tensor:

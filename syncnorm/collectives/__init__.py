@@ -136,6 +136,7 @@ def gather_moments(
         packed = count.view(1).to(mean.dtype) if isinstance(count, Tensor) else mean.new_full((1,), count)
         gathered = direct.gather([mean, invstd, packed], group, call, peers.is_first(call))
         return Gathered(gathered[:, :-1], gathered[:, -1:], call.number)
+    _check_data(mean)
     headers, received = exchange(call, (mean, invstd), int(count))
     for row, header in enumerate(headers):
         if header.kind == Kind.JOINED:
@@ -174,12 +175,21 @@ def reduce_sums(
     if exchange is None:
         yield direct.reduce(sums, group, call, peers_of(group).is_first(call))
         return
+    _check_data(like)
     under_way = exchange.start(call, sums)
     try:
         yield lambda: under_way().payloads.sum(0).to(like.device).chunk(len(sums))
     except BaseException as error:
         under_way.abandon(error)
         raise
+
+
+def _check_data(vector: Tensor) -> None:
+    if type(vector) is not Tensor:
+        raise InputError(
+            f"rank {dist.get_rank()}: expected tensors with numbers, got a {type(vector).__name__}, of which other "
+            f"ranks can get none; trace the model, or run it on fake tensors, under `with syncnorm.no_sync_stats():`"
+        )
 
 
 _told: set[str] = set()  # while tracing; torch.compile may run the same in eager mode afterwards

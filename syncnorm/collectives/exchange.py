@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncnorm.collectives.call import Call, Kind, explain_disagreement
-from syncnorm.collectives.frames import FIRST, Frames, Header, agreed, capacity_for, protocol
+from syncnorm.collectives.frames import FIRST, Frames, Header, agreed, capacity_for, in_earnest, protocol
 from syncnorm.collectives.notices import Notices
 from syncnorm.collectives.observers import observers
 from syncnorm.collectives.waiting import Waiting
@@ -182,7 +182,8 @@ class Exchange:
     def _guarded(self, call: Call, leaves: bool = True) -> Iterator[None]:
         """Closes the exchange if the block ends by an error that the other ranks do not have as well."""
         try:
-            yield
+            with in_earnest():
+                yield
         except BaseException as error:
             self._under_way = None
             if isinstance(error, _Failed):

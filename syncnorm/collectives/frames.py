@@ -6,7 +6,7 @@ messages of different sizes gloo would abort one process and hand garbage to the
 
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -30,10 +30,15 @@ def protocol() -> str:
 def _lasting() -> Iterator[None]:
     """For memory that outlives a call, which must not take after the modes that the call is made in.
 
-    Made in inference mode it could not be used in training, made under a fake tensor mode it would hold no numbers.
+    Made in inference mode it could not be used in training.
     """
-    with torch.inference_mode(False), torch._C.DisableTorchFunction(), _disable_current_modes():
+    with torch.inference_mode(False), torch._C.DisableTorchFunction():
         yield
+
+
+def in_earnest() -> AbstractContextManager[None]:
+    """For an exchange: without modes that replace operators, as that of fake tensors does, which computes nothing."""
+    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext()
 
 
 class Header(NamedTuple):
