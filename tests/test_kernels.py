@@ -35,6 +35,27 @@ def test_channels_far_from_zero_are_corrected_among_others():
     torch.testing.assert_close(got_invstd.double(), torch.rsqrt(var + 1e-5), rtol=3e-7, atol=0)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_channel_that_is_not_finite_leaves_the_others_right(bad):
+    """One reduction decides for all channels whether any of them lies far from zero."""
+    x = torch.randn(64, 5, 20, generator=torch.Generator().manual_seed(0)).double() * 3
+    x[:, 1] += 1e7
+    x[3, 2, 4] = bad
+    x = x.float()
+    var, mean = torch.var_mean(x.double(), (0, 2), correction=0)
+    got_mean, got_invstd = cpu.local_moments(x, 1e-5, torch.empty_like(x))
+    others = [0, 1, 3, 4]
+    torch.testing.assert_close(got_mean.double()[others], mean[others], rtol=6e-8, atol=1e-6)
+    torch.testing.assert_close(got_invstd.double()[others], torch.rsqrt(var + 1e-5)[others], rtol=3e-7, atol=0)
+    assert not got_mean[2].isfinite()
+
+
+def test_channels_that_are_all_nan_are_nan():
+    mean, invstd = cpu.local_moments(torch.full((4, 3, 2), torch.nan), 1e-5, torch.empty(4, 3, 2))
+    assert mean.isnan().all()
+    assert invstd.isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_half_precision_has_statistics_in_fp32(dtype):
     x = torch.randn(4, 3, 5).to(dtype)
