@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import syncnorm
 from syncnorm import collectives
-from syncnorm.collectives import exchange, frames, notices, waiting
+from syncnorm.collectives import exchange, frames, lookout, notices, waiting
 from syncnorm.kernels import cpu
 from syncnorm.testing import assert_close, batch_norm_oracle, run_ranks
 
@@ -278,3 +278,23 @@ def test_a_long_wait_is_one_warning_with_layer_and_missing_ranks(connected):
     assert "rank 0 has waited" in seen
     assert "for ranks [1, 2] in forward of 0 (call" in seen
     assert "was `model.eval()` forgotten?" in seen
+
+
+def elsewhere() -> list[str]:
+    """Rank 0 waits in a layer for rank 1, which is in a barrier."""
+    lookout._IDLE, lookout._PERIOD = 1.5, 0.3
+    layer = syncnorm.convert(nn.Sequential(nn.BatchNorm1d(4)))
+    layer(torch.randn(3, 4))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if dist.get_rank() == 1:
+            time.sleep(4)
+        layer(torch.randn(3, 4))
+    return [str(warning.message) for warning in caught]
+
+
+def test_a_rank_that_is_elsewhere_learns_who_waits_for_it():
+    nobody, (told,) = run_ranks(elsewhere, timeout=30)
+    assert nobody == []
+    assert "rank 1 has called no synced layer for" in told
+    assert "is waited for: rank 0 in forward of 0 (call 2 of the group" in told

@@ -10,6 +10,7 @@ might be of another size, for which gloo aborts. It is closed, on all ranks, unt
 import atexit
 import ctypes
 import functools
+import math
 import os
 import threading
 import time
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from syncnorm.collectives.call import Call, Kind, explain_disagreement
 from syncnorm.collectives.frames import FIRST, Frames, Header, agreed, capacity_for, in_earnest, protocol
+from syncnorm.collectives.lookout import Lookout
 from syncnorm.collectives.notices import Notices
 from syncnorm.collectives.observers import observers
 from syncnorm.collectives.waiting import Waiting
@@ -111,6 +113,7 @@ class Exchange:
         self._under_way: Call | None = None
         self._closed = ""  # because of what
         self._pending: list[object] = []
+        self.ended = math.inf
 
     @property
     def closed(self) -> bool:
@@ -163,6 +166,7 @@ class Exchange:
         Raises:
             SyncNormError: it cannot be.
         """
+        self.ended = math.inf
         with self._entering:
             other, self._under_way = self._under_way, self._under_way or call
         if other is not None:
@@ -195,6 +199,7 @@ class Exchange:
             raise
         if leaves:
             self._under_way = None
+            self.ended = time.monotonic()
 
     def _close(self, reason: str, error: BaseException | None = None) -> None:
         """Ends all exchanges of the group, here and, as soon as they look, on the other ranks."""
@@ -284,6 +289,7 @@ class Exchange:
         try:
             self._meet(call, timeout)
             self._group = self._reach(call, min(timeout, _CONNECT), group)
+            Lookout(self, Notices(self._store, self.rank, self.ranks), self.rank).start()
         except SyncNormError:
             raise
         except RuntimeError as error:  # torch.distributed's own errors are RuntimeErrors

@@ -38,14 +38,15 @@ class Waiting:
         """
         if self._notices.any_failure():
             raise RuntimeError("another rank's exchange failed")
-        mark = str(number)
+        mark = f"{number} {call}"
         if seconds > _NOTE_AFTER and self._posted != mark:
             self._notices.post("waiting", mark)
             self._posted = mark
         if seconds > _WARN_AFTER and (call.kind, call.layer) not in self._warned:
             self._warned.add((call.kind, call.layer))
             waiting = self._notices.by_rank("waiting")
-            missing = None if waiting is None else [r for r in self._others() if waiting.get(r) != mark]
+            here = None if waiting is None else [r for r, text in waiting.items() if text.split()[0] == str(number)]
+            missing = None if here is None else [rank for rank in self._others() if rank not in here]
             warnings.warn(
                 f"rank {self._rank} has waited {seconds:.0f} s for {_names(missing)} in {call}. If this is a forward "
                 f"that only some ranks make, such as an evaluation: was `model.eval()` forgotten? In training mode "
