@@ -1,4 +1,4 @@
-"""Steps of a critic with a gradient penalty, as in WGAN-GP, under DDP with synchronised batch norm.
+"""Steps of a critic with a gradient penalty, as in WGAN-GP, under DDP with synchronized batch norm.
 
 torchrun --nproc-per-node 2 examples/gradient_penalty.py
 
@@ -13,30 +13,39 @@ from torch.nn.parallel import DistributedDataParallel
 
 import syncnorm
 
-dist.init_process_group("gloo")
-torch.manual_seed(0)
-critic = nn.Sequential(
-    nn.Conv2d(1, 16, 3, padding=1),
-    nn.BatchNorm2d(16),
-    nn.SiLU(),
-    nn.Conv2d(16, 16, 3, padding=1),
-    nn.BatchNorm2d(16),
-    nn.SiLU(),
-    nn.Conv2d(16, 1, 8),
-)
-critic = DistributedDataParallel(syncnorm.convert(critic))
-optimiser = torch.optim.Adam(critic.parameters(), lr=0.005)
 
-torch.manual_seed(dist.get_rank())  # from here on each rank draws its own images
-for step in range(100):
-    x = torch.randn(8, 1, 8, 8, requires_grad=True)
-    score = critic(x).flatten()
-    (gradient,) = torch.autograd.grad(score.sum(), x, create_graph=True)
-    norm = gradient.flatten(1).norm(dim=1)
-    loss = score.mean() + 10 * (norm - 1).square().mean()
-    optimiser.zero_grad()
-    loss.backward()
-    optimiser.step()
-    if dist.get_rank() == 0 and step in (0, 99):
-        print(f"step {step}: mean norm of the gradient at the input {norm.mean():.3f}", flush=True)
-dist.destroy_process_group()
+def main() -> None:
+    """Trains for a hundred steps."""
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    critic = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.SiLU(),
+        nn.Conv2d(16, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.SiLU(),
+        nn.Conv2d(16, 1, 8),
+    )
+    critic = DistributedDataParallel(syncnorm.convert(critic))
+    optimizer = torch.optim.Adam(critic.parameters(), lr=0.005)
+
+    torch.manual_seed(dist.get_rank())  # from here on each rank draws its own images
+    for step in range(100):
+        x = torch.randn(8, 1, 8, 8, requires_grad=True)
+        score = critic(x).flatten()
+        (gradient,) = torch.autograd.grad(score.sum(), x, create_graph=True)
+        norm = gradient.flatten(1).norm(dim=1)
+        loss = score.mean() + 10 * (norm - 1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if dist.get_rank() == 0 and step in (0, 99):
+            print(f"step {step}: mean norm of the gradient at the input {norm.mean():.3f}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    # In a function, so that graphs and groups are gone before the interpreter ends: autograd's and gloo's threads do
+    # not always survive that.
+    main()

@@ -64,7 +64,9 @@ def convert(
         UserWarning: once, with the names of the layers that cannot be converted, which stay as they are; and once,
             with those that the module around them seems to bypass, by calling ``F.batch_norm`` itself.
 
-    Collective: with ``group_size``, all ranks of the default group must call. Otherwise none.
+    Collective: with ``group_size``, all ranks of the default group must call. Otherwise none. After an error that
+        ended the synchronization over a group (an interrupt, a rank that failed), it goes on once all of its ranks
+        have called again.
 
     Example:
         >>> model = convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))

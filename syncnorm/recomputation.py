@@ -41,25 +41,26 @@ class Gathered:
     group: dist.ProcessGroup | None
     number: int  # of the forward over its group
     var: Tensor | None = None  # biased
-    moved: bool = True  # the running statistics; also where they were not to move
+    moved: int = 0  # the running statistics in that storage; -1 where none are to move
     counted: bool = True  # the batch
     local: Tensor | None = None  # mean and invstd of this rank's input (2, C)
     local_count: int = 0
     backwards: int = 0  # that had begun before
 
-    def note(self, moves: bool, counts: bool) -> None:
-        """Remembers what this forward, the first run, does: whether it moves running statistics, and counts."""
+    def note(self, moves: int, counts: bool) -> None:
+        """Remembers what this forward, the first run, does: what running statistics it moves, whether it counts."""
         meant_to_stay = not syncing()
-        self.moved, self.counted = moves or meant_to_stay, counts or meant_to_stay
+        self.moved, self.counted = -1 if meant_to_stay else moves, counts or meant_to_stay
 
-    def left_to(self, moves: bool, counts: bool) -> tuple[bool, bool]:
+    def left_to(self, moves: int, counts: bool) -> tuple[bool, bool]:
         """What of that falls to a second run, which would do this and that: all that no run before it has done.
 
-        Wrappers switch tracking off, or the momentum to zero, in one of the two runs; in which is not ours to say.
+        Wrappers switch tracking off, set the momentum to zero, or put other buffers in place for one of the two runs;
+        for which one is not ours to say.
         """
-        moves, counts = moves and not self.moved, counts and not self.counted
-        self.moved, self.counted = self.moved or moves, self.counted or counts
-        return moves, counts
+        left = moves not in (0, self.moved) and self.moved != -1, counts and not self.counted
+        self.moved, self.counted = moves if left[0] else self.moved, self.counted or counts
+        return left
 
 
 _kept: "defaultdict[str, list[weakref.ref[Gathered]]]" = defaultdict(list)

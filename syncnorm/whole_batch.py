@@ -46,17 +46,19 @@ def of_all_ranks(
         InputError: one value a channel over all ranks; ``running`` is as it was.
         SyncNormError: as the gather.
     """
-    moves = tracks or (running is not None and running.momentum != 0)
+    moves = int(tracks)
+    if running is not None and running.momentum != 0:
+        moves = running.mean.untyped_storage()._cdata
     counts = tracks or (running is not None and running.num_batches_tracked is not None)
     again = recomputation.in_backward()
     local = torch.stack([local_mean, local_invstd]) if segments or again else local_mean
     if again:
         first = recomputation.recall(layer, local, int(local_count))
         if first is not None:
-            moves, counts = first.left_to(moves, counts)
+            left, counts = first.left_to(moves, counts)
             if running is not None and first.var is not None:
-                moments.update_running_(running, first.mean, first.var, first.count, moves, counts)
-            return first, moves
+                moments.update_running_(running, first.mean, first.var, first.count, left, counts)
+            return first, left
         if group is None and recomputation.known(layer):  # too far off to be recognized, so it has had them
             running = None
     gathered = collectives.gather_moments(local_mean, local_invstd, local_count, eps, group, layer)
@@ -67,4 +69,4 @@ def of_all_ranks(
     if segments:
         whole.note(moves, counts)
         recomputation.keep(layer, whole, local, int(local_count), segments, node)
-    return whole, moves
+    return whole, moves != 0

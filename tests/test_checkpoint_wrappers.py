@@ -45,8 +45,17 @@ def no_counter_at_first(layer: Any, first: bool) -> None:
     layer._buffers["num_batches_tracked"] = None if first else counter
 
 
+def other_buffers_at_first(layer: Any, first: bool) -> None:
+    """The statistics of the first run go to copies; those of the layer are as they were."""
+    kept = layer.__dict__.setdefault("kept_buffers", dict(layer._buffers))
+    layer._buffers.update(
+        {name: b.clone() if first else b for name, b in kept.items() if name != "num_batches_tracked"}
+    )
+
+
 WRAPPERS = [
-    untracked_without_grad, no_momentum_at_first, no_momentum_at_last, untracked_at_last, no_counter_at_first,
+    untracked_without_grad, no_momentum_at_first, no_momentum_at_last, untracked_at_last, other_buffers_at_first,
+    no_counter_at_first,
 ]  # fmt: skip
 
 

@@ -64,9 +64,12 @@ def explain_disagreement(rank: int, calls: dict[int, str]) -> str:
         calls: by rank, what it came for.
     """
     told = "\n".join(f"  rank {r}: {call}" for r, call in calls.items())
-    return (
+    message = (
         f"rank {rank}: ranks that share statistics called different layers:\n{told}\n"
         f"All of them must run the same synced layers, of the same width, in the same order, forward and backward. "
         f"A forward that only some ranks make belongs under `with syncnorm.no_sync_stats():`; ranks whose data "
         f"runs out early, under torch's Join with syncnorm.training.joinable(model)."
     )
+    if " of model " in told or " in the order in which " in told:
+        message += " Several models with such layers, copies included, must be made in the same order on all ranks."
+    return message
