@@ -7,11 +7,10 @@ messages of different sizes gloo would abort one process and hand garbage to the
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from syncnorm.collectives.call import Call, Kind
 
@@ -37,8 +36,12 @@ def _lasting() -> Iterator[None]:
 
 
 def in_earnest() -> AbstractContextManager[None]:
-    """For an exchange: without modes that replace operators, as that of fake tensors does, which computes nothing."""
-    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext()
+    """For an exchange: without the mode of fake tensors, under which its operators would do nothing."""
+    if not torch._C._len_torch_dispatch_stack():
+        return nullcontext()
+    from torch._subclasses.fake_tensor import unset_fake_temporarily  # what is on the stack has imported it, or more
+
+    return cast(AbstractContextManager[None], unset_fake_temporarily())
 
 
 class Header(NamedTuple):
