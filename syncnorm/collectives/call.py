@@ -36,6 +36,8 @@ class Call(NamedTuple):
     def __str__(self) -> str:
         if self.kind == Kind.JOINED:
             return "has no more data (Join)"
+        if self.kind == Kind.REFUSED:
+            return "the refusal of an input"
         what = self.kind.name.lower().replace("_", " ")
         dtype = str(self.dtype).removeprefix("torch.")
         width = f"{self.channels} channels, {dtype} statistics, eps {self.eps:g}"
