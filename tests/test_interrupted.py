@@ -43,7 +43,7 @@ def errors_of(*calls: Callable[[], object]) -> list[str]:
     for call in calls:
         try:
             call()
-        except (syncnorm.SyncNormError, KeyboardInterrupt, RuntimeError) as error:
+        except (syncnorm.SyncNormError, KeyboardInterrupt, RuntimeError, MemoryError) as error:
             told.append(f"{type(error).__name__}: {error}")
         else:
             told.append("nothing")
@@ -147,6 +147,62 @@ def test_two_threads_over_one_group():
         ), told
 
 
+def two_threads_at_first() -> list[str]:
+    layers = [syncnorm.SyncBatchNorm(4) for _ in range(2)]
+    real = exchange.Exchange.__init__
+    slow = mock.patch.object(
+        exchange.Exchange, "__init__", lambda *args, **options: time.sleep(0.2) or real(*args, **options)
+    )
+    told: list[str] = []
+    with slow:
+        threads = [
+            threading.Thread(target=lambda layer=layer: told.extend(errors_of(lambda: layer(torch.randn(3, 4)))))
+            for layer in layers
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return told
+
+
+def test_two_threads_at_their_first_layers_share_one_exchange():
+    for told in run_ranks(two_threads_at_first, timeout=30):
+        assert any("Only one thread may run the layers of a process group at a time" in text for text in told), told
+
+
+def failing_to_connect() -> tuple[list[str], float]:
+    """Rank 1, before its address is in the store, where the others wait for it: a TCPStore, as of torchrun."""
+    server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False) if dist.get_rank() == 0 else None
+    ports = [server.port if server else 0]
+    dist.broadcast_object_list(ports, 0)
+    store = dist.TCPStore("localhost", ports[0], is_master=False, wait_for_workers=False)
+    layer = syncnorm.SyncBatchNorm(4)
+    real = exchange._connect
+
+    def fails(*_: object) -> None:
+        time.sleep(0.5)
+        raise MemoryError("of its own")
+
+    if dist.get_rank() == 1:
+        exchange._connect = fails
+    began = time.monotonic()
+    try:
+        with mock.patch.object(dist.distributed_c10d, "_get_default_store", return_value=store):
+            told = errors_of(lambda: layer(torch.randn(3, 4)))
+        return told, time.monotonic() - began
+    finally:
+        dist.barrier()
+        exchange._connect = real
+
+
+def test_a_rank_that_fails_to_connect_is_heard_of_at_once():
+    results = run_ranks(failing_to_connect, 3, timeout=40)
+    for (told,), took in (results[0], results[2]):
+        assert "waiting for rank 1, which left forward of SyncBatchNorm no. 1" in told
+        assert took < 15  # of 100 s that the group would wait
+
+
 def forked(connected: bool) -> str:
     model = net(8)
     if connected:
@@ -242,6 +298,28 @@ def test_a_store_that_has_gone():
     want = batch_norm_oracle([parts[1]], [parts[1]], running_mean=want.running_mean, running_var=want.running_var)
     for mean in run_ranks(store_gone, timeout=30):
         assert_close(mean, want.running_mean, torch.float32)
+
+
+class Slow:
+    """A store that takes its time."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, str] = {}
+
+    def set(self, key: str, text: str) -> None:
+        time.sleep(0.2)
+        self.held[key] = text
+
+
+def test_what_two_threads_tell_a_store_at_once_arrives():
+    store = Slow()
+    left = notices.Notices(store, 0, [0, 1])
+    threads = [threading.Thread(target=left.post, args=(name, "")) for name in ("one", "other", "third")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert store.held.keys() == {"one/0", "other/0", "third/0"}
 
 
 def test_who_is_missing_is_not_known_without_a_store():

@@ -4,6 +4,7 @@ The only package that communicates tensors. On CPUs over gloo both are an ``exch
 are for; elsewhere they are ``direct``: an all_gather and an all_reduce of the group itself.
 """
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -64,14 +65,13 @@ class Gathered(NamedTuple):
     number: int  # of the call
 
 
+_making = threading.Lock()  # of exchanges: two threads at their first layers have to meet in one, which refuses them
 _peers: "weakref.WeakKeyDictionary[dist.ProcessGroup, Peers]" = weakref.WeakKeyDictionary()
 
 
 def peers_of(group: dist.ProcessGroup) -> Peers:
     """The one record of ``group``."""
-    if group not in _peers:
-        _peers[group] = Peers()
-    return _peers[group]
+    return _peers.get(group) or _peers.setdefault(group, Peers())
 
 
 def exchange_of(group: dist.ProcessGroup, device: torch.device) -> Exchange | None:
@@ -85,10 +85,12 @@ def exchange_of(group: dist.ProcessGroup, device: torch.device) -> Exchange | No
     if peers.exchange is not None and (device.type == "cpu" or peers.staged):
         return peers.exchange
     on_gloo = device.type == "cpu" and "cpu:gloo" in dist.get_backend_config(group)
-    if on_gloo or peers.staged:
-        peers.exchange = Exchange(group, attempt=len(peers.closed))
+    if not on_gloo and not peers.staged:
+        return None
+    with _making:
+        if peers.exchange is None:
+            peers.exchange = Exchange(group, attempt=len(peers.closed))
         return peers.exchange
-    return None
 
 
 def reopen(group: dist.ProcessGroup | None) -> None:

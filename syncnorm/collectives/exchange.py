@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from syncnorm.collectives import threads
 from syncnorm.collectives.call import Call, Kind, explain_disagreement
 from syncnorm.collectives.frames import FIRST, Frames, Header, agreed, capacity_for, in_earnest, protocol
 from syncnorm.collectives.lookout import Lookout
@@ -298,15 +299,18 @@ class Exchange:
     def _reach(self, call: Call, timeout: float, group: dist.ProcessGroup) -> dist.ProcessGroup:
         """Connects, in a thread, because gloo waits for a rank that has died once for each of its neighbors."""
         made: list[dist.ProcessGroup | BaseException] = []
+        store: Any = self._store
+        with suppress(NotImplementedError, RuntimeError):  # a store that is written in Python has no copy
+            # A connection of its own: who waits for an answer of a TCPStore blocks all others that ask over the same.
+            store = store.clone()
 
         def connect() -> None:
             try:
-                made.append(_connect(self._store, group))
+                made.append(_connect(store, group))
             except BaseException as error:
                 made.append(error)
 
-        thread = threading.Thread(target=connect, daemon=True)
-        thread.start()
+        thread = threads.start(connect)
         began = time.perf_counter()
         thread.join(_PATIENCE.total_seconds())
         while thread.is_alive():

@@ -4,6 +4,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from syncnorm.collectives import threads
+
 _PATIENCE = 1.0  # seconds for an answer; a store that is there gives it within milliseconds
 
 T = TypeVar("T")
@@ -26,6 +28,7 @@ class Notices:
         self._rank = rank
         self._ranks = ranks
         self._asking: threading.Thread | None = None
+        self._turn = threading.Lock()  # of the threads that ask: what one has to tell is not dropped for another
         self._gone = False
 
     def post(self, name: str, text: str) -> None:
@@ -55,8 +58,6 @@ class Notices:
         return bool(self._ask(lambda: self._store.check(["failed"])))
 
     def _ask(self, question: Callable[[], T]) -> T | None:
-        if self._gone or (self._asking is not None and self._asking.is_alive()):  # it waits for the last answer
-            return None
         answers: list[T] = []
 
         def ask() -> None:
@@ -65,7 +66,9 @@ class Notices:
             except RuntimeError:  # torch.distributed's own errors are RuntimeErrors
                 self._gone = True
 
-        self._asking = threading.Thread(target=ask, daemon=True)  # daemon: it may never return
-        self._asking.start()
-        self._asking.join(_PATIENCE)
+        with self._turn:
+            if self._gone or (self._asking is not None and self._asking.is_alive()):  # it waits for the last answer
+                return None
+            self._asking = threads.start(ask)
+            self._asking.join(_PATIENCE)
         return answers[0] if answers else None
