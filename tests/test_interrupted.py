@@ -323,7 +323,7 @@ def test_what_two_threads_tell_a_store_at_once_arrives():
 
 
 def test_who_is_missing_is_not_known_without_a_store():
-    left = waiting.Waiting(notices.Notices(Gone(), 0, [0, 1, 2]), 0, [0, 1, 2])
+    left = waiting.Waiting(notices.Notices(Gone(), 0, [0, 1, 2]))
     told = left.why(collectives.Call(collectives.Kind.FORWARD, "norm"), RuntimeError("reset"))
     assert "waiting for other ranks (the job's store does not say which)" in told
     assert "ranks [1" not in told

@@ -24,9 +24,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncnorm.collectives import threads
 from syncnorm.collectives.call import Call, Kind, explain_disagreement
-from syncnorm.collectives.frames import FIRST, Frames, Header, agreed, capacity_for, in_earnest, protocol
+from syncnorm.collectives.connecting import meet, reach
+from syncnorm.collectives.frames import FIRST, Frames, Header, agreed, capacity_for, in_earnest
 from syncnorm.collectives.lookout import Lookout
 from syncnorm.collectives.notices import Notices
 from syncnorm.collectives.observers import observers
@@ -38,7 +38,6 @@ _PATIENCE = timedelta(seconds=0.3)  # how long a rank waits before it looks whet
 # yields leaves the core to gloo's own threads, and to whoever else has work.
 _SPIN = 0.005
 _yield = getattr(os, "sched_yield", functools.partial(time.sleep, 0))
-_CONNECT = 60.0  # seconds for connecting, once all ranks are there
 
 
 _closed_exchanges: "weakref.WeakSet[Exchange]" = weakref.WeakSet()
@@ -107,7 +106,7 @@ class Exchange:
         # The name of a group is the same on all of its ranks.
         self._store = dist.distributed_c10d.PrefixStore(f"syncnorm/{group.group_name}/{attempt}", store)
         self._notices = Notices(self._store, self.rank, self.ranks)
-        self._waiting = Waiting(self._notices, self.rank, self.ranks)
+        self._waiting = Waiting(self._notices)
         self._shared_by = weakref.ref(group)
         self._group: dist.ProcessGroup | None = None  # of connections, once there are
         self._entering = threading.Lock()
@@ -154,7 +153,7 @@ class Exchange:
             self.calls += 1
             # Frames of its own: the next exchange may come before the others have these.
             frames = Frames(len(self.ranks), self._follows.get(self._last, FIRST))
-            frames.write(call, [_text(reason, frames.room)], 0)
+            frames.write_text(call, reason)
             work = self._send(frames)
             # Not waited for beyond that: the others may be slow to come. The tensors must live until they do.
             self._pending = [work, frames]
@@ -249,15 +248,15 @@ class Exchange:
             return
         refused = [rank for rank, h in enumerate(found) if h.kind == Kind.REFUSED]
         if refused:
-            reason = _told(frames, found)[refused[0]]
+            reason = frames.texts(found)[refused[0]]
             raise SyncNormError(
                 f"rank {self.rank}: rank {self.ranks[refused[0]]} did not take part in {call}, because {reason}"
             )
         # All ranks see the same headers, so all of them come here.
         names = Frames(len(self.ranks), FIRST)
-        names.write(call, [_text(str(call), names.room)], 0)
+        names.write_text(call, str(call))
         self._wait(self._send(names), call)
-        told = _told(names, names.headers())
+        told = names.texts(names.headers())
         raise SyncNormError(explain_disagreement(self.rank, dict(zip(self.ranks, told, strict=True))))
 
     def _send(self, frames: Frames) -> dist.Work:
@@ -288,67 +287,15 @@ class Exchange:
         assert group is not None, "who calls has it"
         timeout = _timeout_of(group)
         try:
-            self._meet(call, timeout)
-            self._group = self._reach(call, min(timeout, _CONNECT), group)
-            Lookout(self, Notices(self._store, self.rank, self.ranks), self.rank).start()
+            meet(self._notices, self._waiting, call, timeout)
+            store = _copy_of(self._store)
+            # Called by its name at that time, for who puts another in its place.
+            self._group = reach(lambda: _connect(store, group), self._waiting, call, timeout)
+            Lookout(self, Notices(self._store, self.rank, self.ranks)).start()
         except SyncNormError:
             raise
         except RuntimeError as error:  # torch.distributed's own errors are RuntimeErrors
             raise _Failed(f"could not connect to ranks {self.ranks}: {error}") from error
-
-    def _reach(self, call: Call, timeout: float, group: dist.ProcessGroup) -> dist.ProcessGroup:
-        """Connects, in a thread, because gloo waits for a rank that has died once for each of its neighbors."""
-        made: list[dist.ProcessGroup | BaseException] = []
-        store: Any = self._store
-        with suppress(NotImplementedError, RuntimeError):  # a store that is written in Python has no copy
-            # A connection of its own: who waits for an answer of a TCPStore blocks all others that ask over the same.
-            store = store.clone()
-
-        def connect() -> None:
-            try:
-                made.append(_connect(store, group))
-            except BaseException as error:
-                made.append(error)
-
-        thread = threads.start(connect)
-        began = time.perf_counter()
-        thread.join(_PATIENCE.total_seconds())
-        while thread.is_alive():
-            seconds = time.perf_counter() - began
-            self._waiting.look_around(call, 0, seconds)
-            if seconds > timeout + 1:
-                raise RuntimeError(f"no connection in {seconds:.0f} s")
-            thread.join(_PATIENCE.total_seconds())
-        if isinstance(made[0], BaseException):
-            raise made[0]
-        return made[0]
-
-    def _meet(self, call: Call, timeout: float) -> None:
-        """Waits until all ranks have come, and compares their protocols."""
-        self._notices.post("here", protocol())
-        began = time.perf_counter()
-        while len(here := self._notices.by_rank("here") or {}) < len(self.ranks):
-            seconds = time.perf_counter() - began
-            self._waiting.look_around(call, 0, seconds)
-            if seconds > timeout:
-                raise RuntimeError(f"not all of them came to their first synced layer in {seconds:.0f} s")
-            time.sleep(min(0.2, 0.002 + seconds / 20))
-        if len(set(here.values())) > 1:
-            told = "\n".join(f"  rank {rank}: {protocol}" for rank, protocol in here.items())
-            raise SyncNormError(
-                f"rank {self.rank}: the ranks run versions of syncnorm that do not understand each other:\n{told}\n"
-                f"Install the same version on all of them."
-            )
-
-
-def _text(text: str, room: int) -> Tensor:
-    return torch.frombuffer(bytearray(text.encode()[:room] or b" "), dtype=torch.uint8)
-
-
-def _told(frames: Frames, found: Sequence[Header]) -> list[str]:
-    """The texts in frames that hold such."""
-    rows = frames.payloads(frames.room, torch.uint8)
-    return [bytes(row[: h.size].tolist()).decode(errors="replace") for row, h in zip(rows, found, strict=True)]
 
 
 def _done(work: dist.Work) -> bool:
@@ -362,6 +309,13 @@ def _done(work: dist.Work) -> bool:
             return False
         work.wait()  # raises what failed, if it did not complete in between
     return True
+
+
+def _copy_of(store: Any) -> Any:
+    """The store over a connection of its own: who waits for an answer of a TCPStore blocks all others on the same."""
+    with suppress(NotImplementedError, RuntimeError):  # a store that is written in Python has no copy
+        return store.clone()
+    return store
 
 
 def _timeout_of(group: dist.ProcessGroup) -> float:

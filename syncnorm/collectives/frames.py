@@ -83,6 +83,15 @@ class Frames:
             self._out[start : start + used] = self._out[:used]
         return header
 
+    def write_text(self, call: Call, text: str) -> None:
+        """Puts ``text``, as much of it as there is room for, into the frame for each rank."""
+        self.write(call, [torch.frombuffer(bytearray(text.encode()[: self.room] or b" "), dtype=torch.uint8)], 0)
+
+    def texts(self, found: Sequence[Header]) -> list[str]:
+        """By rank, where frames under these headers hold texts."""
+        rows = self.payloads(self.room, torch.uint8)
+        return [bytes(row[: h.size].tolist()).decode(errors="replace") for row, h in zip(rows, found, strict=True)]
+
     def headers(self) -> list[Header]:
         """By rank."""
         return [

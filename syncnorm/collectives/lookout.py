@@ -32,14 +32,12 @@ class Lookout(threading.Thread):
     Args:
         exchange: of this rank.
         notices: of its group, for the use of this thread alone.
-        rank: this one.
     """
 
-    def __init__(self, exchange: Watched, notices: Notices, rank: int) -> None:
+    def __init__(self, exchange: Watched, notices: Notices) -> None:
         super().__init__(name="syncnorm-lookout", daemon=True)
         self._exchange = weakref.ref(exchange)
         self._notices = notices
-        self._rank = rank
         _threads.add(self)
 
     def run(self) -> None:
@@ -62,8 +60,8 @@ class Lookout(threading.Thread):
             return 0
         told = "; ".join(f"rank {rank} in {call}" for rank, (_, call) in ahead.items())
         warnings.warn(
-            f"rank {self._rank} has called no synced layer for {idle:.0f} s, and is waited for: {told}. If this rank "
-            f"waits as well, for example in a barrier or a collective of DDP, the ranks have fallen out of step",
+            f"rank {self._notices.rank} has called no synced layer for {idle:.0f} s, and is waited for: {told}. If this "
+            f"rank waits as well, for example in a barrier or a collective of DDP, the ranks have fallen out of step",
             stacklevel=2,
         )
         return max(number for number, _ in ahead.values())

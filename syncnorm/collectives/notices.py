@@ -25,21 +25,21 @@ class Notices:
 
     def __init__(self, store: Any, rank: int, ranks: Sequence[int]) -> None:
         self._store = store
-        self._rank = rank
-        self._ranks = ranks
+        self.rank = rank
+        self.ranks = ranks
         self._asking: threading.Thread | None = None
         self._turn = threading.Lock()  # of the threads that ask: what one has to tell is not dropped for another
         self._gone = False
 
     def post(self, name: str, text: str) -> None:
         """Leaves this rank's notice, unless the store is out of reach."""
-        self._ask(lambda: self._store.set(f"{name}/{self._rank}", text))
+        self._ask(lambda: self._store.set(f"{name}/{self.rank}", text))
 
     def by_rank(self, name: str) -> dict[int, str] | None:
         """The notices of that name; without the ranks that left none. None where that is unknown."""
 
         def read() -> dict[int, str]:
-            posted = [rank for rank in self._ranks if self._store.check([f"{name}/{rank}"])]
+            posted = [rank for rank in self.ranks if self._store.check([f"{name}/{rank}"])]
             return {rank: self._store.get(f"{name}/{rank}").decode() for rank in posted}
 
         return self._ask(read)
@@ -48,7 +48,7 @@ class Notices:
         """Tells the ranks that wait for this one that its exchanges are over; ``reason`` may be empty."""
 
         def write() -> None:
-            self._store.set(f"failed/{self._rank}", reason)
+            self._store.set(f"failed/{self.rank}", reason)
             self._store.set("failed", "1")
 
         self._ask(write)

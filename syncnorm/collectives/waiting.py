@@ -2,7 +2,6 @@
 
 import time
 import warnings
-from collections.abc import Sequence
 
 from syncnorm.collectives.call import Call, Kind
 from syncnorm.collectives.notices import Notices
@@ -16,14 +15,10 @@ class Waiting:
 
     Args:
         notices: of the group.
-        rank: this one.
-        ranks: of the group.
     """
 
-    def __init__(self, notices: Notices, rank: int, ranks: Sequence[int]) -> None:
+    def __init__(self, notices: Notices) -> None:
         self._notices = notices
-        self._rank = rank
-        self._ranks = ranks
         self._posted = ""
         self._warned: set[tuple[Kind, str]] = set()
 
@@ -48,8 +43,8 @@ class Waiting:
             here = None if waiting is None else [r for r, text in waiting.items() if text.split()[0] == str(number)]
             missing = None if here is None else [rank for rank in self._others() if rank not in here]
             warnings.warn(
-                f"rank {self._rank} has waited {seconds:.0f} s for {_names(missing)} in {call}. If this is a forward "
-                f"that only some ranks make, such as an evaluation: was `model.eval()` forgotten? In training mode "
+                f"rank {self._notices.rank} has waited {seconds:.0f} s for {_names(missing)} in {call}. If this is a "
+                f"forward that only some ranks make, such as an evaluation: was `model.eval()` forgotten? In training mode "
                 f"it belongs under `with syncnorm.no_sync_stats():`. If not, the others are slow, or wait "
                 f"elsewhere, for example in a collective of DDP",
                 stacklevel=2,
@@ -60,7 +55,7 @@ class Waiting:
         self._notices.post_failure("")
         failures = self._notices.by_rank("failed")
         deadline = time.monotonic() + _ROLL_CALL
-        while failures is not None and len(failures) < len(self._ranks) and time.monotonic() < deadline:
+        while failures is not None and len(failures) < len(self._notices.ranks) and time.monotonic() < deadline:
             time.sleep(0.05)
             failures = self._notices.by_rank("failed")
         reasons = {rank: text for rank, text in (failures or {}).items() if text}
@@ -73,11 +68,11 @@ class Waiting:
                 ". It died, raised an error of its own (look for the first one), does not run this layer, or waits "
                 "in a collective of DDP"
             )
-        what = f"rank {self._rank}: {call} over ranks {self._ranks} failed"
+        what = f"rank {self._notices.rank}: {call} over ranks {self._notices.ranks} failed"
         return f"{what}, waiting for {waited}. The backend said: {error}"
 
     def _others(self) -> list[int]:
-        return [rank for rank in self._ranks if rank != self._rank]
+        return [rank for rank in self._notices.ranks if rank != self._notices.rank]
 
 
 def _names(ranks: list[int] | None) -> str:
