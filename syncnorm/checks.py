@@ -114,6 +114,24 @@ def check_mask(input: Tensor, mask: Tensor | None) -> None:
         )
 
 
+def check_residual(input: Tensor, residual: Tensor | None) -> None:
+    """Refuses a shortcut that cannot be added to the output.
+
+    Raises:
+        InputError: of a shape that does not broadcast to the input's, or on another device.
+    """
+    if residual is None:
+        return
+    fits = residual.dim() <= input.dim() and all(
+        m in (1, n) for m, n in zip(reversed(residual.shape), reversed(input.shape), strict=False)
+    )
+    if not fits or residual.device != input.device:
+        raise InputError(
+            f"{where()}expected a residual that broadcasts to {shape(input)}, on {input.device}, "
+            f"got {shape(residual)} on {residual.device}"
+        )
+
+
 def check_count(counts: Sequence[int] | Tensor, local_count: Count) -> None:
     """Refuses a global batch of one value a channel, on all ranks alike.
 

@@ -4,6 +4,7 @@ from typing import TypeVar
 
 E = TypeVar("E", bound=BaseException)
 
+_exchanges = 0  # that have begun
 REFUSED = "its own input was refused"  # why a rank that raises an InputError does not take part
 
 
@@ -18,12 +19,18 @@ class InputError(SyncNormError, ValueError):
     """
 
 
+def exchange_begins() -> None:
+    """To be called by each: what is raised from then on is another event, if it is the same object."""
+    global _exchanges
+    _exchanges += 1
+
+
 def known_everywhere(error: E) -> E:
     """Marks ``error`` as one that the other ranks raise as well, or have been told of."""
-    error.__dict__["_syncnorm_known_everywhere"] = True
+    error.__dict__["_syncnorm_known_since"] = _exchanges
     return error
 
 
 def is_known_everywhere(error: BaseException) -> bool:
     """Whether nobody has to be told of ``error`` any more."""
-    return "_syncnorm_known_everywhere" in error.__dict__
+    return error.__dict__.get("_syncnorm_known_since") == _exchanges

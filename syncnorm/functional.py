@@ -17,7 +17,16 @@ from torch.overrides import handle_torch_function
 
 from syncnorm import collectives, fused, groups, kernels, moments, recomputation, transforms
 from syncnorm.autograd import SyncBatchNormFunction, Which, has_own_class, plain_tensor
-from syncnorm.checks import check_input, check_mask, check_synced, check_tensor, check_vectors, shape, where
+from syncnorm.checks import (
+    check_input,
+    check_mask,
+    check_residual,
+    check_synced,
+    check_tensor,
+    check_vectors,
+    shape,
+    where,
+)
 from syncnorm.errors import REFUSED, InputError, SyncNormError
 from syncnorm.moments import statistics_dtype
 from syncnorm.whole_batch import of_all_ranks
@@ -157,6 +166,7 @@ def batch_norm_over(
     check_vectors(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     if training and not groups.syncing():
         group = running_mean = running_var = None
+    check_residual(input, residual)
     if group is not None:
         check_synced(input, running_mean, running_var, weight, bias)
     wrong = ""

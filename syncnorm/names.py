@@ -4,7 +4,9 @@ Two models of one architecture have layers of the same names. Were these all tha
 two in another order than the others would mix their statistics, and nobody would notice.
 """
 
+import gc
 import weakref
+from collections.abc import Container
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -90,11 +92,16 @@ class Numbers:
     def _of(self, layer: LayerName) -> int:
         numbers = self._numbers.setdefault(layer.name, weakref.WeakKeyDictionary())
         if layer.model not in numbers:
-            jobs = {0, _current_job(), layer.model.job}
-            waiting = [m for m in _models if layer.name in m.names and m not in numbers and m.job in jobs]
-            for model in sorted(waiting, key=lambda m: m.made):
+            if len(self._waiting(layer, numbers)) > 1:
+                gc.collect()  # ranks need not have collected the same of their garbage
+            for model in sorted(self._waiting(layer, numbers), key=lambda m: m.made):
                 numbers[model] = self._last[layer.name] = self._last.get(layer.name, 0) + 1
         return numbers[layer.model]
+
+    @staticmethod
+    def _waiting(layer: LayerName, numbers: Container[Model]) -> list[Model]:
+        jobs = {0, _current_job(), layer.model.job}
+        return [m for m in _models if layer.name in m.names and m not in numbers and m.job in jobs]
 
 
 def _current_job() -> int:

@@ -12,7 +12,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -46,9 +46,11 @@ class Gathered:
     local: Tensor | None = None  # mean and invstd of this rank's input (2, C)
     local_count: int = 0
     backwards: int = 0  # that had begun before
+    recalled: int = 0  # times
 
     def note(self, moves: int, counts: bool) -> None:
         """Remembers what this forward, the first run, does: what running statistics it moves, whether it counts."""
+        _noted.append(self)
         meant_to_stay = not syncing()
         self.moved, self.counted = -1 if meant_to_stay else moves, counts or meant_to_stay
 
@@ -64,6 +66,7 @@ class Gathered:
 
 
 _kept: "defaultdict[str, list[weakref.ref[Gathered]]]" = defaultdict(list)
+_hooks: "dict[CodeType, weakref.WeakSet[FunctionType]]" = {}  # that hold records, by their code
 _backwards = 0  # that have begun
 _noted: "deque[Gathered] | list[Gathered]" = deque(maxlen=0)
 
@@ -103,9 +106,10 @@ def keep(layer: str, gathered: Gathered, local: Tensor, local_count: int, owners
             held = owner.__dict__[_HELD] = None
         if held is not None:
             held.append(gathered)
+            if isinstance(owner, FunctionType):
+                _hooks.setdefault(owner.__code__, weakref.WeakSet()).add(owner)
     if owners and node is not None:
         node.metadata["syncnorm"] = gathered
-    _noted.append(gathered)
     if owners:
         kept = _kept[layer]
         kept.append(weakref.ref(gathered, kept.remove))
@@ -141,7 +145,7 @@ def recall(layer: str, local: Tensor, local_count: int) -> Gathered | None:
         SyncNormError: two first runs had this input on this rank, but other inputs elsewhere.
     """
     alive = [g for g in (ref() for ref in _kept[layer]) if g is not None]
-    of_segment = [g for context in _contexts("backward") for g in context.__dict__.get(_HELD, ())]
+    of_segment = _of_running_segments(hooks=local_count == 0)
     distances = {
         g: _distance(g.local, local)
         for g in [g for g in alive if any(g is other for other in of_segment)] or alive
@@ -154,8 +158,29 @@ def recall(layer: str, local: Tensor, local_count: int) -> Gathered | None:
             f"cannot tell which of {len(best)} checkpointed forwards of {layer} is computed again: this rank's input "
             f"was the same in each, the other ranks' inputs were not. Run their backwards before the next forward"
         )
-    _noted.extend(best[:1])
-    return best[0] if best else None
+    if not best:
+        return None
+    # A segment may run a layer more than once, with one input: then in the order of the first run.
+    found = min(best, key=lambda g: g.recalled)
+    found.recalled += 1
+    _noted.append(found)
+    return found
+
+
+def _of_running_segments(hooks: bool) -> list[Gathered]:
+    """Records of the segments that are being computed again: those of functions whose backward runs, and of hooks.
+
+    Hooks are looked for where no input can tell, on a rank without values: by their code, and what they close over.
+    """
+    found = [g for context in _contexts("backward") for g in context.__dict__.get(_HELD, ())]
+    frame = sys._getframe(1) if hooks else None
+    while frame is not None:
+        for hook in list(_hooks.get(frame.f_code, ())):
+            names, cells = hook.__code__.co_freevars, hook.__closure__ or ()
+            if all(frame.f_locals.get(n) is cell.cell_contents for n, cell in zip(names, cells, strict=True)):
+                found += hook.__dict__.get(_HELD) or ()
+        frame = frame.f_back
+    return found
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

@@ -123,7 +123,7 @@ def _folded(x: Tensor, dim: int | None, batches: int) -> Tensor:
 
 def _unfolded(x: Tensor, batches: int) -> Tensor:
     """(N, B * C, ...) as (N, B, C, ...)."""
-    return x.view(x.size(0), batches, -1, *x.shape[2:])
+    return x.view(x.size(0), batches, x.size(1) // batches, *x.shape[2:])
 
 
 def _folded_vector(vector: Tensor | None, dim: int | None, batches: int) -> Tensor | None:

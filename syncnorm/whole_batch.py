@@ -66,7 +66,7 @@ def of_all_ranks(
     merge = kernels.for_device(local_mean.device).merge
     mean, invstd, var, count = merge(gathered.moments, gathered.counts, eps, running)
     whole = recomputation.Gathered(mean, invstd, count, group, gathered.number, var)
+    whole.note(moves, counts)
     if segments:
-        whole.note(moves, counts)
         recomputation.keep(layer, whole, local, int(local_count), segments, node)
     return whole, moves != 0

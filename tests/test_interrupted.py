@@ -285,7 +285,7 @@ def store_gone() -> Tensor:
     """A rank that comes late, when the store has gone: that ends the asking, not the training."""
     layer = syncnorm.convert(nn.Sequential(nn.BatchNorm1d(4)))[0]
     step(layer)
-    collectives.peers_of(dist.group.WORLD).exchange._notices._store = Gone()
+    collectives.peers_of(dist.group.WORLD).exchange._notices.store = Gone()
     if dist.get_rank() == 1:
         time.sleep(1)
     step(layer, 1)

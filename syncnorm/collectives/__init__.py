@@ -18,9 +18,9 @@ from torch import Tensor
 from syncnorm.collectives import direct
 from syncnorm.collectives.call import Call, Kind
 from syncnorm.collectives.direct import set_debug
-from syncnorm.collectives.exchange import Exchange
+from syncnorm.collectives.exchange import Exchange, notices_of
 from syncnorm.errors import REFUSED, InputError, SyncNormError, is_known_everywhere, known_everywhere
-from syncnorm.groups import check_not_inherited
+from syncnorm.groups import alive, check_not_inherited
 from syncnorm.names import Numbers
 
 __all__ = [
@@ -46,6 +46,7 @@ class Peers:
     calls: int = 0  # forwards of all layers
     compared: set[tuple[Kind, str]] = field(default_factory=set)
     exchange: Exchange | None = None
+    attempt: int = 0  # of connecting
     closed: list[Exchange] = field(default_factory=list)  # before it; kept, for gloo may still write to them
     models: Numbers = field(default_factory=Numbers)
     staged: bool = False  # tensors of GPUs travel as frames too: a rank that has joined cannot answer otherwise
@@ -89,7 +90,7 @@ def exchange_of(group: dist.ProcessGroup, device: torch.device) -> Exchange | No
         return None
     with _making:
         if peers.exchange is None:
-            peers.exchange = Exchange(group, attempt=len(peers.closed))
+            peers.exchange = Exchange(group, peers.attempt)
         return peers.exchange
 
 
@@ -99,8 +100,15 @@ def reopen(group: dist.ProcessGroup | None) -> None:
     Collective: none, but the next call connects only if all ranks have come here.
     """
     group = dist.group.WORLD if group is None and dist.is_initialized() else group
-    peers = None if group is None else _peers.get(group)
-    if peers is not None and peers.exchange is not None and peers.exchange.closed:
+    if group is None or not isinstance(group, dist.ProcessGroup) or not alive(group):  # a rank outside has a number
+        return
+    peers = peers_of(group)
+    if peers.exchange is not None and not peers.exchange.closed:
+        return
+    # A rank that comes late may have missed more than one attempt of the others.
+    while notices_of(group, peers.attempt).any_failure():
+        peers.attempt += 1
+    if peers.exchange is not None:
         peers.closed.append(peers.exchange)
         peers.exchange = None
 
@@ -212,9 +220,9 @@ def refuse(what: str, text: str, group: dist.ProcessGroup, device: torch.device,
 def pass_on(error: BaseException, group: dist.ProcessGroup | None, device: torch.device) -> None:
     """Lets the other ranks raise where they wait for this one, which is about to raise ``error``; once an error."""
     if group is not None and not is_known_everywhere(error):
-        known_everywhere(error)
         what = REFUSED if isinstance(error, InputError) else f"it raised {type(error).__name__}"
         refuse(what, str(error), group, device)
+        known_everywhere(error)
 
 
 @contextmanager

@@ -31,12 +31,13 @@ from syncnorm.collectives.lookout import Lookout
 from syncnorm.collectives.notices import Notices
 from syncnorm.collectives.observers import observers
 from syncnorm.collectives.waiting import Waiting
-from syncnorm.errors import SyncNormError, known_everywhere
+from syncnorm.errors import SyncNormError, exchange_begins, known_everywhere
 
 _PATIENCE = timedelta(seconds=0.3)  # how long a rank waits before it looks whether another has failed
 # Seconds that a waiting rank stays awake. A thread that sleeps is woken late, on a core that has gone cold; one that
 # yields leaves the core to gloo's own threads, and to whoever else has work.
 _SPIN = 0.005
+_CALLS = 1_000_000  # of an attempt at most, so that no graph of an earlier one finds its forward's number again
 _yield = getattr(os, "sched_yield", functools.partial(time.sleep, 0))
 
 
@@ -96,16 +97,13 @@ class Exchange:
     def __init__(self, group: dist.ProcessGroup, attempt: int = 0):
         self.ranks = dist.get_process_group_ranks(group)
         self.rank = dist.get_rank()
-        self.calls = 0  # the same on all ranks
+        self.calls = attempt * _CALLS  # the same on all ranks
         # Ranks that are about to disagree must still send frames of one size. So that is foretold from what all of
         # them know: the largest that has followed the last exchange that they agreed on.
         self._last = 0
         self._follows: dict[int, int] = {}
         self._frames: dict[int, Frames] = {}
-        store = dist.distributed_c10d._get_default_store()
-        # The name of a group is the same on all of its ranks.
-        self._store = dist.distributed_c10d.PrefixStore(f"syncnorm/{group.group_name}/{attempt}", store)
-        self._notices = Notices(self._store, self.rank, self.ranks)
+        self._notices = notices_of(group, attempt)
         self._waiting = Waiting(self._notices)
         self._shared_by = weakref.ref(group)
         self._group: dist.ProcessGroup | None = None  # of connections, once there are
@@ -167,6 +165,7 @@ class Exchange:
             SyncNormError: it cannot be.
         """
         self.ended = math.inf
+        exchange_begins()
         with self._entering:
             other, self._under_way = self._under_way, self._under_way or call
         if other is not None:
@@ -288,14 +287,22 @@ class Exchange:
         timeout = _timeout_of(group)
         try:
             meet(self._notices, self._waiting, call, timeout)
-            store = _copy_of(self._store)
+            store = _copy_of(self._notices.store)
             # Called by its name at that time, for who puts another in its place.
             self._group = reach(lambda: _connect(store, group), self._waiting, call, timeout)
-            Lookout(self, Notices(self._store, self.rank, self.ranks)).start()
+            Lookout(self, Notices(self._notices.store, self.rank, self.ranks)).start()
         except SyncNormError:
             raise
         except RuntimeError as error:  # torch.distributed's own errors are RuntimeErrors
             raise _Failed(f"could not connect to ranks {self.ranks}: {error}") from error
+
+
+def notices_of(group: dist.ProcessGroup, attempt: int) -> Notices:
+    """Of the ranks of ``group``, in one attempt to connect."""
+    store = dist.distributed_c10d._get_default_store()
+    # The name of a group is the same on all of its ranks.
+    store = dist.distributed_c10d.PrefixStore(f"syncnorm/{group.group_name}/{attempt}", store)
+    return Notices(store, dist.get_rank(), dist.get_process_group_ranks(group))
 
 
 def _done(work: dist.Work) -> bool:

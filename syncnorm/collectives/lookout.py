@@ -61,7 +61,7 @@ class Lookout(threading.Thread):
         told = "; ".join(f"rank {rank} in {call}" for rank, (_, call) in ahead.items())
         warnings.warn(
             f"rank {self._notices.rank} has called no synced layer for {idle:.0f} s, and is waited for: {told}. If "
-            f"this rank waits as well, for example in a barrier or a collective of DDP, the ranks have fallen out of step",
+            f"it waits as well, for example in a barrier or a collective of DDP, the ranks have fallen out of step",
             stacklevel=2,
         )
         return max(number for number, _ in ahead.values())

@@ -24,7 +24,7 @@ class Notices:
     """
 
     def __init__(self, store: Any, rank: int, ranks: Sequence[int]) -> None:
-        self._store = store
+        self.store = store
         self.rank = rank
         self.ranks = ranks
         self._asking: threading.Thread | None = None
@@ -33,14 +33,14 @@ class Notices:
 
     def post(self, name: str, text: str) -> None:
         """Leaves this rank's notice, unless the store is out of reach."""
-        self._ask(lambda: self._store.set(f"{name}/{self.rank}", text))
+        self._ask(lambda: self.store.set(f"{name}/{self.rank}", text))
 
     def by_rank(self, name: str) -> dict[int, str] | None:
         """The notices of that name; without the ranks that left none. None where that is unknown."""
 
         def read() -> dict[int, str]:
-            posted = [rank for rank in self.ranks if self._store.check([f"{name}/{rank}"])]
-            return {rank: self._store.get(f"{name}/{rank}").decode() for rank in posted}
+            posted = [rank for rank in self.ranks if self.store.check([f"{name}/{rank}"])]
+            return {rank: self.store.get(f"{name}/{rank}").decode() for rank in posted}
 
         return self._ask(read)
 
@@ -48,14 +48,14 @@ class Notices:
         """Tells the ranks that wait for this one that its exchanges are over; ``reason`` may be empty."""
 
         def write() -> None:
-            self._store.set(f"failed/{self.rank}", reason)
-            self._store.set("failed", "1")
+            self.store.set(f"failed/{self.rank}", reason)
+            self.store.set("failed", "1")
 
         self._ask(write)
 
     def any_failure(self) -> bool:
         """Whether the exchanges of a rank are over; False also where that is unknown."""
-        return bool(self._ask(lambda: self._store.check(["failed"])))
+        return bool(self._ask(lambda: self.store.check(["failed"])))
 
     def _ask(self, question: Callable[[], T]) -> T | None:
         answers: list[T] = []

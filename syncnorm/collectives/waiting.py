@@ -43,8 +43,8 @@ class Waiting:
             here = None if waiting is None else [r for r, text in waiting.items() if text.split()[0] == str(number)]
             missing = None if here is None else [rank for rank in self._others() if rank not in here]
             warnings.warn(
-                f"rank {self._notices.rank} has waited {seconds:.0f} s for {_names(missing)} in {call}. If this "
-                f"is a forward that only some ranks make, such as an evaluation: was `model.eval()` forgotten? In training mode "
+                f"rank {self._notices.rank} has waited {seconds:.0f} s for {_names(missing)} in {call}. If only some "
+                f"ranks make this forward, for example to evaluate: was `model.eval()` forgotten? In training mode "
                 f"it belongs under `with syncnorm.no_sync_stats():`. If not, the others are slow, or wait "
                 f"elsewhere, for example in a collective of DDP",
                 stacklevel=2,
