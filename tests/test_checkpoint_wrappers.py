@@ -120,9 +120,50 @@ def test_what_the_first_run_did_not_do_the_second_does(rows, reentrant, change, 
     check(rows, results, build is Act)
 
 
-def first_run_in_a_backward() -> list[Any]:
+def repeated(same_input: bool, reentrant: bool) -> list[Any]:
+    """Two segments alive, each of which runs one layer twice, untracked at first; rank 2 has no values."""
+    rank = dist.get_rank()
+    layer = syncnorm.convert(nn.Sequential(nn.BatchNorm2d(4))).double()
+
+    def run(x: Tensor) -> Tensor:
+        layer[0].track_running_stats = torch._C._current_graph_task_id() != -1
+        y = layer(x)
+        return y + layer(x if same_input else 2 * y.square())
+
+    inputs = [data(i)[0].split(ROWS)[rank].requires_grad_() for i in range(2)]
+    outputs = [checkpoint(run, x, use_reentrant=reentrant) for x in inputs]
+    for i in (1, 0):
+        outputs[i].backward(data(i)[1].split(ROWS)[rank])
+    return [*(x.grad for x in inputs), layer[0].running_mean, layer[0].running_var, layer[0].num_batches_tracked]
+
+
+@pytest.mark.parametrize("same_input", [True, False])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_layer_that_a_segment_runs_twice(same_input, reentrant):
+    layer = nn.BatchNorm2d(4).double()
+    gradients: dict[int, Tensor] = {}
+    for i in (1, 0):  # the statistics move as the second runs come
+        x = data(i)[0].requires_grad_()
+        y = layer(x)
+        y = y + layer(x if same_input else 2 * y.square())
+        y.backward(data(i)[1])
+        gradients[i] = x.grad
+    for rank, (*dx, mean, var, count) in enumerate(run_ranks(repeated, 3, (same_input, reentrant), timeout=30)):
+        for i in range(2):
+            assert_close(dx[i], gradients[i].split(ROWS)[rank], torch.float64)
+        assert_close(mean, layer.running_mean, torch.float64)
+        assert_close(var, layer.running_var, torch.float64)
+        assert count == 4
+
+
+class Rectified(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(super().forward(x))
+
+
+def first_run_in_a_backward(build: type[nn.BatchNorm1d]) -> list[Any]:
     """A layer that runs for the first time in a backward, as implicit layers do: it moves its statistics."""
-    layer = syncnorm.SyncBatchNorm(3)
+    layer = syncnorm.convert(build(3))
 
     class Runs(torch.autograd.Function):
         @staticmethod
@@ -142,8 +183,9 @@ def first_run_in_a_backward() -> list[Any]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_first_run_in_a_backward_counts(world_size):
-    for mean, count in run_ranks(first_run_in_a_backward, world_size):
+@pytest.mark.parametrize("build", [nn.BatchNorm1d, Rectified])
+def test_a_first_run_in_a_backward_counts(world_size, build):
+    for mean, count in run_ranks(first_run_in_a_backward, world_size, (build,)):
         assert count == 1
         assert_close(mean, torch.tensor([0.45, 0.55, 0.65]), torch.float32)
 

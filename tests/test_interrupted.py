@@ -88,6 +88,55 @@ def test_an_interrupt_that_is_caught(world_size):
             torch.testing.assert_close(mine, same, rtol=0, atol=0)
 
 
+def one_rank_is_late(connected: bool) -> list[str]:
+    """Rank 0 is interrupted twice and converts again each time; rank 1 comes later, and converts once."""
+    model = syncnorm.convert(nn.Sequential(nn.BatchNorm1d(4)))
+    if connected:
+        model(torch.randn(3, 4))
+    told = []
+    if dist.get_rank() == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for _ in range(2):
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+            told += errors_of(lambda: model(torch.randn(3, 4)))
+            syncnorm.convert(model)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    else:
+        time.sleep(2)
+        syncnorm.convert(model)
+    return told + errors_of(lambda: model(torch.randn(3, 4)))
+
+
+@pytest.mark.parametrize("connected", [True, False])
+def test_a_rank_that_missed_two_attempts_joins_the_third(connected):
+    first, second = run_ranks(one_rank_is_late, args=(connected,), timeout=30)
+    assert [text.split(":")[0] for text in first] == ["KeyboardInterrupt", "KeyboardInterrupt", "nothing"]
+    assert second == ["nothing"]
+
+
+def graph_of_an_earlier_attempt() -> list[str]:
+    """A backward over connections that were closed meanwhile does not pair with one of the new ones."""
+    model = syncnorm.convert(nn.Sequential(nn.BatchNorm1d(4)))
+    inputs = [torch.randn(3, 4, requires_grad=True) for _ in range(2)]
+    old = model(inputs[0])
+    if dist.get_rank() == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        time.sleep(1)
+    errors_of(lambda: model(torch.randn(3, 4)))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    dist.barrier()
+    syncnorm.convert(model)
+    new = model(inputs[1])
+    return errors_of(lambda: (old if dist.get_rank() == 0 else new).backward(torch.randn(3, 4)))
+
+
+def test_a_graph_of_an_earlier_attempt_is_told_from_one_of_this():
+    for (told,) in run_ranks(graph_of_an_earlier_attempt, timeout=30):
+        assert "called different layers" in told
+
+
 def memory_runs_out(where: str) -> list[str]:
     """On rank 0, in one backward; caught by what looks for its words, as training loops do that skip such a batch."""
     model = net()

@@ -131,6 +131,56 @@ def test_a_layer_with_its_own_forward(build, wrong):
     check_refused(build, wrong)
 
 
+def one_rank_has_another_shortcut() -> tuple[str, bool]:
+    layer = syncnorm.SyncBatchNorm2d(6)
+    before = layer.running_mean.clone()
+    residual = torch.zeros(5, 6, 2, 2) if dist.get_rank() == 0 else good(1)
+    try:
+        layer(good(1), residual=residual, relu=True)
+    except syncnorm.SyncNormError as error:
+        return str(error), torch.equal(layer.running_mean, before)
+    return "", False
+
+
+def test_a_shortcut_of_a_wrong_shape():
+    for told, stayed in run_ranks(one_rank_has_another_shortcut, timeout=30):
+        assert "expected a residual that broadcasts to shape (3, 6, 2, 2), on cpu, got shape (5, 6, 2, 2)" in told
+        assert stayed
+
+
+SKIP = RuntimeError("skip this batch")
+
+
+def the_same_exception_again() -> list[str]:
+    """One object, raised by rank 0 twice: the other rank has to hear of it twice."""
+    told = []
+    for _ in range(2):
+        try:
+            if dist.get_rank() == 0:
+                layer = syncnorm.convert(OwnSkip(6))
+            else:
+                layer = syncnorm.convert(nn.BatchNorm2d(6))
+            layer(good(1))
+        except (RuntimeError, syncnorm.SyncNormError) as error:
+            told.append(str(error))
+    return told
+
+
+class OwnSkip(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        self.num_batches_tracked.add_(1)
+        if x.dim() == 4:
+            raise SKIP
+        return super().forward(x)
+
+
+def test_an_exception_object_that_is_raised_twice():
+    first, second = run_ranks(the_same_exception_again, timeout=30)
+    assert first == ["skip this batch"] * 2
+    assert len(second) == 2
+    assert all("because it raised RuntimeError: skip this batch" in told for told in second)
+
+
 class Failing(nn.BatchNorm2d):
     """Fails behind its norm, when the other ranks are on their way to the next one."""
 

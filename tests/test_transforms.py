@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module
 import syncnorm
 from syncnorm.testing import assert_close, run_ranks
 
-ROWS = (3, 2)
+ROWS = (3, 2, 0)
 
 
 def net(track: bool = False) -> nn.Sequential:
@@ -74,7 +74,7 @@ def on_ranks(how: str, track: bool) -> tuple[dict[str, Tensor], dict[str, Tensor
 def test_derivatives(how, track):
     model = net(track)
     want = gradients(net(), how)  # torch's own would not move statistics that are captured
-    ranks = run_ranks(on_ranks, args=(how, track), timeout=30)
+    ranks = run_ranks(on_ranks, len(ROWS), args=(how, track), timeout=30)
     for rank, (got, buffers) in enumerate(ranks):
         for name, value in want.items():
             expected = value.split(ROWS)[rank] if name == "x" else value
@@ -110,13 +110,13 @@ def gradient_of_batches() -> dict[str, Tensor]:
 @pytest.mark.parametrize("with_grad", [False, True])
 def test_vmap_is_one_batch_after_the_other(with_grad):
     want = over_batches(with_grad)
-    for rank, got in enumerate(run_ranks(over_batches, args=(with_grad,), timeout=30)):
+    for rank, got in enumerate(run_ranks(over_batches, len(ROWS), args=(with_grad,), timeout=30)):
         assert_close(got.detach(), want.split(ROWS, 1)[rank].detach(), torch.float64)
 
 
 def test_the_gradient_of_a_vmap():
     want = gradient_of_batches()
-    for got in run_ranks(gradient_of_batches, timeout=30):
+    for got in run_ranks(gradient_of_batches, len(ROWS), timeout=30):
         for name, value in want.items():
             assert_close(got[name], value, torch.float64)
 
@@ -136,7 +136,7 @@ def ensemble() -> list[Any]:
 
 def test_an_ensemble():
     y, running_var, counts = ensemble()
-    for rank, got in enumerate(run_ranks(ensemble, timeout=30)):
+    for rank, got in enumerate(run_ranks(ensemble, len(ROWS), timeout=30)):
         assert_close(got[0], y.split(ROWS, 1)[rank], torch.float64)
         assert_close(got[1], running_var, torch.float64)
         assert torch.equal(got[2], counts)
@@ -173,7 +173,7 @@ def refused(how: str) -> tuple[str, bool]:
     ],
 )
 def test_what_cannot_be_names_the_layer_and_leaves_it_as_it_was(how, says):
-    for told, same in run_ranks(refused, args=(how,), timeout=30):
+    for told, same in run_ranks(refused, len(ROWS), args=(how,), timeout=30):
         assert says in told
         assert same
 
