@@ -137,9 +137,9 @@ def gather_moments(
         counts = count.view(1, 1) if isinstance(count, Tensor) else [count]
         return Gathered(torch.cat([mean, invstd]).unsqueeze(0), counts, 0)
     peers = peers_of(group)
-    number = 1 + (peers.calls if peers.exchange is None else peers.exchange.calls)
-    call = Call(Kind.FORWARD, layer, number, channels, mean.dtype, eps, peers.models.built(layer))
     exchange = exchange_of(group, mean.device)
+    number = 1 + (peers.calls if exchange is None else exchange.calls)
+    call = Call(Kind.FORWARD, layer, number, channels, mean.dtype, eps, peers.models.built(layer))
     if exchange is None:
         peers.calls += 1
         # full() and not tensor(): a fill is a kernel, a copy of host memory would synchronise a GPU.
