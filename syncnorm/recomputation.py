@@ -7,6 +7,7 @@ saved-tensor hooks, or by the ``autograd.Function`` in whose forward it is; a se
 """
 
 import sys
+import threading
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ class Gathered:
 
     def note(self, moves: int, counts: bool) -> None:
         """Remembers what this forward, the first run, does: what running statistics it moves, whether it counts."""
-        _noted.append(self)
+        _noted.records.append(self)
         meant_to_stay = not syncing()
         self.moved, self.counted = -1 if meant_to_stay else moves, counts or meant_to_stay
 
@@ -65,10 +66,17 @@ class Gathered:
         return left
 
 
+class _Noted(threading.local):
+    """Where forwards of this thread leave their records, for who runs them."""
+
+    def __init__(self) -> None:
+        self.records: deque[Gathered] | list[Gathered] = deque(maxlen=0)
+
+
 _kept: "defaultdict[str, list[weakref.ref[Gathered]]]" = defaultdict(list)
 _hooks: "dict[CodeType, weakref.WeakSet[FunctionType]]" = {}  # that hold records, by their code
 _backwards = 0  # that have begun
-_noted: "deque[Gathered] | list[Gathered]" = deque(maxlen=0)
+_noted = _Noted()
 
 
 def backward_begins() -> None:
@@ -118,12 +126,11 @@ def keep(layer: str, gathered: Gathered, local: Tensor, local_count: int, owners
 @contextmanager
 def noting(records: list[Gathered]) -> Iterator[None]:
     """Adds to ``records`` what forwards in the block keep or recall."""
-    global _noted
-    before, _noted = _noted, records
+    before, _noted.records = _noted.records, records
     try:
         yield
     finally:
-        _noted = before
+        _noted.records = before
 
 
 def known(layer: str) -> bool:
@@ -131,7 +138,7 @@ def known(layer: str) -> bool:
     return bool(_kept[layer])
 
 
-def recall(layer: str, local: Tensor, local_count: int) -> Gathered | None:
+def recall(layer: str, local: Tensor, local_count: int, moves: int = 0) -> Gathered | None:
     """What the first run of ``layer`` with this input gathered; None if there was none.
 
     Several may be alive, of other segments or batches; the moments of this rank's input tell them apart.
@@ -140,6 +147,7 @@ def recall(layer: str, local: Tensor, local_count: int) -> Gathered | None:
         layer: its name.
         local: mean and invstd of this rank's input, (2, C).
         local_count: its values a channel.
+        moves: as of :meth:`Gathered.note`.
 
     Raises:
         SyncNormError: two first runs had this input on this rank, but other inputs elsewhere.
@@ -160,10 +168,10 @@ def recall(layer: str, local: Tensor, local_count: int) -> Gathered | None:
         )
     if not best:
         return None
-    # A segment may run a layer more than once, with one input: then in the order of the first run.
-    found = min(best, key=lambda g: g.recalled)
+    # One input may come more than once: to other statistics, or, within a segment, in the order of the first run.
+    found = min(best, key=lambda g: (g.moved not in (0, -1, moves), g.recalled))
     found.recalled += 1
-    _noted.append(found)
+    _noted.records.append(found)
     return found
 
 
@@ -197,7 +205,7 @@ def _contexts(method: str) -> list[Any]:
     while frame is not None:
         code = frame.f_code
         if code.co_name == method and code.co_argcount > 0:
-            context = frame.f_locals[code.co_varnames[0]]
+            context = frame.f_locals.get(code.co_varnames[0])  # unless it was deleted
             if isinstance(context, torch.autograd.function.BackwardCFunction):
                 found.append(context)
         frame = frame.f_back  # type: ignore[assignment]

@@ -63,6 +63,8 @@ def _holds(layer: Any, tensor: Tensor) -> bool:
 
 
 def _is_part(tensor: Tensor, whole: Tensor) -> bool:
+    if not torch.compiler.is_compiling():
+        tensor, whole = _unwrapped(tensor), _unwrapped(whole)
     if tensor is whole or tensor._base is whole:
         return True
     # A view of a detached tensor, or of a buffer that is a view itself, is known by its storage. A tracer has none; a
@@ -71,6 +73,13 @@ def _is_part(tensor: Tensor, whole: Tensor) -> bool:
         return False
     (first, last), (begin, end) = _extent(tensor), _extent(whole)
     return bool(begin <= first and last <= end)
+
+
+def _unwrapped(tensor: Tensor) -> Tensor:
+    """What ``torch.func``'s transforms have wrapped."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def _extent(tensor: Tensor) -> tuple[Any, Any]:

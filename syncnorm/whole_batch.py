@@ -53,7 +53,7 @@ def of_all_ranks(
     again = recomputation.in_backward()
     local = torch.stack([local_mean, local_invstd]) if segments or again else local_mean
     if again:
-        first = recomputation.recall(layer, local, int(local_count))
+        first = recomputation.recall(layer, local, int(local_count), moves)
         if first is not None:
             left, counts = first.left_to(moves, counts)
             if running is not None and first.var is not None:

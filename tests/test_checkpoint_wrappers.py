@@ -156,6 +156,33 @@ def test_a_layer_that_a_segment_runs_twice(same_input, reentrant):
         assert count == 4
 
 
+def two_statistics(reentrant: bool) -> list[Tensor]:
+    """One input, two sets of running statistics, as where domains or splits have their own."""
+    rank = dist.get_rank()
+    sets = [(torch.zeros(4).double(), torch.ones(4).double()) for _ in range(2)]
+
+    def run(x: Tensor) -> Tensor:
+        first, second = (
+            syncnorm.functional.sync_batch_norm(x, *running, training=True, momentum=momentum)
+            for running, momentum in zip(sets, (0.1, 0.3), strict=True)
+        )
+        return first + 2 * second
+
+    x, dy = (part.split(ROWS)[rank] for part in data(0))
+    checkpoint(run, x.requires_grad_(), use_reentrant=reentrant).backward(dy)
+    return [x.grad, sets[0][0], sets[1][0]]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_two_sets_of_statistics_for_one_input(reentrant):
+    x, dy = data(0)
+    want = batch_norm_oracle([x], [3 * dy])
+    for rank, (dx, first, second) in enumerate(run_ranks(two_statistics, len(ROWS), (reentrant,), timeout=30)):
+        assert_close(dx, want.grad_inputs[0].split(ROWS)[rank], torch.float64)
+        assert_close(first, 0.1 * x.mean((0, 2, 3)), torch.float64)
+        assert_close(second, 0.3 * x.mean((0, 2, 3)), torch.float64)
+
+
 class Rectified(nn.BatchNorm1d):
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(super().forward(x))

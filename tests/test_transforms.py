@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module_state, vjp, vmap
 
@@ -140,6 +141,34 @@ def test_an_ensemble():
         assert_close(got[0], y.split(ROWS, 1)[rank], torch.float64)
         assert_close(got[1], running_var, torch.float64)
         assert torch.equal(got[2], counts)
+
+
+class Slim(nn.BatchNorm1d):
+    """Uses a part of its channels, as slimmable networks do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [t[: x.size(1)] for t in (self.running_mean, self.running_var, self.weight, self.bias)]
+        return F.batch_norm(x, *parts, training=self.training)
+
+
+def slim_gradient() -> list[Tensor]:
+    layer = Slim(6).double()
+    nn.init.uniform_(layer.weight, 0.5, 1.5, generator=torch.Generator().manual_seed(0))
+    if dist.is_initialized():
+        layer = syncnorm.convert(layer)
+    x, _ = batch(3)
+    c = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x, c = mine(x), mine(c)
+    buffers = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    dx = grad(lambda x, buffers: (functional_call(layer, buffers, (x,)) * c).sum())(x, buffers)
+    return [dx, buffers["running_mean"]]
+
+
+def test_parts_of_buffers():
+    dx, running_mean = slim_gradient()
+    for rank, got in enumerate(run_ranks(slim_gradient, len(ROWS), timeout=30)):
+        assert_close(got[0], dx.split(ROWS)[rank], torch.float64)
+        assert_close(got[1], running_mean, torch.float64)
 
 
 def refused(how: str) -> tuple[str, bool]:

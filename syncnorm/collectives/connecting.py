@@ -5,7 +5,10 @@ gloo by itself waits for a rank that has died once for each of its neighbors, wi
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from syncnorm.collectives import threads
@@ -71,3 +74,18 @@ def reach(
     if isinstance(made[0], BaseException):
         raise made[0]
     return made[0]
+
+
+def copy_of(store: Any) -> Any:
+    """The store over a connection of its own: who waits for an answer of a TCPStore blocks all others on the same."""
+    with suppress(NotImplementedError, RuntimeError):  # a store that is written in Python has no copy
+        return store.clone()
+    return store
+
+
+def timeout_of(group: dist.ProcessGroup) -> float:
+    """Seconds that the ranks of ``group`` wait for each other."""
+    timeout = None
+    with suppress(RuntimeError):  # a group of GPUs alone has no backend for the CPU
+        timeout = getattr(getattr(group._get_backend(torch.device("cpu")), "options", None), "_timeout", None)
+    return (timeout or dist.default_pg_timeout).total_seconds()

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncnorm.collectives.call import Call, Kind, explain_disagreement
-from syncnorm.collectives.connecting import meet, reach
+from syncnorm.collectives.connecting import copy_of, meet, reach, timeout_of
 from syncnorm.collectives.frames import FIRST, Frames, Header, agreed, capacity_for, in_earnest
 from syncnorm.collectives.lookout import Lookout
 from syncnorm.collectives.notices import Notices
@@ -37,18 +37,22 @@ _PATIENCE = timedelta(seconds=0.3)  # how long a rank waits before it looks whet
 # Seconds that a waiting rank stays awake. A thread that sleeps is woken late, on a core that has gone cold; one that
 # yields leaves the core to gloo's own threads, and to whoever else has work.
 _SPIN = 0.005
+_REFUSING = 10.0  # seconds that a rank with an error of its own waits for the others to connect
+_AT_EXIT = 2.0  # and for them to hear of it
 _CALLS = 1_000_000  # of an attempt at most, so that no graph of an earlier one finds its forward's number again
 _yield = getattr(os, "sched_yield", functools.partial(time.sleep, 0))
 
 
-_closed_exchanges: "weakref.WeakSet[Exchange]" = weakref.WeakSet()
+_exchanges: "weakref.WeakSet[Exchange]" = weakref.WeakSet()
 
 
 @atexit.register
 def _leave_connections_to_the_system() -> None:
-    """Keeps gloo from being taken down at exit where its work was not done: it would wait for the other ranks."""
-    for exchange in _closed_exchanges:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(exchange._group))
+    """Keeps gloo from being taken down at exit where its work is not done: it would wait for the other ranks."""
+    deadline = time.monotonic() + _AT_EXIT
+    for exchange in list(_exchanges):
+        if exchange._refusal_is_unheard(deadline) or exchange._closed:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(exchange._group))
 
 
 class Received(NamedTuple):
@@ -110,7 +114,8 @@ class Exchange:
         self._entering = threading.Lock()
         self._under_way: Call | None = None
         self._closed = ""  # because of what
-        self._pending: list[object] = []
+        self._refusal: tuple[dist.Work, Frames, str] | None = None
+        _exchanges.add(self)
         self.ended = math.inf
 
     @property
@@ -146,17 +151,30 @@ class Exchange:
         """Tells the ranks that come, or will come, to the next exchange that this one will not, and why."""
         call = Call(Kind.REFUSED)
         self._enter(call)
-        with self._guarded(call):
-            self._connected(call)
+        unheard = f"did not take part, because {reason}"
+        with self._guarded(call, unheard):
+            # This rank has an error of its own to raise. Ranks that come later find the reason in the store.
+            self._connected(call, _REFUSING)
             self.calls += 1
             # Frames of its own: the next exchange may come before the others have these.
             frames = Frames(len(self.ranks), self._follows.get(self._last, FIRST))
             frames.write_text(call, reason)
             work = self._send(frames)
             # Not waited for beyond that: the others may be slow to come. The tensors must live until they do.
-            self._pending = [work, frames]
+            self._refusal = work, frames, unheard
             with suppress(RuntimeError):
                 _done(work)
+
+    def _refusal_is_unheard(self, deadline: float) -> bool:
+        """Whether other ranks have not come for this rank's last refusal until then; it is left in the store."""
+        if self._refusal is None:
+            return False
+        work, _, reason = self._refusal
+        while not work.is_completed() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if not work.is_completed():
+            self._notices.post_failure(reason)
+        return not work.is_completed()
 
     def _enter(self, call: Call) -> None:
         """Makes ``call`` the one that is under way.
@@ -182,15 +200,15 @@ class Exchange:
             )
 
     @contextmanager
-    def _guarded(self, call: Call, leaves: bool = True) -> Iterator[None]:
-        """Closes the exchange if the block ends by an error that the other ranks do not have as well."""
+    def _guarded(self, call: Call, reason: str = "", leaves: bool = True) -> Iterator[None]:
+        """Closes the exchange, for that reason, if the block ends by an error that the other ranks do not have."""
         try:
             with in_earnest():
                 yield
         except BaseException as error:
             self._under_way = None
             if isinstance(error, _Failed):
-                message = self._waiting.why(call, error)
+                message = self._waiting.why(call, error, reason)
                 self._over(f"{call} failed")
                 raise known_everywhere(SyncNormError(message)) from error.__cause__
             if not isinstance(known_everywhere(error), SyncNormError):
@@ -211,7 +229,6 @@ class Exchange:
 
     def _over(self, reason: str) -> None:
         self._closed = reason
-        _closed_exchanges.add(self)
 
     def _known(self, message: str) -> SyncNormError:
         return known_everywhere(SyncNormError(f"rank {self.rank}: {message}"))
@@ -278,16 +295,16 @@ class Exchange:
         for observer in observers:
             observer(call, time.perf_counter() - began)
 
-    def _connected(self, call: Call) -> None:
+    def _connected(self, call: Call, patience: float = math.inf) -> None:
         """Connects this rank to all others, if it is not; with an eye on them, which gloo alone would not have."""
         if self._group is not None:
             return
         group = self._shared_by()
         assert group is not None, "who calls has it"
-        timeout = _timeout_of(group)
+        timeout = min(patience, timeout_of(group))
         try:
             meet(self._notices, self._waiting, call, timeout)
-            store = _copy_of(self._notices.store)
+            store = copy_of(self._notices.store)
             # Called by its name at that time, for who puts another in its place.
             self._group = reach(lambda: _connect(store, group), self._waiting, call, timeout)
             Lookout(self, Notices(self._notices.store, self.rank, self.ranks)).start()
@@ -318,25 +335,10 @@ def _done(work: dist.Work) -> bool:
     return True
 
 
-def _copy_of(store: Any) -> Any:
-    """The store over a connection of its own: who waits for an answer of a TCPStore blocks all others on the same."""
-    with suppress(NotImplementedError, RuntimeError):  # a store that is written in Python has no copy
-        return store.clone()
-    return store
-
-
-def _timeout_of(group: dist.ProcessGroup) -> float:
-    """Seconds that the ranks of ``group`` wait for each other."""
-    timeout = None
-    with suppress(RuntimeError):  # a group of GPUs alone has no backend for the CPU
-        timeout = getattr(getattr(group._get_backend(torch.device("cpu")), "options", None), "_timeout", None)
-    return (timeout or dist.default_pg_timeout).total_seconds()
-
-
 def _connect(store: Any, group: dist.ProcessGroup) -> dist.ProcessGroup:
     """A gloo group of the same ranks that torch.distributed keeps no list of, for dist.new_group needs all ranks."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     own = dist.ProcessGroup(store, rank, size)
-    backend = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=_timeout_of(group)))
+    backend = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=timeout_of(group)))
     own._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
     return own

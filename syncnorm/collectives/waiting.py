@@ -50,9 +50,15 @@ class Waiting:
                 stacklevel=2,
             )
 
-    def why(self, call: Call, error: BaseException) -> str:
-        """The message of an error for a rank that waits no longer. Tells the others, and hears of theirs."""
-        self._notices.post_failure("")
+    def why(self, call: Call, error: BaseException, reason: str = "") -> str:
+        """The message of an error for a rank that waits no longer. Tells the others, and hears of theirs.
+
+        Args:
+            call: what it waited in.
+            error: what ended the waiting.
+            reason: what the others have to know beside that.
+        """
+        self._notices.post_failure(reason)
         failures = self._notices.by_rank("failed")
         deadline = time.monotonic() + _ROLL_CALL
         while failures is not None and len(failures) < len(self._notices.ranks) and time.monotonic() < deadline:
