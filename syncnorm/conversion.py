@@ -108,7 +108,7 @@ def _name_layers(layers: dict[str, Synced]) -> None:
     if model is None or model.names != layers.keys():  # not the same model, converted once more
         model = names.Model(frozenset(layers))
     for name, layer in layers.items():
-        layer._sync_name = names.LayerName(name, model)
+        layer._sync_name = names.LayerName(name, model, group=layer._sync_group.peek())
 
 
 def revert(model: M) -> M:

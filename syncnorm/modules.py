@@ -1,5 +1,6 @@
 """The layer as a module: nn.BatchNorm with synced statistics, and the mix-in that makes it so."""
 
+import dataclasses
 import sys
 import warnings
 import weakref
@@ -36,6 +37,8 @@ class Synced:
     @process_group.setter
     def process_group(self, group: Any) -> None:
         self._sync_group = groups.GroupHandle(groups.resolve(group))
+        if self._sync_name is not None:
+            self._sync_name = dataclasses.replace(self._sync_name, group=self._sync_group.peek())
 
     def sync_name(self, group: dist.ProcessGroup | None) -> str:
         """The name by which ranks compare this layer: where ``convert`` found it, and in which of several models.
@@ -106,12 +109,12 @@ def _name(layer: Any, group: dist.ProcessGroup | None) -> str:
         layer._sync_name = _built_name(layer)
     if group is None:
         return layer._sync_name.name  # type: ignore[no-any-return]
-    return collectives.peers_of(group).models.name(layer._sync_name)
+    return collectives.peers_of(group).models.name(layer._sync_name, group)
 
 
 def _built_name(layer: Any) -> names.LayerName:
     own = f"{type(layer).__name__}({layer.num_features})"
-    return names.LayerName(own, names.Model(frozenset((own,))), built=True)
+    return names.LayerName(own, names.Model(frozenset((own,))), built=True, group=layer._sync_group.peek())
 
 
 class SyncMixin(Synced):

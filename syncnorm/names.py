@@ -4,16 +4,18 @@ Two models of one architecture have layers of the same names. Were these all tha
 two in another order than the others would mix their statistics, and nobody would notice.
 """
 
+import copy
 import gc
 import weakref
 from collections.abc import Container
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
 import torch.distributed as dist
 
 _order = count()
-_models: "weakref.WeakSet[Model]" = weakref.WeakSet()
+_layers: "weakref.WeakSet[LayerName]" = weakref.WeakSet()
 _world: "weakref.ref[dist.ProcessGroup] | None" = None
 _job = 0
 
@@ -36,7 +38,6 @@ class Model:
 
     def __post_init__(self) -> None:
         self.made, self.job = next(_order), _current_job()
-        _models.add(self)
 
     def __deepcopy__(self, memo: object) -> "Model":
         return Model(self.names)
@@ -55,6 +56,20 @@ class LayerName:
     name: str
     model: Model
     built: bool = False
+    group: Any = None  # that the layer is bound to; None is the default group
+
+    def __post_init__(self) -> None:
+        _layers.add(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LayerName":
+        return LayerName(self.name, copy.deepcopy(self.model, memo), self.built, self.group)
+
+    def __reduce__(self) -> tuple[type["LayerName"], tuple[str, Model, bool]]:
+        return LayerName, (self.name, self.model, self.built)  # a file cannot hold a group
+
+    def runs_over(self, group: dist.ProcessGroup) -> bool:
+        """Whether the layer synchronizes over ``group``, as far as is known."""
+        return self.group is group or (self.group is None and group is dist.group.WORLD)
 
 
 class Numbers:
@@ -71,37 +86,39 @@ class Numbers:
         self._texts: weakref.WeakKeyDictionary[Model, str] = weakref.WeakKeyDictionary()
         self._built: dict[str, int] = {}
 
-    def name(self, layer: LayerName) -> str:
+    def name(self, layer: LayerName, group: dist.ProcessGroup) -> str:
         """By what errors call ``layer``, and ranks compare it.
 
         Layers that were built synced are numbered as they first run, as a reader meets them; :meth:`built` has the
         other number.
         """
         if not layer.built:
-            number = self._of(layer)
+            number = self._of(layer, group)
             return layer.name if number == 1 else f"{layer.name} of model {number}"
         if layer.model not in self._texts:
             text = f"{layer.name.split('(')[0]} no. {len(self._built) + 1}"
-            self._texts[layer.model], self._built[text] = text, self._of(layer)
+            self._texts[layer.model], self._built[text] = text, self._of(layer, group)
         return self._texts[layer.model]
 
     def built(self, name: str) -> int:
         """Which layer of its class and width was built as the one of that :meth:`name`; 0 for one of a model."""
         return self._built.get(name, 0)
 
-    def _of(self, layer: LayerName) -> int:
+    def _of(self, layer: LayerName, group: dist.ProcessGroup) -> int:
         numbers = self._numbers.setdefault(layer.name, weakref.WeakKeyDictionary())
         if layer.model not in numbers:
-            if len(self._waiting(layer, numbers)) > 1:
+            if len(_waiting(layer, group, numbers)) > 1:
                 gc.collect()  # ranks need not have collected the same of their garbage
-            for model in sorted(self._waiting(layer, numbers), key=lambda m: m.made):
+            for model in sorted(_waiting(layer, group, numbers), key=lambda m: m.made):
                 numbers[model] = self._last[layer.name] = self._last.get(layer.name, 0) + 1
         return numbers[layer.model]
 
-    @staticmethod
-    def _waiting(layer: LayerName, numbers: Container[Model]) -> list[Model]:
-        jobs = {0, _current_job(), layer.model.job}
-        return [m for m in _models if layer.name in m.names and m not in numbers and m.job in jobs]
+
+def _waiting(layer: LayerName, group: dist.ProcessGroup, numbers: Container[Model]) -> set[Model]:
+    """The models without a number that have a layer of that name over ``group``; that of ``layer`` is one."""
+    jobs = {0, _current_job(), layer.model.job}
+    others = (other for other in list(_layers) if other.name == layer.name and other.runs_over(group))
+    return {layer.model} | {o.model for o in others if o.model not in numbers and o.model.job in jobs}
 
 
 def _current_job() -> int:

@@ -131,6 +131,26 @@ def test_a_copy_in_the_place_of_the_original_on_one_rank(how):
     assert torch.equal(first, second)
 
 
+def one_rank_is_in_more_groups(built: bool) -> Tensor:
+    """Rank 0 has a layer for itself alone as well, made before; the other ranks have none."""
+    alone = dist.new_group([0])
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for group in ([alone] if dist.get_rank() == 0 else []) + [dist.group.WORLD]:
+        own = syncnorm.SyncBatchNorm(4, process_group=group)
+        layers.append(own if built else syncnorm.convert(build(), process_group=group))
+    layers[-1](torch.randn(3, 4))
+    copied = copy.deepcopy(layers[-1])
+    copied(torch.randn(3, 4))
+    return next(copied.buffers())
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_layers_of_other_groups_are_not_counted(built):
+    first, second = run_ranks(one_rank_is_in_more_groups, args=(built,), timeout=30)
+    assert torch.equal(first, second)
+
+
 def names_in_errors() -> str:
     models = converted_twice()
     try:
