@@ -29,7 +29,7 @@ from syncnorm.moments import Count
 _SAME = 1e-2
 
 
-_HELD = "_syncnorm_gathered"  # the attribute of an owner that holds on to records; None where it lives on
+_HELD = "_syncnorm_gathered"  # the attribute of an owner that holds on to records; an empty tuple where it lives on
 
 
 @dataclass(eq=False)
@@ -111,8 +111,8 @@ def keep(layer: str, gathered: Gathered, local: Tensor, local_count: int, owners
     for owner in owners:
         held = owner.__dict__.setdefault(_HELD, [])
         if held and isinstance(owner, FunctionType) and held[0].backwards < _backwards:
-            held = owner.__dict__[_HELD] = None
-        if held is not None:
+            held = owner.__dict__[_HELD] = ()
+        if isinstance(held, list):
             held.append(gathered)
             if isinstance(owner, FunctionType):
                 _hooks.setdefault(owner.__code__, weakref.WeakSet()).add(owner)
@@ -186,7 +186,7 @@ def _of_running_segments(hooks: bool) -> list[Gathered]:
         for hook in list(_hooks.get(frame.f_code, ())):
             names, cells = hook.__code__.co_freevars, hook.__closure__ or ()
             if all(frame.f_locals.get(n) is cell.cell_contents for n, cell in zip(names, cells, strict=True)):
-                found += hook.__dict__.get(_HELD) or ()
+                found += hook.__dict__.get(_HELD, ())
         frame = frame.f_back
     return found
 
