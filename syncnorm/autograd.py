@@ -17,7 +17,7 @@ from syncnorm.whole_batch import of_all_ranks
 
 
 class Which(NamedTuple):
-    """What a forward needs beside tensors that may have a gradient."""
+    """What a forward needs besides the tensors that may have a gradient."""
 
     eps: float
     group: dist.ProcessGroup | None

@@ -92,7 +92,7 @@ def has_own_forward(cls: type) -> bool:
 def bypassed(model: nn.Module) -> dict[nn.Module, str]:
     """The synced layers that the module around them seems to bypass by calling ``F.batch_norm``, with a note each.
 
-    Told from the code of that module's class. A layer that has run in training is not bypassed, nor is one inside a
+    Read from the code of that module's class. A layer that has run in training is not bypassed, nor is one inside a
     layer whose forward is followed.
     """
     followed = {m for layer in model.modules() if isinstance(layer, SyncCallsMixin) for m in layer.modules()}

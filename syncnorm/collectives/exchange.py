@@ -209,7 +209,7 @@ class Exchange:
             self._under_way = None
             if isinstance(error, _Failed):
                 message = self._waiting.why(call, error, reason)
-                self._over(f"{call} failed")
+                self._closed = f"{call} failed"
                 raise known_everywhere(SyncNormError(message)) from error.__cause__
             if not isinstance(known_everywhere(error), SyncNormError):
                 self._close(f"left {call} half-way", error)
@@ -224,11 +224,8 @@ class Exchange:
             known_everywhere(error)
             # By its class alone: who looks for the words of a full memory in a message should not find them in ours.
             reason += f", because of {type(error).__name__}"
-        self._over(f"rank {self.rank} {reason}")
+        self._closed = f"rank {self.rank} {reason}"
         self._notices.post_failure(reason)
-
-    def _over(self, reason: str) -> None:
-        self._closed = reason
 
     def _known(self, message: str) -> SyncNormError:
         return known_everywhere(SyncNormError(f"rank {self.rank}: {message}"))
