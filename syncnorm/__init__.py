@@ -4,11 +4,11 @@ from importlib import import_module
 from types import ModuleType
 
 from syncnorm import functional
-from syncnorm.collectives import set_debug
-from syncnorm.conversion import convert, describe, revert
+from syncnorm.comm import set_debug
+from syncnorm.comm.process_groups import no_sync_stats
+from syncnorm.conversion.convert import convert, describe, revert
+from syncnorm.conversion.fold import fold
 from syncnorm.errors import SyncNormError
-from syncnorm.folding import fold
-from syncnorm.groups import no_sync_stats
 from syncnorm.modules import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 
 __version__ = "0.1.0"
@@ -19,11 +19,12 @@ __all__ = [
     "SyncBatchNorm2d",
     "SyncBatchNorm3d",
     "SyncNormError",
+    "compare",
     "convert",
     "describe",
-    "diagnostics",
     "fold",
     "functional",
+    "monitor",
     "no_sync_stats",
     "revert",
     "set_debug",
@@ -33,7 +34,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    # Loaded at first use, because training jobs have no need of it.
-    if name in ("diagnostics", "testing", "training"):
+    # Loaded at first use: most training jobs need none of them.
+    if name in ("compare", "monitor", "testing", "training"):
         return import_module(f"syncnorm.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,7 +2,7 @@
 
 import sys
 
-from syncnorm.launcher import speaks
+from syncnorm.tools.common.launcher import is_main_rank
 
 # Import name -> the extra that brings it.
 _EXTRAS = dict.fromkeys(("click", "rich", "sklearn", "matplotlib", "jinja2", "mlxtend"), "compare")
@@ -11,14 +11,14 @@ _EXTRAS = dict.fromkeys(("click", "rich", "sklearn", "matplotlib", "jinja2", "ml
 def main() -> int:
     """Runs the command line; says in one line which extra is missing where one is."""
     try:
-        from syncnorm.cli import main as cli_main
+        from syncnorm.tools.cli import main as cli_main
 
         return cli_main()
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in _EXTRAS:
             raise
-        if speaks():
+        if is_main_rank():
             extra = _EXTRAS[missing]
             print(f'syncnorm: needs {missing}: pip install "syncnorm[{extra}]"', file=sys.stderr)
         return 2

@@ -15,9 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from syncnorm import collectives, fused, groups, kernels, moments, recomputation, transforms
-from syncnorm.autograd import SyncBatchNormFunction, Which, has_own_class, plain_tensor
-from syncnorm.checks import (
+from syncnorm import comm
+from syncnorm.comm import process_groups
+from syncnorm.errors import REFUSED, InputError, SyncNormError
+from syncnorm.layer import checkpointing, func_transforms, fused_relu, kernels, moments
+from syncnorm.layer.autograd import SyncBatchNormFunction, Which, has_own_class, plain_tensor
+from syncnorm.layer.checks import (
     check_input,
     check_mask,
     check_residual,
@@ -27,9 +30,8 @@ from syncnorm.checks import (
     shape,
     where,
 )
-from syncnorm.errors import REFUSED, InputError, SyncNormError
-from syncnorm.moments import statistics_dtype
-from syncnorm.whole_batch import of_all_ranks
+from syncnorm.layer.moments import statistics_dtype
+from syncnorm.layer.statistics import global_moments
 
 
 def sync_batch_norm(
@@ -66,7 +68,7 @@ def sync_batch_norm(
             ignored, and output and gradient are zero there. Ranks may have different numbers, or none.
         residual: added to the output, as a residual block does with its shortcut; of a shape that broadcasts to it.
         relu: return the positive part of the sum. On a GPU with Triton normalising, adding and rectifying are
-            one pass (``syncnorm.fused``); elsewhere the last two work in place.
+            one pass (``syncnorm.layer.fused_relu``); elsewhere the last two work in place.
         num_batches_tracked: int64 scalar, one more in training unless all ranks are empty.
         layer: the name by which ranks tell one call from another, and errors name it.
 
@@ -81,7 +83,7 @@ def sync_batch_norm(
 
     Collective: in training all ranks of the group must call, in the same order of layers: one all_gather of
         2C + 1 numbers, in the backward one all_reduce of 2C, in a double backward one of 5C; over gloo, each of
-        these is one exchange of frames (``syncnorm.collectives``). A rank takes part in a backward if its
+        these is one exchange of frames (``syncnorm.comm``). A rank takes part in a backward if its
         input, weight or bias needs a gradient, so let them need the same on all ranks.
 
     Example:
@@ -90,7 +92,7 @@ def sync_batch_norm(
         >>> y.mean().abs().item() < 1e-6
         True
     """
-    group = groups.synced_group(groups.resolve(process_group)) if training else None
+    group = process_groups.synced_group(process_groups.resolve(process_group)) if training else None
     try:
         check_tensor(input)
         check_input(input)
@@ -112,7 +114,7 @@ def sync_batch_norm(
             relu,
         )
     except BaseException as error:
-        pass_on(error, group, device_of(running_mean, weight, bias, input))
+        abort_peers_with(error, group, device_of(running_mean, weight, bias, input))
         raise
 
 
@@ -121,7 +123,7 @@ def device_of(*tensors: Any) -> torch.device:
     return next((t.device for t in tensors if isinstance(t, Tensor)), torch.device("cpu"))
 
 
-def pass_on(error: BaseException, group: dist.ProcessGroup | None, device: torch.device) -> None:
+def abort_peers_with(error: BaseException, group: dist.ProcessGroup | None, device: torch.device) -> None:
     """Lets the other ranks, who wait for this one, raise what it is about to raise, whoever found it.
 
     Not where a checkpoint computes again: there the other ranks may not wait, and the end of it may be an exception.
@@ -129,12 +131,12 @@ def pass_on(error: BaseException, group: dist.ProcessGroup | None, device: torch
     if group is None:
         return
     if torch.compiler.is_compiling():
-        from syncnorm import traced
+        from syncnorm.layer import compiled
 
         what = REFUSED if isinstance(error, InputError) else "it raised an error"
-        traced.while_tracing(traced.refuse, what, str(error), traced.name_of(group), str(device))
-    elif isinstance(error, SyncNormError) or not recomputation.in_backward():
-        collectives.pass_on(error, group, device)
+        compiled.while_tracing(compiled.abort_peers, what, str(error), compiled.name_of(group), str(device))
+    elif isinstance(error, SyncNormError) or not checkpointing.in_backward():
+        comm.abort_peers_with(error, group, device)
 
 
 def batch_norm_over(
@@ -164,7 +166,7 @@ def batch_norm_over(
             )  # fmt: skip
         input = plain_tensor(input)
     check_vectors(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    if training and not groups.syncing():
+    if training and not process_groups.syncing():
         group = running_mean = running_var = None
     check_residual(input, residual)
     if group is not None:
@@ -186,30 +188,32 @@ def batch_norm_over(
     running = None
     if running_mean is not None and running_var is not None:
         running = moments.Running(running_mean, running_var, num_batches_tracked, momentum)
-    segments = recomputation.owners() if training else []
+    segments = checkpointing.graph_owners() if training else []
     # Recomputed, it may be outside of no_sync_stats, and has to know.
-    plain = group is None and padding is None and (groups.syncing() or not segments)
+    plain = group is None and padding is None and (process_groups.syncing() or not segments)
     if plain or not training:
-        if training and input.numel() > 0 and (segments or recomputation.in_backward()):
+        if training and input.numel() > 0 and (segments or checkpointing.in_backward()):
             output = _checkpointed_batch_norm(input, weight, bias, eps, layer, segments, running)
         else:
             output = _local_batch_norm(
                 input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum, eps
             )
     elif torch.compiler.is_compiling():
-        from syncnorm import traced  # not at the top: it imports the compiler, which takes two seconds
+        from syncnorm.layer import compiled  # not at the top: it imports the compiler, which takes two seconds
 
-        output, mean, var, count = traced.SyncBatchNorm.apply(  # type: ignore[no-untyped-call]
-            input, weight, bias, eps, traced.name_of(group), padding, layer, running is not None
+        output, mean, var, count = compiled.SyncBatchNorm.apply(  # type: ignore[no-untyped-call]
+            input, weight, bias, eps, compiled.name_of(group), padding, layer, running is not None
         )
         if running is not None:
             moments.update_running_(running, mean, var, count)
     else:
-        if relu and padding is None and fused.takes(input, residual):
-            return fused.sync_batch_norm_relu(input, weight, bias, residual, eps, group, layer, segments, running)
+        if relu and padding is None and fused_relu.supports(input, residual):
+            return fused_relu.sync_batch_norm_relu(
+                input, weight, bias, residual, eps, group, layer, segments, running
+            )
         which = Which(eps, group, padding, layer, segments, running)
         if torch._C._functorch.peek_interpreter_stack() is not None:
-            output = transforms.sync_batch_norm(input, weight, bias, which)
+            output = func_transforms.sync_batch_norm(input, weight, bias, which)
         else:
             output = SyncBatchNormFunction.apply(input, weight, bias, which)  # type: ignore[no-untyped-call]
     output = add_and_rectify(output, residual, relu)
@@ -219,7 +223,7 @@ def batch_norm_over(
 def add_and_rectify(output: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     """What ``residual`` and ``relu`` stand for, by torch's own operators; ``output`` may be overwritten."""
     if residual is not None:
-        output = output.add_(residual) if fused.alike(residual, output) else output + residual
+        output = output.add_(residual) if fused_relu.same_layout(residual, output) else output + residual
     return output.relu_() if relu else output
 
 
@@ -256,16 +260,18 @@ def _checkpointed_batch_norm(
 ) -> Tensor:
     """:func:`_local_batch_norm` in training, of a batch that may come again, in a backward, but counts once."""
     _check_local_count(input)
-    if recomputation.in_backward():
+    if checkpointing.in_backward():
         # First, because saving a tensor for the backward may end a second run, by an exception.
         with torch.no_grad():
             x = kernels.dense(input, kernels.memory_format(input))
-            of_all_ranks(*kernels.moments_of(x, eps, torch.empty_like(x), None), eps, None, layer, segments, running)
+            global_moments(
+                *kernels.moments_of(x, eps, torch.empty_like(x), None), eps, None, layer, segments, running
+            )
     output, mean, invstd = torch.native_batch_norm(input, weight, bias, None, None, True, 0.0, eps)
-    if not recomputation.in_backward():
+    if not checkpointing.in_backward():
         mean, invstd = (v.detach().to(statistics_dtype(input.dtype)) for v in (mean, invstd))
         local = (mean, invstd, input.numel() // input.size(1))
-        of_all_ranks(*local, eps, None, layer, segments, running, node=output.grad_fn)
+        global_moments(*local, eps, None, layer, segments, running, node=output.grad_fn)
     return output
 
 

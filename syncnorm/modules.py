@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from syncnorm import checks, collectives, functional, groups, names
+from syncnorm import comm, functional
+from syncnorm.comm import layer_names, process_groups
 from syncnorm.errors import SyncNormError
+from syncnorm.layer import checks
 
 INSTEAD = "call the layer, or syncnorm.functional.sync_batch_norm"
 
@@ -22,8 +24,8 @@ class Synced:
     """What every synced layer has: the process group that it synchronises over."""
 
     # Defaults on the class: an instance whose class was changed in place needs no attributes of its own.
-    _sync_group = groups.GroupHandle(None)
-    _sync_name: names.LayerName | None = None  # set by convert, and at the end of the constructor
+    _sync_group = process_groups.GroupHandle(None)
+    _sync_name: layer_names.LayerName | None = None  # set by convert, and at the end of the constructor
     # Of its forwards in training: None before the first one, "" if all were synced, otherwise why one was not.
     _sync_seen: str | None = None
     # Synced layers inside a layer with a forward of its own, which may use their statistics without calling them.
@@ -36,19 +38,19 @@ class Synced:
 
     @process_group.setter
     def process_group(self, group: Any) -> None:
-        self._sync_group = groups.GroupHandle(groups.resolve(group))
+        self._sync_group = process_groups.GroupHandle(process_groups.resolve(group))
         if self._sync_name is not None:
             self._sync_name = dataclasses.replace(self._sync_name, group=self._sync_group.peek())
 
     def sync_name(self, group: dist.ProcessGroup | None) -> str:
         """The name by which ranks compare this layer: where ``convert`` found it, and in which of several models.
 
-        Layers that were built synced are numbered, see ``syncnorm.names``.
+        Layers that were built synced are numbered, see ``syncnorm.comm.layer_names``.
         """
         if torch.compiler.is_compiling():
-            from syncnorm import traced
+            from syncnorm.layer import compiled
 
-            return traced.while_tracing(_name_in_graph, self, traced.name_of(group))  # type: ignore[no-any-return]
+            return compiled.while_tracing(_name_in_graph, self, compiled.name_of(group))  # type: ignore[no-any-return]
         return _name(self, group)
 
     def note_unsynced(self, reason: str) -> None:
@@ -61,9 +63,9 @@ class Synced:
             UserWarning: once a layer.
         """
         if torch.compiler.is_compiling():
-            from syncnorm import traced
+            from syncnorm.layer import compiled
 
-            traced.while_tracing(_note_unsynced, self, reason)
+            compiled.while_tracing(_note_unsynced, self, reason)
         else:
             _note_unsynced(self, reason)
 
@@ -75,7 +77,7 @@ class Synced:
                 they were.
         """
         complete = self._sync_name is not None and not isinstance(self, LazyModuleMixin)
-        if complete and not groups.syncing():
+        if complete and not process_groups.syncing():
             raise SyncNormError(
                 "reset_running_stats inside syncnorm.no_sync_stats, where forwards leave the running statistics as "
                 "they are: they would stay 0 and 1. Call torch.optim.swa_utils.update_bn on all ranks, outside of "
@@ -97,9 +99,9 @@ def _note_unsynced(layer: Synced, reason: str) -> str:
 
 
 def _name_in_graph(layer: Synced, group: str) -> str:
-    from syncnorm import traced
+    from syncnorm.layer import compiled
 
-    return _name(layer, traced.named(group))
+    return _name(layer, compiled.named(group))
 
 
 def _name(layer: Any, group: dist.ProcessGroup | None) -> str:
@@ -109,12 +111,14 @@ def _name(layer: Any, group: dist.ProcessGroup | None) -> str:
         layer._sync_name = _built_name(layer)
     if group is None:
         return layer._sync_name.name  # type: ignore[no-any-return]
-    return collectives.peers_of(group).models.name(layer._sync_name, group)
+    return comm.peers_of(group).models.name(layer._sync_name, group)
 
 
-def _built_name(layer: Any) -> names.LayerName:
+def _built_name(layer: Any) -> layer_names.LayerName:
     own = f"{type(layer).__name__}({layer.num_features})"
-    return names.LayerName(own, names.Model(frozenset((own,))), built=True, group=layer._sync_group.peek())
+    return layer_names.LayerName(
+        own, layer_names.Model(frozenset((own,))), built=True, group=layer._sync_group.peek()
+    )
 
 
 class SyncMixin(Synced):
@@ -140,11 +144,11 @@ class SyncMixin(Synced):
 
         Collective: in training, all ranks of the group must call.
         """
-        group = groups.synced_group(self.process_group) if self.training else None
+        group = process_groups.synced_group(self.process_group) if self.training else None
         try:
             return self._synced_forward(group, input, mask, residual, relu)  # type: ignore[no-any-return]
         except BaseException as error:
-            functional.pass_on(error, group, functional.device_of(self.running_mean, self.weight, input))
+            functional.abort_peers_with(error, group, functional.device_of(self.running_mean, self.weight, input))
             raise
 
     def _synced_forward(

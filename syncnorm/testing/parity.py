@@ -132,7 +132,7 @@ def _rows(batch: Tensor, world_size: int, splits: Sequence[int] | None) -> list[
 
 
 def _single_process(model: nn.Module, batches: list[Tensor], lr: float) -> tuple[list[_Step], list[Tensor]]:
-    from syncnorm.conversion import revert
+    from syncnorm.conversion.convert import revert
 
     model = revert(copy.deepcopy(model)).double()
     generator = torch.Generator().manual_seed(_SEED)
@@ -158,7 +158,7 @@ def _train_rank(
     lr: float,
     find_unused_parameters: bool,
 ) -> list[_Step]:
-    from syncnorm.conversion import convert
+    from syncnorm.conversion.convert import convert
 
     rank, world_size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(_SEED)

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from syncnorm import groups
-from syncnorm.collectives.rows import gather_rows
+from syncnorm.comm import process_groups
+from syncnorm.comm.gather import gather_rows
 from syncnorm.modules import Synced
 from syncnorm.training.layers import check_same, running, tracking
 
@@ -39,7 +39,7 @@ def merge_buffers(model: nn.Module, process_group: Any = None) -> None:
     Example:
         >>> merge_buffers(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)))  # on all ranks, before saving
     """
-    group = groups.synced_group(groups.resolve(process_group))
+    group = process_groups.synced_group(process_groups.resolve(process_group))
     layers = {n: m for n, m in tracking(model).items() if not isinstance(m, Synced | nn.SyncBatchNorm)}
     check_same(layers, group, "merge_buffers")
     if group is None or not layers:

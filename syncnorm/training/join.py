@@ -15,8 +15,8 @@ from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from syncnorm import collectives, groups
-from syncnorm.collectives import Exchange, Kind
+from syncnorm import comm
+from syncnorm.comm import Exchange, Kind, process_groups
 from syncnorm.modules import Synced
 
 
@@ -112,10 +112,10 @@ class _Shadow(JoinHook):
     def __init__(self, model: nn.Module):
         self._layers: dict[dist.ProcessGroup, list[nn.Module]] = {}
         for module in model.modules():
-            group = groups.synced_group(module.process_group) if isinstance(module, Synced) else None
+            group = process_groups.synced_group(module.process_group) if isinstance(module, Synced) else None
             if group is not None:
                 self._layers.setdefault(group, []).append(module)
-                collectives.peers_of(group).staged = True
+                comm.peers_of(group).staged = True
         self._threads: list[threading.Thread] = []
         self._error: Exception | None = None
         self.notifying: RemovableHandle | None = None
@@ -150,11 +150,11 @@ class _Shadow(JoinHook):
 
     def _answer(self, group: dist.ProcessGroup, layers: list[nn.Module], is_last_joiner: bool) -> None:
         try:
-            exchange = collectives.exchange_of(group, torch.device("cpu"))
+            exchange = comm.exchange_of(group, torch.device("cpu"))
             assert exchange is not None
             sources: list[int] = []
             while not sources:
-                headers = exchange(collectives.Call(Kind.JOINED), values=is_last_joiner).headers
+                headers = exchange(comm.Call(Kind.JOINED), values=is_last_joiner).headers
                 if all(h.kind == Kind.JOINED for h in headers):
                     sources = [row for row, h in enumerate(headers) if h.values]
             for layer in layers:
@@ -169,7 +169,7 @@ def _copy_buffers(exchange: Exchange, source: int, layer: nn.Module) -> None:
     buffers = list(layer.buffers(recurse=False))
     if not buffers:
         return
-    received = exchange(collectives.Call(Kind.JOINED), [_bytes(b) for b in buffers]).payloads
+    received = exchange(comm.Call(Kind.JOINED), [_bytes(b) for b in buffers]).payloads
     parts = torch.split(received[source], [b.numel() * b.element_size() for b in buffers])
     for buffer, part in zip(buffers, parts, strict=True):
         buffer.copy_(part.clone().view(buffer.dtype).view_as(buffer))

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncnorm.collectives.rows import gather_objects
+from syncnorm.comm.gather import gather_objects
 from syncnorm.errors import SyncNormError
 
 

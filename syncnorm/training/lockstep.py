@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncnorm.collectives.rows import gather_objects
+from syncnorm.comm.gather import gather_objects
 from syncnorm.errors import InputError, SyncNormError
 
 Inputs = Tensor | dict[str, Any]

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncnorm import groups
-from syncnorm.collectives.rows import gather_rows
+from syncnorm.comm import process_groups
+from syncnorm.comm.gather import gather_rows
 from syncnorm.modules import Synced
 from syncnorm.training.layers import check_same, running, tracking
 from syncnorm.training.lockstep import in_step
@@ -58,7 +58,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], num_batches: int = 200
         >>> layer.running_mean.item(), round(layer.running_var.item(), 3)
         (3.0, 6.667)
     """
-    layers, world = tracking(model), groups.synced_group(None)
+    layers, world = tracking(model), process_groups.synced_group(None)
     check_same(layers, world, "recalibrate")
     if not layers:
         return
@@ -127,7 +127,7 @@ def _over_ranks(seen: dict[_BatchNorm, Moments]) -> dict[_BatchNorm, Moments]:
     by_group: dict[dist.ProcessGroup | None, list[_BatchNorm]] = {}
     for layer in seen:
         own = layer.process_group if isinstance(layer, Synced | nn.SyncBatchNorm) else None
-        by_group.setdefault(groups.synced_group(own), []).append(layer)
+        by_group.setdefault(process_groups.synced_group(own), []).append(layer)
     pooled = {}
     for group, layers in by_group.items():
         packed = torch.cat([part.view(-1) for layer in layers for part in seen[layer]])

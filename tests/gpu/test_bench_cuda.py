@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from syncnorm.__main__ import main
-from syncnorm.bench.layers import LayerStep, make_inputs
-from syncnorm.bench.lone import fake_world
-from syncnorm.bench.measure import interleaved
-from syncnorm.bench.memory import MAX_SETS, OUTGROWN, cache_size, cache_to_outgrow
-from syncnorm.bench.peers import SYNCNORM, TORCH
-from syncnorm.bench.shapes import CUDA_SHAPES
+from syncnorm.tools.bench.layers import LayerStep, make_inputs
+from syncnorm.tools.bench.lone import fake_world
+from syncnorm.tools.bench.measure import interleaved
+from syncnorm.tools.bench.memory import MAX_SETS, OUTGROWN, cache_size, cache_to_outgrow
+from syncnorm.tools.bench.peers import SYNCNORM, TORCH
+from syncnorm.tools.bench.shapes import CUDA_SHAPES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

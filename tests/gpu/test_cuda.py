@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import syncnorm
-from syncnorm import kernels
-from syncnorm.kernels import cpu
+from syncnorm.layer import kernels
+from syncnorm.layer.kernels import cpu
 from syncnorm.testing import assert_close, batch_norm_oracle, run_ranks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

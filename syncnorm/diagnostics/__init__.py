@@ -1,5 +1,0 @@
-"""What goes on in the norm layers of a running job, and whether this machine gets them right."""
-
-from syncnorm.diagnostics.watching import Monitor, monitor
-
-__all__ = ["Monitor", "monitor"]

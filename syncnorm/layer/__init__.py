@@ -1,0 +1,1 @@
+"""How one call is computed: moments, merging, normalizing, and their derivatives."""

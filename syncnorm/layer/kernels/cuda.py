@@ -1,0 +1,73 @@
+"""The passes as torch's own CUDA kernels, those behind ``torch.nn.SyncBatchNorm``. None of them syncs the host.
+
+Source: ATen/native/cuda/Normalization.cu; called as in torch/nn/modules/_functions.py.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from syncnorm.layer.kernels import cpu
+from syncnorm.layer.moments import Count, Running
+
+
+def local_moments(x: Tensor, eps: float, scratch: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and invstd, each (C): Welford's algorithm in the accumulation type."""
+    mean, invstd = torch.batch_norm_stats(x, eps)
+    return mean, invstd
+
+
+def merge(
+    gathered_WP: Tensor, counts: Sequence[int] | Tensor, eps: float, running: Running | None
+) -> tuple[Tensor, Tensor, Tensor, Count]:
+    """One kernel where Triton is there, else operators of torch."""
+    if isinstance(counts, Tensor) and importlib.util.find_spec("triton") is not None:
+        from syncnorm.layer.kernels import triton_merge  # not at the top: it imports a compiler
+
+        if triton_merge.takes(gathered_WP, running):
+            return triton_merge.merge(gathered_WP, counts, eps, running)
+    return cpu.merge(gathered_WP, counts, eps, running)
+
+
+def normalise(
+    x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor
+) -> Tensor:
+    """``(x - mean) * invstd * weight + bias`` in one pass."""
+    return torch.ops.aten.batch_norm_elemt.out(  # type: ignore[no-any-return]
+        x, _as(weight, mean), _as(bias, mean), mean, invstd, 0.0, out=y
+    )
+
+
+def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
+    """``sum(dy)`` and ``sum(dy * (x - mean))``, each (C), in one pass."""
+    sum_dy, sum_dy_xmu, _, _ = torch.batch_norm_backward_reduce(dy, x, mean, invstd, None, True, False, False)
+    return sum_dy, sum_dy_xmu
+
+
+def begin_grad(dy: Tensor, invstd: Tensor, weight: Tensor | None) -> Tensor:
+    """``dy``: the one kernel comes at the end."""
+    return dy
+
+
+def finish_grad(
+    begun: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    sum_dy: Tensor,
+    sum_dy_xmu: Tensor,
+    count: Count,
+) -> Tensor:
+    """``weight * invstd * (dy - sum_dy / N - (x - mean) * invstd^2 * sum_dy_xmu / N)`` in one pass."""
+    # The kernel divides by the sum of int32 counts, which 2**31 values a channel would overflow: divide here.
+    one = torch.ones(1, dtype=torch.int32, device=x.device)
+    return torch.batch_norm_backward_elemt(
+        begun, x, mean, invstd, _as(weight, mean), sum_dy / count, sum_dy_xmu / count, one
+    )
+
+
+def _as(vector: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if vector is None else vector.to(like.dtype)

@@ -1,0 +1,1 @@
+"""What stands behind the command ``syncnorm``. Nothing outside of this package imports it."""

@@ -1,0 +1,1 @@
+"""What several commands use. Commands import nothing of one another."""

@@ -1,0 +1,74 @@
+"""What a command found, as frozen records that pickle, print and turn into JSON and back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+
+from syncnorm.tools.common.files import write_file
+
+R = TypeVar("R", bound="Record")
+T = TypeVar("T")
+
+
+class Record:
+    """A frozen dataclass with a schema: the base of what commands find.
+
+    Attributes:
+        schema: ``"syncnorm."`` and the name of the command.
+        schema_version: raised whenever a field changes its name or meaning.
+    """
+
+    schema: ClassVar[str]
+    schema_version: ClassVar[int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, numbers and strings; the schema's name and version are the first keys."""
+        fields = asdict(self)  # type: ignore[call-overload]  # every subclass is a dataclass
+        return {"schema": self.schema, "schema_version": self.schema_version, **fields}
+
+    @classmethod
+    def from_dict(cls: type[R], data: dict[str, Any]) -> R:
+        """The record that `to_dict` wrote, also after a trip through JSON.
+
+        Raises:
+            ValueError: ``data`` is of another schema or version.
+        """
+        fields = dict(data)
+        found = (fields.pop("schema", None), fields.pop("schema_version", None))
+        if found != (cls.schema, cls.schema_version):
+            raise ValueError(f"expected schema {cls.schema} version {cls.schema_version}, got {found[0]} {found[1]}")
+        return _decode(cls, fields)
+
+
+def write_json(record: Any, path: Path) -> None:
+    """Writes ``record.to_dict()`` to ``path``, replacing what is there."""
+    write_file(path, (json.dumps(record.to_dict(), indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_json(cls: type[R], path: Path) -> R:
+    """The record of class ``cls`` that `write_json` wrote.
+
+    Raises:
+        ValueError: no JSON, or of another schema or version.
+    """
+    return cls.from_dict(json.loads(path.read_bytes()))
+
+
+def _decode(cls: type[T], fields: dict[str, Any]) -> T:
+    """A dataclass whose fields are numbers, strings, dicts of these, dataclasses, tuples of one type, or None."""
+    hints = get_type_hints(cls)
+    return cls(**{name: _value(hints.get(name), value) for name, value in fields.items()})
+
+
+def _value(hint: Any, value: Any) -> Any:
+    if value is None:
+        return None
+    if isinstance(hint, UnionType):  # X | None
+        hint = next(each for each in get_args(hint) if each is not type(None))
+    if get_origin(hint) is tuple:
+        return tuple(_value(get_args(hint)[0], each) for each in value)
+    return _decode(hint, value) if is_dataclass(hint) and isinstance(hint, type) else value

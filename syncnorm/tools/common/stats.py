@@ -1,0 +1,59 @@
+"""Statistics that several commands state: quartiles and ratios of times, differences paired by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf, sqrt
+from statistics import fmean, median, quantiles, stdev
+
+# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom. With so few seeds, 2 would be too small.
+_T = [
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+]
+_NORMAL = 1.960
+
+
+def t_quantile(degrees: int) -> float:
+    """Two-sided 95 % quantile of Student's t."""
+    return _T[degrees - 1] if degrees <= len(_T) else _NORMAL
+
+
+def quartiles(times: Sequence[float]) -> tuple[float, float, float]:
+    """(p25, median, p75), interpolated between neighboring values."""
+    if len(times) == 1:
+        return times[0], times[0], times[0]
+    p25, middle, p75 = quantiles(times, n=4, method="inclusive")
+    return p25, middle, p75
+
+
+def median_ratio(ours: Sequence[float], baseline: Sequence[float]) -> float:
+    """Median over the repetitions of ours / baseline: what made a repetition slow made both slow."""
+    return median(a / b for a, b in zip(ours, baseline, strict=True))
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """``a - b`` for each seed that both were run with.
+
+    Source: the paired t-test.
+    """
+
+    by_seed: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds."""
+        return fmean(self.by_seed)
+
+    @property
+    def std_error(self) -> float:
+        """Of the mean; infinite for a single seed."""
+        return stdev(self.by_seed) / sqrt(len(self.by_seed)) if len(self.by_seed) > 1 else inf
+
+    @property
+    def half_width(self) -> float:
+        """Of the 95 % interval of the mean: t-quantile times standard error. Infinite for a single seed."""
+        return t_quantile(len(self.by_seed) - 1) * self.std_error if len(self.by_seed) > 1 else inf

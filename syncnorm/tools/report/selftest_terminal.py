@@ -1,0 +1,62 @@
+"""A self-test on a terminal: a line a case, what was measured beside what is allowed, and the verdict."""
+
+from __future__ import annotations
+
+from rich.console import Console, Group, RenderableType
+from rich.text import Text
+
+from syncnorm.tools.report.consoles import PlainTable, for_tables
+from syncnorm.tools.selftest.records import CaseResult, SelfTest
+
+WIDTH = 100
+STYLES = {"pass": "green", "fail": "bold red", "skip": "yellow", "not run": "red"}
+LEGEND = (
+    "error: the largest |got - want| / (1 + |want|) of all ranks, where want is fp64 F.batch_norm on the batch of "
+    "all ranks together; shown is the comparison that came nearest to what is allowed."
+)
+
+
+def print_selftest(record: SelfTest, console: Console | None = None) -> None:
+    """Prints a table and the verdict, as its last line; plain text where stdout is no terminal."""
+    (console or for_tables(WIDTH)).print(render(record))
+
+
+def render(record: SelfTest) -> RenderableType:
+    """The table and the verdict, for any rich console."""
+    hardware = record.hardware
+    head = (
+        f"{record.world_size} rank{'s' * (record.world_size > 1)} on {hardware.device}, {hardware.backend}; "
+        f"{hardware.device_name}, {hardware.cpu_count} cores, {hardware.threads_per_rank} thread(s) a rank.\n"
+        f"torch {record.torch_version}, syncnorm {record.syncnorm_version}, Python {record.python_version}, "
+        f"{record.date}, {record.wall_seconds:.0f} s.\n"
+    )
+    table = PlainTable()
+    table.add_column("", no_wrap=True)
+    table.add_column("case", no_wrap=True)
+    for header in ("error", "allowed"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("of", overflow="fold")
+    for case in record.cases:
+        status = Text(case.status, style=STYLES[case.status])
+        table.add_row(status, case.name, *_figures(case), case.message or case.what)
+    return Group(Text(head), table, Text(LEGEND, style="dim"), Text(), _verdict(record))
+
+
+def _figures(case: CaseResult) -> tuple[str, str]:
+    if case.tolerance is None:
+        return "", ""
+    if case.tolerance == 0:
+        return ("exact" if case.error == 0 else "wrong"), "exact"
+    return "inf" if case.error is None else f"{case.error:.1e}", f"{case.tolerance:.1e}"
+
+
+def _verdict(record: SelfTest) -> Text:
+    passed, failed, skipped, not_run = (record.count(status) for status in ("pass", "fail", "skip", "not run"))
+    others = ((failed, "failed"), (skipped, "skipped"), (not_run, "not run"))
+    counts = f"{passed} passed" + "".join(f", {n} {what}" for n, what in others if n)
+    if not record.passed:
+        return Text(f"FAILED: {counts}. `syncnorm env` prints what a report of it needs.", style="bold red")
+    if record.world_size == 1:
+        return Text(f"OK, but nothing was synced: there is one rank. {counts}.", style="bold yellow")
+    hardware = record.hardware
+    return Text(f"OK: {counts}, on {record.world_size} ranks over {hardware.backend}.", style="bold green")

@@ -1,0 +1,1 @@
+"""``syncnorm selftest``: whether this machine computes and communicates as it should."""

@@ -1,0 +1,332 @@
+"""``torch.compile(fullgraph=True)``: one graph, the numbers of eager code, each collective once and in order."""
+
+from collections.abc import Callable
+from typing import Any
+
+import models
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from cases import DTYPES, Case, laid_out
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import syncnorm
+from syncnorm.comm.exchange import Exchange
+from syncnorm.testing import assert_close, batch_norm_oracle, run_ranks
+
+# Compiling takes seconds, and waits for a processor that other ranks use too.
+TIMEOUT = 100
+
+
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def compiled(model: Any, backend: str = "aot_eager", **options: Any) -> Any:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return torch.compile(model, fullgraph=True, backend=backend, **options)
+
+
+def steps_of(case: Case, backend: str = "aot_eager") -> tuple[int, list[dict[str, Tensor]]]:
+    """How many graphs a case took, and what came out of each of its steps."""
+    layer = case.layer()
+    model, results = compiled(layer, backend), []
+    for step in range(case.steps):
+        inputs, grads = (t[dist.get_rank()] for t in case.batch(step))
+        x = laid_out(inputs, case.layout).detach().requires_grad_()
+        layer.zero_grad()
+        y = model(x)
+        y.backward(laid_out(grads, case.dy_layout))
+        result = {"y": y.detach(), "dx": x.grad, "dw": layer.weight.grad, "db": layer.bias.grad}
+        results.append(result | {k: v.clone() for k, v in layer.named_buffers()})
+    return graphs(), results
+
+
+CASES = {
+    "uneven": Case((3, 2), steps=3),
+    "empty rank": Case((4, 0), steps=2),
+    "bf16": Case((3, 2), dtype="bfloat16", steps=2),
+    "channels_last": Case((3, 2), layout="channels_last", dy_layout="channels_last", steps=2),
+    "average": Case((3, 2), momentum=None, steps=3),
+    "no dimensions": Case((5, 4), spatial=(), steps=2),
+}
+
+
+def run_cases(cases: dict[str, Case]) -> dict[str, tuple[int, list[dict[str, Tensor]]]]:
+    return {name: steps_of(case) for name, case in cases.items()}
+
+
+def judge(case: Case, ranks: list[tuple[int, list[dict[str, Tensor]]]]) -> None:
+    assert [count for count, _ in ranks] == [1, 1]
+    layer = case.layer()
+    mean, var = torch.zeros(3), torch.ones(3)
+    for step in range(case.steps):
+        momentum = 1 / (step + 1) if case.momentum is None else case.momentum
+        want = batch_norm_oracle(*case.batch(step), layer.weight, layer.bias, mean, var, momentum, layer.eps)
+        mean, var = want.running_mean, want.running_var
+        for rank, (_, results) in enumerate(ranks):
+            got = results[step]
+            assert_close(got["y"], want.outputs[rank], DTYPES[case.dtype])
+            assert_close(got["dx"], want.grad_inputs[rank], DTYPES[case.dtype])
+            assert_close(got["dw"], want.grad_weight[rank], torch.float32)
+            assert_close(got["db"], want.grad_bias[rank], torch.float32)
+            assert_close(got["running_mean"], mean, torch.float32)
+            assert_close(got["running_var"], var, torch.float32)
+            assert got["num_batches_tracked"] == step + 1
+
+
+def test_a_layer_in_one_graph_equals_the_whole_batch():
+    ranks = run_ranks(run_cases, 2, (CASES,), TIMEOUT)
+    for name, case in CASES.items():
+        judge(case, [rank[name] for rank in ranks])
+
+
+def test_a_layer_through_inductor():
+    case = Case((3, 2), steps=2)
+    judge(case, run_ranks(steps_of, 2, (case, "inductor"), TIMEOUT))
+
+
+def train(build: Callable[[], nn.Module], compiling: bool, rows: tuple[int, ...]) -> tuple[int, dict[str, Tensor]]:
+    """Some steps on this rank's part of each batch of 12, and the state after them."""
+    model = syncnorm.convert(build()).double()
+    step = compiled(model) if compiling else model
+    for number in range(3):
+        x = torch.randn(12, 3, 6, 5, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+        if dist.is_initialized():
+            x = x.split(rows)[dist.get_rank()]
+        model.zero_grad()
+        step(x).square().sum().backward()
+        for parameter in model.parameters():
+            if dist.is_initialized():
+                dist.all_reduce(parameter.grad)
+            parameter.data -= 1e-3 * parameter.grad
+    return graphs(), model.state_dict()
+
+
+@pytest.mark.parametrize("build", [models.net, models.net_with_activations])
+def test_a_model_trains_like_one_process(build):
+    """Also one whose layers have a forward of their own."""
+    _, want = train(build, False, ())
+    for count, state in run_ranks(train, 2, (build, True, (5, 7)), TIMEOUT):
+        assert count == 1
+        for name, value in want.items():
+            torch.testing.assert_close(state[name], value, rtol=1e-6, atol=1e-8)
+
+
+def compiled_on_rank_0(build: Callable[[], nn.Module]) -> dict[str, Tensor]:
+    return train(build, dist.get_rank() == 0, (5, 7))[1]
+
+
+def test_a_compiled_rank_and_an_eager_one_share_statistics():
+    _, want = train(models.net, False, ())
+    for state in run_ranks(compiled_on_rank_0, 2, (models.net,), TIMEOUT):
+        for name, value in want.items():
+            torch.testing.assert_close(state[name], value, rtol=1e-6, atol=1e-8)
+
+
+def batch_sizes(dynamic: bool | None) -> list[int]:
+    """How many graphs there were after each of several sizes of batch."""
+    layer = syncnorm.SyncBatchNorm2d(3)
+    model, counts = compiled(layer, dynamic=dynamic), []
+    for rows in (4, 6, 5, 8):
+        model(torch.randn(rows + dist.get_rank(), 3, 13, 11)).sum().backward()
+        counts.append(graphs())
+    return counts
+
+
+@pytest.mark.parametrize(("dynamic", "expected"), [(None, [1, 2, 2, 2]), (True, [1, 1, 1, 1])])
+def test_batches_of_other_sizes_compile_once_more_at_most(dynamic, expected):
+    assert run_ranks(batch_sizes, 2, (dynamic,), TIMEOUT) == [expected, expected]
+
+
+class Unused(nn.Module):
+    """Three layers, of which the output needs one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused, self.frozen = (syncnorm.SyncBatchNorm2d(3) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.unused(x + 1)
+        with torch.no_grad():
+            self.frozen(x + 2)
+        return self.used(x)
+
+
+def calls_of_a_step(backend: str) -> tuple[list[str], list[int]]:
+    """What was exchanged in the second step, and the counts of batches of all layers after it."""
+    model = Unused()
+    step = compiled(model, backend)
+    x = torch.randn(4, 3, 5, 5)
+    step(x).square().sum().backward()
+    from syncnorm.comm import exchange
+
+    calls, write = [], exchange.Frames.write
+
+    def noted(frames: Any, call: Any, *rest: Any) -> Any:
+        calls.append(f"{call.kind.name} {call.number} {call.layer[-1]}")
+        return write(frames, call, *rest)
+
+    exchange.Frames.write = noted
+    try:
+        step(x).square().sum().backward()
+    finally:
+        exchange.Frames.write = write
+    return calls, [int(m.num_batches_tracked) for m in model.children()]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_each_collective_happens_once_and_in_order_whether_its_result_is_used_or_not(backend):
+    """Layers are named in the order in which they first run."""
+    want = ["FORWARD 5 1", "FORWARD 6 2", "FORWARD 7 3", "BACKWARD 7 3"]  # of the second step
+    for calls, counts in run_ranks(calls_of_a_step, 2, (backend,), TIMEOUT):
+        assert calls == want
+        assert counts == [2, 2, 2]
+
+
+def masked(rows: tuple[int, ...]) -> tuple[int, Tensor, Tensor]:
+    layer = syncnorm.SyncBatchNorm1d(3)
+    model = compiled(layer)
+    for _ in range(2):
+        x, mask = (t.split(rows)[dist.get_rank()] for t in masked_batch())
+        x = x.clone().requires_grad_()
+        y = model(x, mask=mask)
+        y.square().square().sum().backward()
+    return graphs(), y.detach(), x.grad
+
+
+def masked_batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(5, 7, generator=generator) < 0.6
+    x = torch.randn(5, 3, 7, generator=generator)
+    return x.masked_fill(~mask.unsqueeze(1), torch.nan), mask
+
+
+def test_masks():
+    x, mask = masked_batch()
+    valid = x.double().transpose(1, 2)[mask].requires_grad_()
+    F.batch_norm(valid, None, None, training=True).square().square().sum().backward()
+    ranks = run_ranks(masked, 2, ((2, 3),), TIMEOUT)
+    assert [count for count, *_ in ranks] == [1, 1]
+    y, dx = (torch.cat([rank[i] for rank in ranks]).transpose(1, 2) for i in (1, 2))
+    assert_close(y[mask], F.batch_norm(valid, None, None, training=True).detach(), torch.float32)
+    assert_close(dx[mask], valid.grad, torch.float32)
+    assert not y[~mask].any()
+    assert not dx[~mask].any()
+
+
+def without_syncing() -> list[Tensor]:
+    layer = syncnorm.SyncBatchNorm2d(3)
+    model = compiled(layer)
+    model(torch.randn(4, 3, 5, 5))
+    before = layer.running_mean.clone()
+    if dist.get_rank() == 0:
+        with syncnorm.no_sync_stats():
+            model(torch.randn(4, 3, 5, 5))
+    unchanged = bool(layer.running_mean.equal(before))
+    model(torch.randn(4, 3, 5, 5))
+    return [unchanged, not layer.running_mean.equal(before)]
+
+
+def test_no_sync_stats_is_seen_by_compiled_code():
+    assert run_ranks(without_syncing, 2, (), TIMEOUT) == [[True, True]] * 2
+
+
+def checkpointed(reentrant: bool, compiling: bool) -> tuple[list[str], dict[str, Tensor]]:
+    """Checkpoints around a layer, compiled or not; two forwards alive."""
+    torch._dynamo.reset()
+    rank = dist.get_rank()
+    layer = syncnorm.convert(nn.Sequential(nn.BatchNorm1d(3))).double()
+    call = compiled(layer) if compiling else layer
+    inputs = [torch.randn(4, 3, generator=torch.Generator().manual_seed(7 * i + rank)).double() for i in range(2)]
+    inputs = [x.requires_grad_() for x in inputs]
+    kinds: list[str] = []
+    original = Exchange.start
+
+    def counted(self: Any, call: Any, *args: Any) -> Any:
+        kinds.append(call.kind.name)
+        return original(self, call, *args)
+
+    Exchange.start = counted
+    try:
+        outputs = [checkpoint(call, x, use_reentrant=reentrant) for x in inputs]
+        for i, y in enumerate(outputs):
+            y.backward(torch.randn(4, 3, generator=torch.Generator().manual_seed(i)).double())
+    finally:
+        Exchange.start = original
+    return kinds, {"dx0": inputs[0].grad, "dx1": inputs[1].grad, **layer.state_dict(), "dw": layer[0].weight.grad}
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_around_compiled_code(reentrant):
+    for eager, ours in zip(
+        run_ranks(checkpointed, args=(reentrant, False), timeout=100),
+        run_ranks(checkpointed, args=(reentrant, True), timeout=100),
+        strict=True,
+    ):
+        assert ours[0].count("FORWARD") == ours[0].count("BACKWARD") == 2
+        for name, value in eager[1].items():
+            torch.testing.assert_close(ours[1][name], value, msg=name)
+
+
+def refused(fullgraph: bool) -> str:
+    torch._dynamo.reset()
+    layer = torch.compile(syncnorm.SyncBatchNorm2d(3), backend="aot_eager", fullgraph=fullgraph)
+    channels = 3 + dist.get_rank()
+    try:
+        layer(torch.randn(2, channels, 4, 4))
+    except Exception as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_a_refused_input_is_told_to_the_other_ranks(fullgraph):
+    told = run_ranks(refused, args=(fullgraph,), timeout=60)
+    assert "rank 1 did not take part" in told[0]
+    for rank, text in enumerate(told):
+        assert "expected 3 channels in dimension 1, got 4" in text, (rank, text)
+
+
+def ddp_steps(how: str) -> list[Tensor]:
+    torch._dynamo.reset()
+    model = syncnorm.convert(models.net()).double()
+    if how == "compiled inside":
+        ddp = DistributedDataParallel(torch.compile(model, backend="aot_eager"))
+    else:
+        ddp = DistributedDataParallel(model)
+    call = torch.compile(ddp, backend="aot_eager") if how == "compiled outside" else ddp
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    for step in range(2):
+        generator = torch.Generator().manual_seed(step)
+        x, dy = torch.randn(8, 3, 6, 6, generator=generator).double(), torch.randn(8, 4, generator=generator).double()
+        optimizer.zero_grad()
+        call(x.split([5, 3])[dist.get_rank()]).backward(dy.split([5, 3])[dist.get_rank()])
+        optimizer.step()
+    return [*model.parameters(), *model.buffers()]
+
+
+def test_ddp_inside_and_outside():
+    want = run_ranks(ddp_steps, args=("eager",))
+    for how in ("compiled inside", "compiled outside"):
+        for got, expected in zip(run_ranks(ddp_steps, args=(how,), timeout=100), want, strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("valid", [None, torch.tensor(6)])
+def test_what_the_tracer_is_told_of_the_operators_is_what_they_return(dtype, valid):
+    """A wrong dtype here is not an error at run time, but memory read as something else."""
+    from syncnorm.layer import compiled
+
+    mean, invstd = torch.randn(4, dtype=dtype), torch.rand(4, dtype=dtype)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        compiled.gather_moments, (mean, invstd, 6, valid, 1e-5, compiled.ALONE, "a"), test_utils=checks
+    )
+    number = torch.tensor(1)
+    torch.library.opcheck(compiled.reduce_sums, (mean, invstd, number, compiled.ALONE, "a"), test_utils=checks)

@@ -1,0 +1,114 @@
+"""What a step costs wherever it runs: collectives, bytes, passes over the tensors, small operators.
+
+Times depend on the machine; these do not. Whoever makes one of them larger should know why.
+"""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import syncnorm
+from syncnorm.comm.frames import capacity_for
+from syncnorm.testing import run_ranks
+from syncnorm.tools.compare.measure import CollectiveRecorder
+
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+VIEWS = {"aten.view.default", "aten.split.Tensor", "aten.detach.default", "aten.t.default", "aten.slice.Tensor"}
+# Neither reads nor writes: memory is handed out.
+MEMORY = {"aten.empty_like.default", "aten.new_empty.default"}
+
+
+class Operators(TorchDispatchMode):
+    """The operators that run, by whether they touch a tensor of ``size`` values."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+        self.passes: list[str] = []
+        self.small: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = str(func)
+        if name in VIEWS | MEMORY or not name.startswith("aten."):
+            return result
+        flat = torch.utils._pytree.tree_leaves((args, kwargs, result))
+        touched = any(isinstance(t, torch.Tensor) and t.numel() == self.size for t in flat)
+        (self.passes if touched else self.small).append(name)
+        return result
+
+
+def counts_of_a_step(memory_format: str) -> tuple[list[str], list[str], list[Any]]:
+    torch.manual_seed(dist.get_rank())
+    layer = syncnorm.SyncBatchNorm2d(64)
+    x = torch.randn(8, 64, 16, 16).contiguous(memory_format=FORMATS[memory_format]).requires_grad_()
+    dy = torch.randn(x.shape).contiguous(memory_format=FORMATS[memory_format])
+    layer(x).backward(dy)  # connects, and learns the size of the frames
+    layer(x).backward(dy)
+    x.grad = layer.weight.grad = layer.bias.grad = None
+    with CollectiveRecorder() as recorder, Operators(x.numel()) as operators:
+        layer(x).backward(dy)
+    return operators.passes, operators.small, [(c.op, c.origin, c.calls, c.payload_bytes) for c in recorder.counts()]
+
+
+# Read forward: the mean, the squared distances, their mean, the normalisation.
+# Read backward: the two sums, a * dy, and its completion; where the channel is the fastest axis a * dy takes no pass.
+PASSES = {
+    "contiguous": "mean mse_loss mean native_batch_norm native_batch_norm_backward mul add_ addcmul_",
+    "channels_last": "mean mse_loss mean addcmul native_batch_norm_backward addcmul addcmul_",
+}
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_a_step_costs_no_more_than_this(memory_format):
+    world_size, channels = 2, 64
+    for passes, small, collectives in run_ranks(counts_of_a_step, world_size, args=(memory_format,)):
+        assert " ".join(p.split(".")[1] for p in passes) == PASSES[memory_format]
+        assert len(small) <= 39, Counter(small)
+        # One forward, one backward; each hands every rank a frame of 2C numbers of fp32 under a header.
+        sent = 2 * world_size * capacity_for(2 * channels * 4)
+        assert collectives == [("all_to_all", "norm", 2, sent)]
+
+
+def capacities(widths: list[int]) -> list[int]:
+    """Bytes of the frames in the third round over layers of these widths."""
+    layers = [syncnorm.SyncBatchNorm1d(width) for width in widths]
+    sent: list[int] = []
+    for _ in range(3):
+        sent.clear()
+        for layer in layers:
+            with CollectiveRecorder() as recorder:
+                layer(torch.randn(4, layer.num_features))
+            sent += [c.payload_bytes // 2 for c in recorder.counts()]
+    return sent
+
+
+def test_frames_are_as_large_as_what_they_carry_whatever_came_before():
+    widths = [16, 1024, 16, 64, 300]
+    for sent in run_ranks(capacities, args=(widths,)):
+        assert sent == [capacity_for(8 * width) for width in widths]
+        assert all(
+            8 * width < frame <= max(512, 8 * width + 40 + 63) for frame, width in zip(sent, widths, strict=True)
+        )
+
+
+def refused_after_narrow_frames() -> str:
+    """Rank 0's input is wrong in a step whose frames are known to be small."""
+    layer = syncnorm.SyncBatchNorm1d(3)
+    for _ in range(3):
+        layer(torch.randn(4, 3))
+    try:
+        layer(torch.randn(4, 5) if dist.get_rank() == 0 else torch.randn(4, 3))
+    except syncnorm.SyncNormError as error:
+        return str(error)
+    return ""
+
+
+def test_the_reason_of_a_refusal_fits_the_smallest_frame():
+    own, told = run_ranks(refused_after_narrow_frames)
+    assert "expected 3 channels" in own
+    assert own in told

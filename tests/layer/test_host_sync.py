@@ -1,0 +1,56 @@
+"""The path of GPUs never asks the device for a number: the host would wait for all that was launched before.
+
+There is no GPU here. Tensors without data stand in for those whose data the host does not have yet: torch refuses
+whatever needs to know it. The group is torch's own without peers.
+"""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import syncnorm
+from syncnorm.comm import native
+from syncnorm.layer import kernels
+from syncnorm.layer.kernels import cpu
+
+
+@pytest.fixture
+def eight_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # Those of a CPU look whether a channel is far from zero; a GPU's own kernels are not at hand.
+    passes = SimpleNamespace(**{**vars(cpu), "local_moments": lambda x, eps, scratch: cpu.corrected_moments(x, eps)})
+    monkeypatch.setattr(kernels, "for_device", lambda device: passes)
+    monkeypatch.setattr(native, "_fake", lambda group: False)  # so that ranks are compared as real ones are
+    monkeypatch.setattr(native, "_compare", lambda group, call: None)  # but by name, at a layer's first call only
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("eight_ranks")
+@pytest.mark.parametrize("rows", [4, 0, 1], ids=["full", "empty", "one value"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_step_asks_for_no_number(rows, momentum, masked):
+    with FakeTensorMode():
+        layer = syncnorm.SyncBatchNorm2d(3, momentum=momentum)
+        x = torch.randn(rows, 3, 1, 1, requires_grad=True)
+        mask = torch.ones(rows, 1, 1, dtype=torch.bool) if masked else None
+        y = layer(x, mask=mask)
+        y.backward(torch.randn(y.shape))
+        assert x.grad is not None
+        with pytest.raises(DataDependentOutputException):
+            y.sum().item()
+
+
+@pytest.mark.usefixtures("eight_ranks")
+def test_a_disagreement_is_still_seen(monkeypatch):
+    layer, x = syncnorm.SyncBatchNorm2d(3), torch.randn(4, 3, 2, 2)
+    layer(x)  # what the group hands back happens to be what this rank sent
+    monkeypatch.setattr(native, "_all_gather_into", lambda out, packed, group: out.fill_(7.0))
+    with pytest.raises(syncnorm.SyncNormError, match="another rank was not at"):
+        layer(x)

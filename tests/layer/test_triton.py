@@ -1,0 +1,23 @@
+"""Runs ``tests/layer/interpreted`` where the Triton kernels are interpreted: chosen before Triton is imported."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.parametrize("file", ["test_passes.py", "test_two_ranks.py"])
+def test_the_kernels_under_tritons_interpreter(file):
+    found = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/layer/interpreted/{file}"],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""},
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    assert found.returncode == 0, found.stdout + found.stderr

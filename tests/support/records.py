@@ -1,0 +1,78 @@
+"""A comparison made by hand: of each kind of arm one, with what such an arm has and lacks."""
+
+from syncnorm.tools.common.provenance import Hardware
+from syncnorm.tools.compare.evidence import (
+    CollectiveCount,
+    Gap,
+    LayerParity,
+    LayerSpread,
+    Memory,
+    Parity,
+    Point,
+    SeedResult,
+    Wait,
+)
+from syncnorm.tools.compare.records import ArmResult, Comparison, Settings, Task
+
+LAYERS = ("0.1", "1.norm1")
+
+
+def parity(rel):
+    gap = Gap(rel / 2, rel)
+    layers = tuple(LayerParity(name, *[gap] * 5) for name in LAYERS)
+    return tuple(Parity(step, *[gap] * 5, layers=layers) for step in (1, 10))
+
+
+def seed(seed, accuracy):
+    return SeedResult(
+        seed,
+        accuracy,
+        0.2,
+        0.008,
+        test_accuracies=(Point(252, 0.5), Point(504, accuracy)),
+        test_losses=(Point(252, 1.5), Point(504, 0.2)),
+    )
+
+
+def arm(name, **changes):
+    values = {
+        "label": name,
+        "ranks": 2,
+        "seeds": (seed(0, 0.97), seed(1, 0.98)),
+        "step_seconds": 0.008,
+        "samples_per_second": 1000.0,
+        "collectives": (CollectiveCount("all_reduce", "ddp", 1, 2048),),
+        "wait": Wait(0.0, 0.0015, 0.008),
+        "memory": Memory(3 * 2**20, "rss growth"),
+        "wall_seconds": 12.34,
+    }
+    return ArmResult(name, **{**values, **changes})
+
+
+def comparison() -> Comparison:
+    synced = (CollectiveCount("all_reduce", "ddp", 1, 2048), CollectiveCount("all_gather", "norm", 9, 1024))
+    gap = Gap(0.01, 0.02)
+    other_norm = tuple(Parity(step, gap, gap, gap, None, None) for step in (1, 10))
+    return Comparison(
+        settings=Settings(("single",), 2, 4, 504, 10, (0, 1), 0.02, 0.9, 8),
+        task=Task("a residual CNN", "scikit-learn's digits", "cross-entropy", "accuracy", 77754, LAYERS, 1347, 450),
+        hardware=Hardware(
+            "cpu", "A processor with a name as long as vendors like to make them @ 2.0 GHz", "gloo", 2, 1
+        ),
+        syncnorm_version="0.1.0",
+        torch_version="2.13.0",
+        python_version="3.11",
+        date="2024-01-01T00:00:00+00:00",
+        command="syncnorm compare",
+        arms=(
+            arm("single", parity=parity(0.0), collectives=(), wait=None),
+            arm("dp", label="dp (emulated)", parity=parity(4e-3), collectives=(), wait=None),
+            arm("ddp", parity=parity(4e-3)),
+            arm("ddp+syncbn", parity=parity(2e-7), collectives=synced, wait=Wait(0.004, 0.001, 0.008)),
+            arm("ddp+group", parity=other_norm, memory=None),
+            ArmResult("ddp+torch-syncbn", "ddp+torch-syncbn", 2, not_run="torch refuses: [CPU]"),
+        ),
+        spread=tuple(LayerSpread(name, 0.1234, None) for name in LAYERS),
+        verdict=("Local BN is enough here: nothing asks for SyncBN.", "A second sentence."),
+        wall_seconds=61.0,
+    )

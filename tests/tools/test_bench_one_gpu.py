@@ -1,0 +1,175 @@
+"""What `syncnorm bench` does to be fair on one GPU, as far as a CPU can show it."""
+
+import csv
+import importlib
+import json
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from syncnorm.__main__ import main
+from syncnorm.comm import peers_of, process_groups
+from syncnorm.testing import assert_close, batch_norm_oracle
+from syncnorm.tools.bench import Memory, Row
+from syncnorm.tools.bench.gpu_targets import gpu_figures
+from syncnorm.tools.bench.layers import LayerStep, make_inputs
+from syncnorm.tools.bench.lone import fake_world, world_of_one
+from syncnorm.tools.bench.memory import COPIED_BYTES, cache_size, cache_to_outgrow, input_sets, measure_memory
+from syncnorm.tools.bench.peers import BASELINES, SYNCNORM, TORCH, TorchSyncedAlone
+from syncnorm.tools.bench.statistics import timings
+
+CPU = torch.device("cpu")
+
+# --- inputs in rotation, bandwidth
+
+
+def test_input_sets_outgrow_the_cache():
+    cache = 50 * 2**20
+    for set_bytes in (2**20, 2 * 10**7, 10**9):
+        sets = input_sets(set_bytes, cache)
+        assert sets * set_bytes >= 4 * cache
+        assert sets == 1 or (sets - 1) * set_bytes < 4 * cache  # no more than it takes
+    assert input_sets(8, cache) == 1024
+    assert input_sets(8, cache_to_outgrow(CPU)) == 1
+
+
+def test_steps_take_the_sets_in_turns_and_keep_one_gradient(monkeypatch):
+    memory = importlib.import_module("syncnorm.tools.bench.layers")
+    monkeypatch.setattr(memory, "cache_to_outgrow", lambda device: 600)
+    inputs = make_inputs((2, 3, 4, 5), "channels_last", "fp32", CPU, seed=0)
+    assert len(inputs) == 3  # of 960 bytes each
+    assert len({x.data_ptr() for pair in inputs for x in pair}) == 6
+    step = LayerStep(nn.BatchNorm2d(3), inputs)
+    other = LayerStep(nn.BatchNorm2d(3), inputs)  # peers share the inputs
+    for turn in range(7):
+        step()
+        has_gradient = [x.grad is not None for x, _ in inputs]
+        assert has_gradient == [n == turn % 3 for n in range(3)]
+    want = inputs[0][0].grad.clone()
+    other()
+    assert torch.equal(inputs[0][0].grad, want)  # this step's, not the sum of both
+
+
+def test_bandwidth_of_a_copy(monkeypatch):
+    monkeypatch.setitem(COPIED_BYTES, "cpu", 2**24)
+    with world_of_one("gloo", CPU) as ranks:
+        memory = measure_memory(ranks)
+    assert 1e8 < memory.copy_bandwidth < 1e13
+    assert memory.cache_bytes == cache_size(CPU)
+    assert memory.cache_bytes is None or 2**15 <= memory.cache_bytes < 2**31
+
+
+# --- worlds of one process
+
+
+def stepped(layer):
+    x, dy = make_inputs((3, 4, 5, 6), "contiguous", "fp32", CPU, seed=1)[0]
+    LayerStep(layer, [(x, dy)])()
+    return x, dy
+
+
+def test_a_group_of_one_syncs_with_itself_only_when_asked_to():
+    layer = SYNCNORM.build(4, 4)
+    with world_of_one("gloo", CPU):
+        stepped(layer)
+        assert peers_of(dist.group.WORLD).exchange is None
+        with process_groups.sync_in_world_of_one():
+            layer = SYNCNORM.build(4, 4)
+            x, dy = stepped(layer)
+        assert peers_of(dist.group.WORLD).exchange.calls == 2  # forward and backward
+        assert process_groups.synced_group(None) is None
+    zeros, ones = torch.zeros(4), torch.ones(4)
+    want = batch_norm_oracle([x.detach()], [dy], ones, zeros, zeros, ones)
+    assert_close(x.grad, want.grad_inputs[0], torch.float32)
+    assert_close(layer.weight.grad, want.grad_weight[0], torch.float32)
+    assert_close(layer.running_var, want.running_var, torch.float32)
+
+
+@pytest.mark.parametrize(("world_size", "kind"), [(1, TorchSyncedAlone), (8, nn.SyncBatchNorm)])
+def test_torchs_layer_syncs_in_a_world_of_one_too(world_size, kind):
+    with fake_world(world_size, CPU):
+        layer = TORCH.build(4, 3)
+        assert type(layer) is kind
+        with pytest.raises(ValueError, match="expected input tensor to be on GPU"):
+            layer(torch.randn(2, 3, 4, 4))
+
+
+# --- what is to be reached
+
+
+def made_up_row(ours, torchs, num_bytes=2**20, share=0.5):
+    seconds = {"syncnorm": [ours] * 2} | ({} if torchs is None else {"torch": [torchs] * 2})
+    timed = timings(seconds, BASELINES, {} if torchs else {"torch": "no GPU"})
+    return Row((2, 3), "contiguous", "fp32", num_bytes, 9, timed, 1, {"syncnorm": share})
+
+
+def judged(rows, device="cuda", cache_bytes=50 * 2**20):
+    return [(f.value, f.met, f.where) for f in gpu_figures(rows, Memory(1e12, cache_bytes), device)]
+
+
+def test_targets_of_one_gpu():
+    launches = [made_up_row(100e-6, 200e-6), made_up_row(180e-6, 180e-6), made_up_row(300e-6, 150e-6)]
+    large = [made_up_row(1e-3, 1e-3, 2**28, 0.8), made_up_row(2e-3, 1.5e-3, 2**28, 0.9)]
+    under, ratio, slower, bandwidth = judged([*launches, *large])
+    assert under == (pytest.approx(0.6), None, "3 of 5")
+    assert ratio == (pytest.approx(1.0), False, "lowest 0.50")
+    assert slower == (pytest.approx(0.4), False, "2 of 5")
+    assert bandwidth == (pytest.approx(0.8485, abs=1e-4), False, "2 rows, lowest 0.80")
+    assert [met for _, met, _ in judged([made_up_row(1e-4, 2e-4), made_up_row(1, 2, 2**30, 0.9)])] == [
+        None, True, True, True,
+    ]  # fmt: skip
+
+
+def test_what_was_not_measured_is_not_judged():
+    assert judged([made_up_row(1e-4, None)]) == [
+        *[(None, None, "torch's layer did not run")] * 3,
+        (None, None, "all rows fit the cache"),
+    ]
+    _, ratio, _, bandwidth = judged([made_up_row(1.0, 2.0)], cache_bytes=None)
+    assert ratio == (None, None, "no row is so fast")
+    assert bandwidth == (None, None, "cache size not known")
+    assert judged([made_up_row(1e-4, 2e-4, 2**28, 0.5)], "cpu")[3][:2] == (0.5, None)  # no target there
+    assert judged([]) == []
+
+
+# --- the command
+
+
+@pytest.mark.parametrize("world_size", [1, 8])
+def test_a_made_up_world_in_one_process(world_size, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(COPIED_BYTES, "cpu", 2**22)
+    files = {name: tmp_path / f"out.{name}" for name in ("json", "csv")}
+    arguments = ["--backend", "fake", "--world", str(world_size), "--device", "cpu", "--quick", "--dtypes", "fp32"]
+    arguments += ["--shapes", "4,8,5,5", "--json", str(files["json"]), "--csv", str(files["csv"])]
+    monkeypatch.setattr(sys, "argv", ["syncnorm", "bench", *arguments])
+    gathered = []
+    native = importlib.import_module("syncnorm.comm.native")
+    gather = native.gather
+    monkeypatch.setattr(native, "gather", lambda *args: gathered.append(gather(*args)) or gathered[-1])
+    threads = torch.get_num_threads()
+    assert main() == 0
+    assert {rows.size(0) for rows in gathered} == {world_size}
+    assert torch.get_num_threads() == threads
+    assert not dist.is_initialized()
+    out, err = capsys.readouterr()
+    assert err == "" or err.startswith("1/2 ")
+    assert f"Rank 0 of {world_size}, the others made up" in out
+    assert out.count("not measured, torch's layer did not run") == 3
+    assert "met" not in out.split()  # targets over the floor are for ranks that wait for each other
+    found = json.loads(files["json"].read_text())
+    assert (found["hardware"]["backend"], found["settings"]["world_size"]) == ("fake", world_size)
+    assert len(found["rows"]) == 2
+    lines = list(csv.DictReader(files["csv"].read_text().splitlines()))
+    assert float(lines[3]["copy_bandwidth_gb"]) == pytest.approx(found["memory"]["copy_bandwidth"] / 1e9, abs=0.01)
+    share = found["rows"][0]["bandwidth_shares"]["syncnorm"]
+    assert float(lines[3]["bandwidth_share"]) == pytest.approx(share, abs=1e-4)
+
+
+def test_a_lone_world_needs_a_process_without_a_group(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["syncnorm", "bench", "--backend", "fake", "--device", "cpu"])
+    with fake_world(2, CPU):
+        assert main() == 2
+    assert "fake needs a process group of its own, and this process has one" in capsys.readouterr().err

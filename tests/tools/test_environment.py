@@ -1,0 +1,62 @@
+"""What ``syncnorm env`` tells, and what it keeps to itself."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from syncnorm.__main__ import main
+from syncnorm.tools.env import environment, launcher, variables
+
+
+def test_variables_hold_no_secret_and_no_home():
+    home = str(Path.home())
+    found = variables(
+        {
+            "NCCL_DEBUG": "INFO",
+            "NCCL_TOPO_FILE": f"{home}/topology.xml",
+            "GLOO_API_KEY": "abc",
+            "SYNCNORM_TOKEN": "abc",
+            "RANK": "1",
+            "PATH": f"{home}/bin",
+            "AWS_SECRET_ACCESS_KEY": "abc",
+        }
+    )
+    assert found == {
+        "GLOO_API_KEY": "(hidden)",
+        "NCCL_DEBUG": "INFO",
+        "NCCL_TOPO_FILE": "~/topology.xml",
+        "RANK": "1",
+        "SYNCNORM_TOKEN": "(hidden)",
+    }
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, None),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "unknown: RANK and WORLD_SIZE are set"),
+        ({"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "2"}, "torchrun"),
+        ({"TORCHELASTIC_RUN_ID": "x", "ACCELERATE_MIXED_PRECISION": "no"}, "accelerate launch"),
+        ({"SLURM_PROCID": "0"}, "srun"),
+    ],
+)
+def test_launcher(environ, expected):
+    assert launcher(environ) == expected
+
+
+def test_text_and_json(monkeypatch, capsys):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    outputs = []
+    for arguments in ([], ["--json"]):
+        monkeypatch.setattr(sys, "argv", ["syncnorm", "env", *arguments])
+        assert main() == 0
+        outputs.append(capsys.readouterr().out)
+    text, data = outputs[0], json.loads(outputs[1])
+    assert f"torch: {torch.__version__}" in text.splitlines()
+    assert "  GLOO_SOCKET_IFNAME: lo" in text.splitlines()
+    assert data["torch"] == torch.__version__ == environment().torch
+    assert "gloo" in data["backends"]
+    assert str(Path.home()) not in "".join(outputs)

@@ -1,0 +1,347 @@
+import io
+import itertools
+import json
+import math
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import syncnorm
+from syncnorm.__main__ import main
+from syncnorm.comm.frames import capacity_for
+from syncnorm.testing import run_ranks
+from syncnorm.tools.bench import Parameters, run
+from syncnorm.tools.bench.cost_model import (
+    Host,
+    Network,
+    Ring,
+    bytes_received,
+    fit_host,
+    fit_network,
+    flat,
+    frame_bytes,
+    over_gloo,
+    over_nccl,
+    pays_from,
+    two_level,
+    worlds_up_to,
+)
+from syncnorm.tools.bench.growth import CHANNELS, growing_worlds
+from syncnorm.tools.bench.growth_records import Cost, Growth, HostSample
+from syncnorm.tools.bench.host_cost import measure_host
+from syncnorm.tools.bench.simulation import LARGEST, model_channels, simulate
+from syncnorm.tools.report.growth_terminal import render_growth, render_simulation
+
+NETWORK = Network(latency=100e-6, per_message=10e-6, per_byte=1e-9)
+HOST = Host(base=1e-3, per_channel=1e-7, per_row=1e-6, per_value=1e-8)
+RING = Ring(launch=5e-6, hop=2e-6, per_byte=1e-10)
+
+
+# --- arithmetic, on made-up parameters
+
+
+def test_a_world_of_one_costs_nothing():
+    assert over_gloo(NETWORK, HOST)(1, 64) == 0
+    assert over_nccl(RING)(1, 64) == 0
+    assert bytes_received(1, 64) == 0
+
+
+def test_flat_grows_linearly_with_the_world_and_the_layers():
+    for cost in (over_gloo(NETWORK, HOST), over_nccl(Ring(5e-6, 2e-6, 0))):
+        one, four = flat(cost, [64]), flat(cost, [64] * 4)
+        steps = [one(w + 1) - one(w) for w in range(2, 50)]
+        assert steps == pytest.approx([steps[0]] * len(steps))
+        assert four(9) == pytest.approx(4 * one(9))
+
+
+def test_an_exchange_by_hand():
+    # 2 rounds of 100 us, 7 others at 10 us and 576 ns each; 8 rows of 1 us and 64 values of 10 ns.
+    assert frame_bytes(64) == 576
+    assert over_gloo(NETWORK, HOST)(8, 64) == pytest.approx(2 * (100e-6 + 7 * 10.576e-6) + 8 * 1.64e-6)
+    assert HOST.own(10) == pytest.approx(1.001e-3)
+    # 3 hops of 520 bytes; 6 hops of a quarter of 516.
+    assert over_nccl(RING)(4, 64) == pytest.approx(
+        5e-6 + 3 * (2e-6 + 520e-10) + 5e-6 + 6 * (2e-6 + 129e-10),
+    )
+    assert bytes_received(8, 64) == 2 * 7 * 576
+
+
+def test_the_best_split_is_found_by_trying_all():
+    step = flat(over_gloo(NETWORK, HOST), [64, 256])
+    for world_size in (12, 64, 60, 1024):
+        best = min(step(g) + step(world_size // g) for g in range(2, world_size) if world_size % g == 0)
+        g, seconds = two_level(step, world_size)
+        assert seconds == pytest.approx(best)
+        assert step(g) + step(world_size // g) == pytest.approx(best)
+    assert two_level(step, 13) is None
+    assert two_level(step, 1024)[0] == 32
+
+
+@pytest.mark.parametrize("latency", [1.0, 5.0, 30.0, 1e9])
+def test_the_break_even_is_where_the_formula_says(latency):
+    # latency + (W - 1) against 2 latency + g + W / g - 2: pays where W > latency + g + W / g - 1.
+    found = pays_from(lambda w: 0.0 if w == 1 else latency + w - 1, 2000)
+
+    def better(w, g):
+        return w > latency + g + w // g - 1
+
+    split = [w for w in range(4, 2001) if any(w % g == 0 for g in range(2, math.isqrt(w) + 1))]
+    pays = [any(w % g == 0 and better(w, g) for g in range(2, math.isqrt(w) + 1)) for w in split]
+    wanted = [w for i, w in enumerate(split) if all(pays[i:])]
+    assert found == (wanted[0] if wanted else None)
+    if latency == 5.0:
+        # With one latency a message: (1 + sqrt(5))**2 = 10.5, and 10 = 2 x 5 splits badly, 14 = 2 x 7 as well.
+        assert found == 12
+
+
+def test_worlds():
+    assert worlds_up_to(1024) == tuple(2**n for n in range(1, 11))
+    assert worlds_up_to(12) == (2, 4, 8, 12)
+    assert worlds_up_to(2) == (2,)
+    assert [growing_worlds(n) for n in (2, 3, 4, 6)] == [(1, 2), (1, 2, 3), (1, 2, 3, 4), (1, 2, 3, 4, 6)]
+
+
+# --- fits
+
+
+def test_fits_find_the_parameters_that_made_the_samples():
+    samples = [(w, size, NETWORK.exchange(w, size)) for w in (2, 3) for size in (512, 4096, 65536)]
+    found = fit_network(samples)
+    assert vars(found) == pytest.approx(vars(NETWORK))
+    half = fit_network(samples, per_byte=2e-9)
+    assert half.per_byte == 2e-9
+    assert half.per_message < NETWORK.per_message
+    worlds = itertools.product((2, 64, 1024), (16, 256))
+    host = fit_host([(w, c, HOST.own(c) + HOST.merging(w, c)) for w, c in worlds])
+    assert vars(host) == pytest.approx(vars(HOST))
+
+
+def test_a_fit_has_no_negative_cost():
+    # Larger frames that took less time, and a third rank that did.
+    found = fit_network([(2, 512, 3e-3), (2, 65536, 2e-3), (3, 512, 2e-3), (3, 65536, 1e-3)])
+    assert min(vars(found).values()) == 0
+    assert found.latency > 1e-3
+    assert vars(fit_network([], 1.0, 2.0, 3.0)) == {"latency": 1.0, "per_message": 2.0, "per_byte": 3.0}
+
+
+# --- the simulation
+
+
+def made_up_growth(cores=4):
+    """As `NETWORK` and `HOST` have it, but for a world of 4, which takes twice as long."""
+
+    def cost(world_size, size, seconds):
+        seconds *= 2 if world_size == 4 else 1
+        return Cost(world_size, size, world_size > 2, 3, (seconds,), seconds, seconds, seconds, 1.0)
+
+    exchanges = [cost(w, s, NETWORK.exchange(w, capacity_for(s))) for w in (2, 3, 4) for s in (512, 65536)]
+    gloo = over_gloo(NETWORK, HOST)
+    layers = [cost(w, c, gloo(w, c) + HOST.own(c)) for w in (1, 2, 3, 4) for c in CHANNELS]
+    stacks = [cost(w, n, n * (gloo(w, 64) + HOST.own(64))) for w in (1, 2, 3, 4) for n in (1, 4)]
+    return Growth((1, 2, 3, 4), cores, 64, 64, tuple(layers), tuple(stacks), tuple(exchanges))
+
+
+def made_up(largest=1024, growth=None, parameters=None):
+    host = [HostSample(w, c, HOST.own(c) + HOST.merging(w, c)) for w in (2, 64, 512, 1024) for c in (16, 256)]
+    left_out = [s for s in host if s.world_size == 512]
+    host = [s for s in host if s.world_size != 512]
+    return simulate(largest, parameters or Parameters(100.0, 10.0, 1.0), growth, host, left_out)
+
+
+def test_the_model_is_checked_against_what_it_was_not_fitted_to():
+    found = made_up(growth=made_up_growth(), parameters=Parameters())
+    assert vars(found.network) == pytest.approx(vars(NETWORK))
+    assert found.given == ()
+    ratios = {(c.what, c.world_size, c.size): c.ratio for c in found.checks}
+    assert {key[:2] for key in ratios} == {("exchange", 4), ("layer", 2), ("layer", 3), ("layer", 4), ("host", 512)}
+    assert ratios == pytest.approx({key: 0.5 if key[1] == 4 else 1.0 for key in ratios})
+    assert {c.world_size for c in found.checks if c.oversubscribed} == {3, 4}
+
+
+def test_a_ranks_own_work_takes_longer_where_ranks_share_cores():
+    found = {
+        c.world_size: c
+        for c in made_up(growth=made_up_growth(cores=2), parameters=Parameters()).checks
+        if c.size == 16
+    }
+    exchanges = 2 * NETWORK.exchange(3, frame_bytes(16))
+    assert found[3].predicted == pytest.approx(exchanges + 1.5 * (HOST.own(16) + HOST.merging(3, 16)))
+    assert found[2].ratio == pytest.approx(1)
+
+
+def test_worlds_of_a_simulation():
+    found = made_up()
+    assert [w.world_size for w in found.worlds] == [2**n for n in range(1, 11)]
+    assert len(found.model_channels) == 20
+    step = flat(over_gloo(NETWORK, HOST), model_channels())
+    for world in found.worlds:
+        assert world.layer_bytes == bytes_received(world.world_size, found.channels)
+        assert world.model.flat == pytest.approx(step(world.world_size))
+        assert world.model.grouped == (None if world.world_size < 8 else pytest.approx(step(8)))
+    assert found.worlds[0].model.two_level is None
+    assert found.pays_from.two_level_model == pays_from(step, 1024)
+    assert made_up(12).pays_from.grouped is None
+
+
+def shown(parts):
+    out = io.StringIO()
+    console = Console(file=out, highlight=False, width=100)
+    for part in parts:
+        console.print(part)
+    return out.getvalue()
+
+
+def test_the_tables_fit_and_name_what_is_oversubscribed():
+    growth = made_up_growth()
+    text = shown(render_growth(growth, 2)) + shown(render_simulation(made_up(LARGEST, growth, Parameters()), 2))
+    assert max(len(line) for line in text.splitlines()) <= 100
+    assert "…" not in text
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "channels 1 rank 2 ranks 3 ranks* 4 ranks*" in lines
+    assert "4* 512 132 263 0.50" in lines
+    assert any(line.startswith("*: oversubscribed: more ranks than the 2 cores") for line in lines)
+    assert "two-level" in text
+    assert "(model only)" in text
+    assert "Believe these only for ranks that share cores" in text
+    given = " ".join(shown(render_simulation(made_up(), 2)).split())
+    assert f"would pay from {made_up().pays_from.two_level_layer} ranks on for a layer of 256 channels" in given
+    assert "they cost less than two levels from 16 ranks on" in given
+    assert "oversubscribed" not in given
+    assert "Believe these" not in given
+    assert "would pay nowhere up to 4 ranks for a layer" in " ".join(shown(render_simulation(made_up(4), 2)).split())
+
+
+# --- what is sent, and what the host does
+
+
+class Sent(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            self.sizes.append((func._opname, args[1].numel()))
+        return func(*args, **(kwargs or {}))
+
+
+def frames_of_a_step(channels):
+    layer = syncnorm.SyncBatchNorm2d(channels)
+    x = torch.randn(4, channels, 4, 4, requires_grad=True)
+    for _ in range(3):  # the first connects, and guesses the size
+        with Sent() as sent:
+            layer(x).backward(torch.randn(4, channels, 4, 4))
+    return sent.sizes
+
+
+@pytest.mark.parametrize("channels", [3, 64, 500])
+def test_the_models_bytes_are_those_that_travel(channels):
+    for sizes in run_ranks(frames_of_a_step, 2, (channels,)):
+        assert sizes == [("alltoall_base_", 2 * frame_bytes(channels))] * 2
+        # Of what is handed in, a rank's own part does not travel.
+        assert sum(size for _, size in sizes) // 2 == bytes_received(2, channels)
+
+
+def test_the_host_is_measured_in_fake_worlds_and_leaves_no_group_behind():
+    fitted_to, left_out = measure_host(1, quick=True)
+    assert {s.world_size for s in fitted_to} == {2, 8, 64}
+    assert {s.world_size for s in left_out} == {32}
+    assert all(0 < s.seconds < 1 for s in (*fitted_to, *left_out))
+    assert not dist.is_initialized()
+
+
+# --- the command
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    def call_main(*arguments):
+        monkeypatch.setattr(sys, "argv", ["syncnorm", "bench", *arguments])
+        code = main()
+        return code, *capsys.readouterr()
+
+    return call_main
+
+
+BAD = [
+    (["--simulate", "1"], f"simulate needs 2 to {LARGEST} ranks, got 1"),
+    (["--simulate", "1000000"], f"simulate needs 2 to {LARGEST} ranks, got 1000000"),
+    (["--simulate", "8", "--what", "layer"], "a simulation goes with growth, got 'layer'"),
+    (["--simulate", "8", "--ranks", "2"], "simulate needs at least 3 ranks, for it is fitted to worlds of 2 and 3"),
+    (["--simulate", "8", "--latency-us", "-1"], "latency_us must be at least 0 and finite, got -1"),
+    (["--simulate", "8", "--latency-us", "nan"], "latency_us must be at least 0 and finite, got nan"),
+    (["--simulate", "8", "--bandwidth-gb", "0"], "bandwidth_gb must be more than 0 and finite, got 0"),
+    (["--what", "growth", "--latency-us", "1"], "are the simulation's: ask for --simulate N"),
+    (["--latency-us", "1"], "a simulation goes with growth, got 'all'"),
+    (["--what", "growth", "--ranks", "1"], "growth needs at least 2 ranks, got 1"),
+    (["--what", "growth", "--device", "cuda"], "growth is measured over gloo on the CPU, got device 'cuda'"),
+    (["--what", "growth", "--shapes", "4,8"], "shapes are the layer's"),
+    (["--what", "growth", "--compile"], "profile and compile are the model's"),
+    (["--what", "growth", "--csv", "x.csv"], "--csv has the layers' rows, and growth has none"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda value: str(value)[:40])
+def test_bad_arguments_cost_one_line_and_exit_2(call, arguments, message):
+    code, out, err = call(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("syncnorm bench: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_under_a_launcher_growth_is_refused(call, monkeypatch):
+    launched = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    code, _, err = call("--what", "growth")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "run it without a launcher" in err
+
+
+def test_a_process_group_is_told_before_the_measuring(monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    with pytest.raises(syncnorm.SyncNormError, match="simulate needs a process group of its own"):
+        run("growth", simulate=8)
+
+
+def test_a_quick_run_writes_what_it_measured_and_simulated(call, tmp_path):
+    files = {name: tmp_path / f"out.{name}" for name in ("json", "png")}
+    code, out, _ = call(
+        "--simulate", "12", "--quick", "--ranks", "3", "--repetitions", "1", "--bandwidth-gb", "1",
+        "--json", str(files["json"]), "--plot", str(files["png"]),
+    )  # fmt: skip
+    assert code == 0
+    assert "Worlds of 1, 2, 3 ranks" in out
+    found = json.loads(files["json"].read_text())
+    assert (found["settings"]["what"], found["settings"]["simulate"], found["rows"]) == ("growth", 12, [])
+    growth, simulation = found["growth"], found["simulation"]
+    assert growth["worlds"] == [1, 2, 3]
+    assert [(c["world_size"], c["size"]) for c in growth["layers"]] == [(w, c) for w in (1, 2, 3) for c in (16, 64)]
+    assert [(c["world_size"], c["size"]) for c in growth["stacks"]] == [(w, n) for w in (1, 2, 3) for n in (1, 2)]
+    assert {c["world_size"] for c in growth["exchanges"]} == {2, 3}
+    assert all(c["median"] > 0 and len(c["seconds"]) == 1 for c in growth["layers"])
+    assert {c["ratio_to_two"] for c in growth["layers"] if c["world_size"] == 2} == {1.0}
+    assert simulation["given"] == ["bandwidth_gb"]
+    assert simulation["network"]["per_byte"] == pytest.approx(1e-9)
+    assert [w["world_size"] for w in simulation["worlds"]] == [2, 4, 8, 12]
+    assert {c["what"] for c in simulation["checks"]} == {"layer", "host"}
+    assert {"two_level_layer", "grouped"} <= simulation["pays_from"].keys()
+    assert files["png"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_with_the_network_given_only_the_host_is_measured(call, monkeypatch, tmp_path):
+    monkeypatch.setattr("syncnorm.tools.bench.growth_runner.ranks_for", lambda *args, **kwargs: pytest.fail("ranks"))
+    file = tmp_path / "out.json"
+    given = ["--latency-us", "30", "--per-message-us", "5", "--bandwidth-gb", "1.25"]
+    code, out, err = call("--simulate", "16", "--quick", "--repetitions", "1", *given, "--json", str(file))
+    assert code == 0
+    assert err == "1/1 host: torch's fake process group\n"
+    assert out.startswith("No ranks, for the network is given")
+    found = json.loads(file.read_text())
+    assert found["growth"] is None
+    assert found["simulation"]["network"] == pytest.approx({"latency": 3e-5, "per_message": 5e-6, "per_byte": 8e-10})
