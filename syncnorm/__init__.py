@@ -1,4 +1,4 @@
-"""Synchronized batch normalisation that runs wherever torch.distributed runs."""
+"""Synchronized batch normalization that runs wherever torch.distributed runs."""
 
 from importlib import import_module
 from types import ModuleType

@@ -1,10 +1,12 @@
-"""The layer as a module: nn.BatchNorm with synced statistics, and the mix-in that makes it so."""
+"""The layer as a module: ``nn.BatchNorm`` with synchronized statistics, and the mixins that synchronize them."""
+
+from __future__ import annotations
 
 import dataclasses
 import sys
 import warnings
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -13,54 +15,59 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from syncnorm import comm, functional
-from syncnorm.comm import layer_names, process_groups
+from syncnorm.comm import process_groups
+from syncnorm.comm.layer_names import LayerName, Model
 from syncnorm.errors import SyncNormError
 from syncnorm.layer import checks
+from syncnorm.layer.sync import Sync
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 INSTEAD = "call the layer, or syncnorm.functional.sync_batch_norm"
 
 
 class Synced:
-    """What every synced layer has: the process group that it synchronises over."""
+    """What every synced layer has: a process group to synchronize over, and a name by which ranks recognize it."""
 
-    # Defaults on the class: an instance whose class was changed in place needs no attributes of its own.
+    # Defaults on the class, because convert changes the class of an instance without calling a constructor.
     _sync_group = process_groups.GroupHandle(None)
-    _sync_name: layer_names.LayerName | None = None  # set by convert, and at the end of the constructor
-    # Of its forwards in training: None before the first one, "" if all were synced, otherwise why one was not.
+    _sync_name: LayerName | None = None  # set by convert, and at the end of the constructor
+    # None before the first forward in training, "" if all of them were synced, otherwise why one was not.
     _sync_seen: str | None = None
-    # Synced layers inside a layer with a forward of its own, which may use their statistics without calling them.
+    # Synced layers inside a layer with its own forward, which may use their statistics without calling them.
     _sync_inner: tuple[nn.Module, ...] = ()
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
-        """The ranks that share statistics; None is the default group. Takes a 1-D DeviceMesh as well."""
+        """The ranks that share statistics; None is the default group. A 1-D DeviceMesh can be assigned as well."""
         return self._sync_group.group
 
     @process_group.setter
-    def process_group(self, group: Any) -> None:
+    def process_group(self, group: dist.ProcessGroup | DeviceMesh | None) -> None:
         self._sync_group = process_groups.GroupHandle(process_groups.resolve(group))
         if self._sync_name is not None:
             self._sync_name = dataclasses.replace(self._sync_name, group=self._sync_group.peek())
 
     def sync_name(self, group: dist.ProcessGroup | None) -> str:
-        """The name by which ranks compare this layer: where ``convert`` found it, and in which of several models.
+        """The name by which ranks recognize this layer: its path in the model, and which of several models it is.
 
-        Layers that were built synced are numbered, see ``syncnorm.comm.layer_names``.
+        Layers that were constructed as synced layers are numbered; see ``syncnorm.comm.layer_names``.
         """
         if torch.compiler.is_compiling():
             from syncnorm.layer import compiled
 
-            return compiled.while_tracing(_name_in_graph, self, compiled.name_of(group))  # type: ignore[no-any-return]
+            return compiled.while_tracing(_name_in_graph, self, compiled.name_of(group))  # type: ignore[no-any-return]  # torch leaves it untyped
         return _name(self, group)
 
     def note_unsynced(self, reason: str) -> None:
-        """Lets ``describe`` say why a forward in training was not synced; warns of the first such forward.
+        """Notes for ``describe`` why a forward in training was not synced; warns of the first such forward.
 
         Args:
-            reason: what the layer did, to follow its name in a sentence.
+            reason: what the layer did, as a predicate: it follows the layer's name in a sentence.
 
         Warns:
-            UserWarning: once a layer.
+            UserWarning: once per layer.
         """
         if torch.compiler.is_compiling():
             from syncnorm.layer import compiled
@@ -70,21 +77,21 @@ class Synced:
             _note_unsynced(self, reason)
 
     def reset_running_stats(self) -> None:
-        """As of ``nn.BatchNorm``: running mean 0, running variance 1, no batch seen.
+        """As ``nn.BatchNorm``'s: running mean 0, running variance 1, no batch counted.
 
         Raises:
-            SyncNormError: inside ``syncnorm.no_sync_stats``, where no forward would move them again; they are as
-                they were.
+            SyncNormError: inside ``syncnorm.no_sync_stats``, where no forward would update them again; they are
+                unchanged.
         """
         complete = self._sync_name is not None and not isinstance(self, LazyModuleMixin)
         if complete and not process_groups.syncing():
             raise SyncNormError(
-                "reset_running_stats inside syncnorm.no_sync_stats, where forwards leave the running statistics as "
-                "they are: they would stay 0 and 1. Call torch.optim.swa_utils.update_bn on all ranks, outside of "
-                "no_sync_stats; or call syncnorm.training.recalibrate(model, batches), which computes them anew on "
+                "reset_running_stats inside syncnorm.no_sync_stats, where forwards do not update the running "
+                "statistics: they would stay 0 and 1. Call torch.optim.swa_utils.update_bn on all ranks, outside of "
+                "no_sync_stats; or call syncnorm.training.recalibrate(model, batches), which computes them again on "
                 "all ranks or, inside no_sync_stats, on this one alone"
             )
-        super().reset_running_stats()  # type: ignore[misc]
+        super().reset_running_stats()  # type: ignore[misc]  # of the class that this one is mixed into
 
 
 def _note_unsynced(layer: Synced, reason: str) -> str:
@@ -101,7 +108,7 @@ def _note_unsynced(layer: Synced, reason: str) -> str:
 def _name_in_graph(layer: Synced, group: str) -> str:
     from syncnorm.layer import compiled
 
-    return _name(layer, compiled.named(group))
+    return _name(layer, compiled.group_named(group))
 
 
 def _name(layer: Any, group: dist.ProcessGroup | None) -> str:
@@ -110,19 +117,17 @@ def _name(layer: Any, group: dist.ProcessGroup | None) -> str:
     if layer._sync_name is None:
         layer._sync_name = _built_name(layer)
     if group is None:
-        return layer._sync_name.name  # type: ignore[no-any-return]
+        return layer._sync_name.name  # type: ignore[no-any-return]  # layer is Any: it has no common type
     return comm.peers_of(group).models.name(layer._sync_name, group)
 
 
-def _built_name(layer: Any) -> layer_names.LayerName:
+def _built_name(layer: Any) -> LayerName:
     own = f"{type(layer).__name__}({layer.num_features})"
-    return layer_names.LayerName(
-        own, layer_names.Model(frozenset((own,))), built=True, group=layer._sync_group.peek()
-    )
+    return LayerName(own, Model(frozenset((own,))), built=True, group=layer._sync_group.peek())
 
 
 class SyncMixin(Synced):
-    """The synced forward, mixed in before a class that is an ``nn.BatchNorm``.
+    """The synced forward, for a class that also derives from ``nn.BatchNorm``.
 
     Parameters, buffers, constructor, hooks, ``state_dict`` and evaluation are those of the other class.
     """
@@ -130,7 +135,7 @@ class SyncMixin(Synced):
     def forward(
         self: Any, input: Tensor, mask: Tensor | None = None, *, residual: Tensor | None = None, relu: bool = False
     ) -> Tensor:
-        """Normalises with the statistics of all ranks in training, with the running ones in evaluation.
+        """Normalizes with the statistics of all ranks in training, with the running statistics in evaluation.
 
         Args:
             input: (batch, num_features, *spatial), floating; the batch may differ by rank and may be 0.
@@ -140,13 +145,13 @@ class SyncMixin(Synced):
             relu: return the positive part.
 
         Raises:
-            InputError: what ``syncnorm.functional.sync_batch_norm`` refuses; buffers are as they were.
+            InputError: as ``syncnorm.functional.sync_batch_norm``; buffers are unchanged.
 
         Collective: in training, all ranks of the group must call.
         """
         group = process_groups.synced_group(self.process_group) if self.training else None
         try:
-            return self._synced_forward(group, input, mask, residual, relu)  # type: ignore[no-any-return]
+            return self._synced_forward(group, input, mask, residual, relu)  # type: ignore[no-any-return]  # self is Any
         except BaseException as error:
             functional.abort_peers_with(error, group, functional.device_of(self.running_mean, self.weight, input))
             raise
@@ -159,7 +164,7 @@ class SyncMixin(Synced):
         residual: Tensor | None,
         relu: bool,
     ) -> Tensor:
-        # what the layer holds, not what it was built with: pruning shortens the one and not the other
+        # The length of a buffer and not num_features, which pruning leaves as it was.
         running_mean, running_var = self.running_mean, self.running_var
         channels = self.num_features if running_mean is None else running_mean.numel()
         checks.check_tensor(input)
@@ -168,39 +173,36 @@ class SyncMixin(Synced):
         checks.check_mask(input, mask)
         in_replica = warn_under_data_parallel(self)
         if mask is None and (not self.training or in_replica):
-            return functional.add_and_rectify(super().forward(input), residual, relu)  # type: ignore[misc]
-        training = self.training or running_mean is None
-        buffers = self.track_running_stats or not self.training
+            return functional.add_and_rectify(super().forward(input), residual, relu)  # type: ignore[misc]  # of nn.BatchNorm
+        running = None
+        if self.track_running_stats or not self.training:
+            running = functional.running_of(running_mean, running_var, self.num_batches_tracked, self.momentum)
         return functional.batch_norm_over(
-            None if in_replica else group,
-            self.sync_name(group),
             input,
-            running_mean if buffers else None,
-            running_var if buffers else None,
             self.weight,
             self.bias,
-            training,
-            self.momentum,
-            self.eps,
-            mask,
-            self.num_batches_tracked if buffers else None,
-            residual,
-            relu,
+            running,
+            training=self.training or running_mean is None,
+            eps=self.eps,
+            sync=Sync(None if in_replica else group, self.sync_name(group)),
+            mask=mask,
+            residual=residual,
+            relu=relu,
         )
 
 
 class BatchNorm(_BatchNorm):
-    """``nn.BatchNorm`` for input of any dimension; what a :class:`SyncBatchNorm` is without the syncing."""
+    """``nn.BatchNorm`` for input of any dimension: a :class:`SyncBatchNorm` without the synchronization."""
 
     def _check_input_dim(self, input: Tensor) -> None:
-        pass  # checks.check_input judges it; F.batch_norm does in evaluation
+        pass  # checks.check_input does it in training, F.batch_norm in evaluation
 
 
 class SyncBatchNorm(SyncMixin, BatchNorm):
-    """Batch normalisation over the batches of all ranks; a drop-in for ``torch.nn.SyncBatchNorm``.
+    """Batch normalization over the batches of all ranks; a drop-in for ``torch.nn.SyncBatchNorm``.
 
-    In training, statistics are those of the concatenated batch of all ranks of ``process_group``, which need
-    not be even, nor all non-empty. In evaluation, without a process group and in a group of one rank it is
+    In training, statistics are those of the concatenated batch of all ranks of ``process_group``; batches may differ
+    in size and be empty. In evaluation, without a process group and in a group of one rank it is
     ``nn.BatchNorm``.
 
     Args:
@@ -217,7 +219,7 @@ class SyncBatchNorm(SyncMixin, BatchNorm):
     Shapes: input and output (batch, num_features, *spatial), 2-D or more.
 
     Raises:
-        InputError: at a forward whose input cannot be normalised; see ``syncnorm.functional.sync_batch_norm``.
+        InputError: in a forward whose input cannot be normalized; see ``syncnorm.functional.sync_batch_norm``.
 
     Collective: a forward in training, by all ranks of the group: one all_gather, and one all_reduce in the
         backward. The constructor communicates nothing.
@@ -235,7 +237,7 @@ class SyncBatchNorm(SyncMixin, BatchNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        process_group: Any = None,
+        process_group: dist.ProcessGroup | DeviceMesh | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
@@ -245,35 +247,35 @@ class SyncBatchNorm(SyncMixin, BatchNorm):
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, bias=bias
         )
         self.process_group = process_group
-        self._sync_name = _built_name(self)  # now, for the order in which layers are built is the same on all ranks
+        self._sync_name = _built_name(self)  # now: all ranks construct layers in the same order
 
 
 class SyncBatchNorm1d(SyncBatchNorm, nn.BatchNorm1d):
-    """:class:`SyncBatchNorm` that is an ``nn.BatchNorm1d``: takes (batch, C) and (batch, C, length)."""
+    """:class:`SyncBatchNorm` that is an ``nn.BatchNorm1d``: input (batch, C) or (batch, C, length)."""
 
     _check_input_dim = nn.BatchNorm1d._check_input_dim
 
 
 class SyncBatchNorm2d(SyncBatchNorm, nn.BatchNorm2d):
-    """:class:`SyncBatchNorm` that is an ``nn.BatchNorm2d``: takes (batch, C, height, width)."""
+    """:class:`SyncBatchNorm` that is an ``nn.BatchNorm2d``: input (batch, C, height, width)."""
 
     _check_input_dim = nn.BatchNorm2d._check_input_dim
 
 
 class SyncBatchNorm3d(SyncBatchNorm, nn.BatchNorm3d):
-    """:class:`SyncBatchNorm` that is an ``nn.BatchNorm3d``: takes (batch, C, depth, height, width)."""
+    """:class:`SyncBatchNorm` that is an ``nn.BatchNorm3d``: input (batch, C, depth, height, width)."""
 
     _check_input_dim = nn.BatchNorm3d._check_input_dim
 
 
-_seen_outside_data_parallel: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+_seen_outside_data_parallel: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def warn_under_data_parallel(module: nn.Module) -> bool:
     """Warns at a layer's first forward inside ``nn.DataParallel``; True in one of its replicas.
 
-    Replicas run as threads of one process, of which torch.distributed knows nothing: each would keep its own
-    statistics, and in a distributed run their collectives would mix.
+    Replicas are threads of one process, which torch.distributed does not distinguish: their collectives would get
+    mixed up in a distributed run.
     """
     in_replica = bool(getattr(module, "_is_replica", False))
     if torch.compiler.is_compiling() or (not in_replica and module in _seen_outside_data_parallel):
@@ -281,19 +283,19 @@ def warn_under_data_parallel(module: nn.Module) -> bool:
     _seen_outside_data_parallel.add(module)
     if in_replica or _called_by_data_parallel():
         warnings.warn(
-            "a syncnorm layer runs inside nn.DataParallel, whose replicas, one a GPU, cannot be synchronised: each "
-            "uses the statistics of its own part of the batch. Use DistributedDataParallel, one process a GPU",
+            "a syncnorm layer runs inside nn.DataParallel, whose replicas, one per GPU, cannot be synchronized: each "
+            "uses the statistics of its own part of the batch. Use DistributedDataParallel, one process per GPU",
             stacklevel=2,
         )
     return in_replica
 
 
 def _called_by_data_parallel() -> bool:
-    # Without several GPUs nn.DataParallel calls the module itself, and only the stack tells.
-    # By code alone: asking a frame for its locals would keep them alive, the first batch among them.
+    # Without several GPUs nn.DataParallel calls the module itself, which only the stack shows. Frames are compared
+    # by their code alone: reading their locals would keep these alive, the first batch among them.
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code is nn.DataParallel.forward.__code__:
             return True
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back  # type: ignore[assignment]  # None at the bottom of the stack, where the loop ends
     return False

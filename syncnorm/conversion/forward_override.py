@@ -125,7 +125,7 @@ class SyncCallsMixin(Synced):
 
         def norm(*args: Any, **kwargs: Any) -> Tensor:
             calls.append(name)
-            return functional.sync_batch_norm(*args, **kwargs, process_group=self.process_group, layer=name)
+            return functional.sync_batch_norm(*args, **kwargs, process_group=self.process_group, layer_name=name)
 
         def others(*args: Any, **kwargs: Any) -> Tensor:
             return _norm_of_others(self, calls, *args, **kwargs)
@@ -157,7 +157,7 @@ class _Counts:
 
     def with_records(self) -> AbstractContextManager[None]:
         """For the forward."""
-        return nullcontext() if torch.compiler.is_compiling() else checkpointing.noting(self.records)
+        return nullcontext() if torch.compiler.is_compiling() else checkpointing.recording(self.records)
 
     def settle(self, failed: bool = False) -> None:
         """At the end of the forward: keeps what was counted, or not."""
@@ -184,7 +184,7 @@ def _norm_of_others(layer: Any, calls: list[str | None], *args: Any, **kwargs: A
             group = inner.process_group
             name = inner.sync_name(process_groups.synced_group(group))
             calls.append(name)
-            return functional.sync_batch_norm(*args, **kwargs, process_group=group, layer=name)
+            return functional.sync_batch_norm(*args, **kwargs, process_group=group, layer_name=name)
     if not checkpointing.in_backward():  # where a layer inside hands over copies, and there is nothing new to say
         calls.append(None)
     return F.batch_norm(*args, **kwargs)

@@ -1,13 +1,12 @@
 """Forward and backward as autograd functions: local moments, one gather, merge, normalize; reduce, one sum, apply.
 
-Shapes: C = channels, N = values a channel over all ranks.
+Shapes: C = channels, N = values per channel over all ranks.
 Source: Ioffe and Szegedy, "Batch Normalization" (2015), algorithm 1 and the derivatives after it.
 """
 
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -15,75 +14,60 @@ from syncnorm import comm
 from syncnorm.layer import checkpointing, kernels, moments
 from syncnorm.layer.double_backward import double_backward
 from syncnorm.layer.statistics import global_moments
+from syncnorm.layer.sync import ForwardCall, Sync
 
 
-class Which(NamedTuple):
-    """What a forward needs besides the tensors that may have a gradient."""
+class NoGradArgs(NamedTuple):
+    """The arguments of the forward that have no gradient.
+
+    Attributes:
+        eps: added to the biased variance.
+        sync: the ranks that share statistics.
+        padding: (batch, 1, *spatial), boolean, True where the input is padding (and zero); None for none.
+        running: the running statistics to update, or None.
+    """
 
     eps: float
-    group: dist.ProcessGroup | None
+    sync: Sync
     padding: Tensor | None
-    layer: str
-    segments: list[Any]
     running: moments.Running | None
 
 
-def normalized(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, which: Which, node: Any
+def forward(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, args: NoGradArgs, node: Any
 ) -> tuple[Tensor, checkpointing.ForwardStatistics]:
-    """The forward: the output, and the statistics of all ranks. ``node`` is the graph's."""
-    eps, group, padding, layer, segments, running = which
+    """The output, and the statistics of the global batch; ``node`` is the one that autograd makes for this call."""
     x = kernels.dense(input, kernels.memory_format(input))
     y = torch.empty_like(x)
-    local = kernels.moments_of(x, eps, y, padding)
-    whole, _ = global_moments(*local, eps, group, layer, segments, running, node=node)
+    local = kernels.moments_of(x, args.eps, y, args.padding)
+    whole, _ = global_moments(local, args.eps, args.sync, args.running, node=node)
     if x.numel() > 0:
-        y = kernels.for_device(input.device).normalise(x, whole.mean, whole.invstd, weight, bias, y)
+        y = kernels.for_device(input.device).normalize(x, whole.mean, whole.invstd, weight, bias, y)
     return y, whole
 
 
-class SyncBatchNormFunction(torch.autograd.Function):
-    """The layer in training, in eager mode. ``traced`` has it for the compiler, ``transforms`` for ``torch.func``."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, which: Which) -> Tensor:
-        """The output. Collective: one gather."""
-        y, whole = normalized(input, weight, bias, which, ctx)
-        # the input and not x, which may be a copy: a second derivative has to find its way back
-        ctx.save_for_backward(input, weight, whole.mean, whole.invstd)
-        ctx.count, ctx.group, ctx.layer, ctx.number = whole.count, whole.group, which.layer, whole.number
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of input, weight and bias. Collective: one sum."""
-        checkpointing.backward_begins()
-        dy = plain_tensor(dy)
-        with comm.aborting_peers(ctx.group, dy.device):
-            input, weight, mean, invstd = ctx.saved_tensors
-            which = ctx.count, ctx.group, ctx.layer, ctx.number, ctx.bias_dtype, ctx.needs_input_grad
-            if torch.is_grad_enabled():  # create_graph=True: as a function of its own it has a derivative in turn
-                gradients = _SyncBatchNormBackward.apply(dy, input, weight, mean, invstd, *which)  # type: ignore[no-untyped-call]
-            else:
-                gradients = gradients_of(dy, input, weight, mean, invstd, *which)
-            return *gradients[:3], None
-
-
-def gradients_of(
+def backward(
     dy: Tensor,
     input: Tensor,
     weight: Tensor | None,
     mean: Tensor,
     invstd: Tensor,
-    count: moments.Count,
-    group: dist.ProcessGroup | None,
-    layer: str,
-    number: int,
+    call: ForwardCall,
     bias_dtype: torch.dtype | None,
     needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor]:
-    """Gradients of input, weight and bias, and the two sums over all ranks: the backward."""
+    """Gradients of input, weight and bias, and the two sums over all ranks.
+
+    Args:
+        dy: like ``input``, of any strides.
+        input: of the forward.
+        weight: (C) or None.
+        mean: (C), of the global batch.
+        invstd: (C), of the global batch.
+        call: the forward.
+        bias_dtype: None without a bias.
+        needed: which of input, weight and bias need a gradient.
+    """
     passes = kernels.for_device(input.device)
     x = kernels.dense(input, kernels.memory_format(input))
     dy = kernels.dense(dy, kernels.memory_format(x))
@@ -92,50 +76,73 @@ def gradients_of(
         sum_dy, sum_dy_xmu = passes.reduce_grad(dy, x, mean, invstd)
     else:
         sum_dy, sum_dy_xmu = torch.zeros_like(mean), torch.zeros_like(mean)
-    # Local on purpose: DDP averages the gradients of parameters over ranks.
+    # Of this rank alone: DDP averages the gradients of parameters over ranks.
     d_bias = sum_dy.to(bias_dtype) if needed[2] else None
 
-    # Also where this rank's own input needs no gradient, as that of an empty rank may: the others wait.
-    with comm.reduce_sums([sum_dy, sum_dy_xmu], group, layer, number) as finish:
+    # Even if this rank's input needs no gradient, as that of an empty rank may: the other ranks wait for the sum.
+    with comm.reduce_sums([sum_dy, sum_dy_xmu], call.group, call.layer_name, call.number) as finish:
         # While the sums travel: what does not need them.
         d_weight = (sum_dy_xmu * invstd).to(weight.dtype) if weight is not None and needed[1] else None
         begun = passes.begin_grad(dy, invstd, weight) if needed[0] and x.numel() > 0 else None
         sum_dy, sum_dy_xmu = finish()
     dx = None
     if begun is not None:
-        dx = passes.finish_grad(begun, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count)
+        dx = passes.finish_grad(begun, x, mean, invstd, weight, sum_dy, sum_dy_xmu, call.total_count)
     elif needed[0]:
         dx = torch.empty_like(x)
     return dx, d_weight, d_bias, sum_dy, sum_dy_xmu
 
 
-class _SyncBatchNormBackward(torch.autograd.Function):
+class SyncBatchNormFunction(torch.autograd.Function):
+    """The layer in training, in eager mode; see ``compiled`` and ``func_transforms`` for the other modes."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, args: NoGradArgs) -> Tensor:
+        """The output. Collective: one gather."""
+        y, whole = forward(input, weight, bias, args, ctx)
+        # The input and not the dense copy: the double backward needs its place in the graph.
+        ctx.save_for_backward(input, weight, whole.mean, whole.invstd)
+        ctx.call = whole.call
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of input, weight and bias. Collective: one sum."""
+        checkpointing.backward_begins()
+        dy = plain_tensor(dy)
+        with comm.aborting_peers(ctx.call.group, dy.device):
+            args = *ctx.saved_tensors, ctx.call, ctx.bias_dtype, ctx.needs_input_grad
+            # With create_graph=True the backward needs a derivative in turn.
+            compute = _Backward.apply if torch.is_grad_enabled() else backward
+            return *compute(dy, *args)[:3], None
+
+
+class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dy: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
-        input, weight, mean, invstd, count, group, layer, number, _, _ = args
-        dx, d_weight, d_bias, sum_dy, sum_dy_xmu = gradients_of(dy, *args)
+        input, weight, mean, invstd, call, _, _ = args
+        dx, d_weight, d_bias, sum_dy, sum_dy_xmu = backward(dy, *args)
         ctx.save_for_backward(dy, input, weight, mean, invstd, sum_dy, sum_dy_xmu)
-        ctx.count, ctx.group, ctx.layer, ctx.number, ctx.device = count, group, layer, number, mean.device
+        ctx.call, ctx.device = call, mean.device
         return dx, d_weight, d_bias
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, v: Tensor | None, u: Tensor | None, t: Tensor | None) -> tuple[Tensor | None, ...]:
-        with comm.aborting_peers(ctx.group, ctx.device):
+        with comm.aborting_peers(ctx.call.group, ctx.device):
             dy, x, weight, mean, invstd, sum_dy, sum_dy_xmu = ctx.saved_tensors
-            d_dy, d_x, d_weight = double_backward(
-                dy, x, weight, mean, invstd, sum_dy, sum_dy_xmu, ctx.count, v, u, t, ctx.group, ctx.layer, ctx.number
-            )
-        return d_dy, d_x, d_weight, *(None,) * 8
+            d_dy, d_x, d_weight = double_backward(dy, x, weight, mean, invstd, sum_dy, sum_dy_xmu, ctx.call, v, u, t)
+        return d_dy, d_x, d_weight, *(None,) * 5
 
 
 def has_own_class(x: Tensor) -> bool:
-    """Whether a user's subclass of Tensor has a say in torch's functions, over data that are an ordinary tensor's."""
+    """Whether ``x`` is of a Tensor subclass with a ``__torch_function__`` over an ordinary tensor's data."""
     own = type(x)
     listens = own.__torch_function__ is not torch._C._disabled_torch_function_impl
     return own is not Tensor and listens and own.__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def plain_tensor(x: Tensor) -> Tensor:
-    """``x`` as an ordinary tensor: else what a function returns is a view, by the subclass, of what it has made."""
+    """``x`` as an ordinary tensor: an autograd function that returned the subclass would return a view of it."""
     return x.as_subclass(Tensor) if has_own_class(x) else x

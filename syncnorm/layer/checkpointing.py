@@ -1,86 +1,97 @@
-"""Activation checkpointing: a forward that is run again in the backward uses what the first run gathered.
+"""Activation checkpointing: a forward that is recomputed in the backward uses the statistics of its first run.
 
-Recomputed, a layer must neither gather again (the other ranks may not, or in another order) nor move its running
-statistics a second time. What it needs, the statistics of the whole batch, a few numbers a channel, is kept
-beside the graph and dies with it. No checkpointing implementation is named here: a first run is known by its
-saved-tensor hooks, or by the ``autograd.Function`` in whose forward it is; a second run, by being in a backward.
+A recomputed layer must not gather again, since the other ranks may not recompute it, or in another order, and must
+not update its running statistics a second time. The statistics of the global batch, a few numbers per channel, are
+therefore kept for as long as the graph of the first run lives. No implementation of checkpointing is named here: a
+first run is recognized by its saved-tensor hooks or by the ``autograd.Function`` in whose forward it happens, and a
+recomputation by the backward in which it happens.
 """
 
 import sys
 import threading
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from syncnorm.comm.process_groups import syncing
 from syncnorm.errors import SyncNormError
-from syncnorm.layer.moments import Count
+from syncnorm.layer.sync import ForwardCall
 
-# How far a recomputed input may be from the first, in standard deviations: rounding, or the inverse of a
-# reversible block, but not another batch.
-_SAME = 1e-2
+# The largest distance of a recomputed input from the first one, in standard deviations: more than rounding, or the
+# inverse of a reversible block, leaves, and less than two batches differ by.
+_SAME_INPUT_STD = 1e-2
 
-
-_HELD = "_syncnorm_gathered"  # the attribute of an owner that holds on to records; an empty tuple where it lives on
+# Attribute of a graph owner: its records, or an empty tuple if the owner outlives its graph.
+_HELD = "_syncnorm_gathered"
 
 
 @dataclass(eq=False)
 class ForwardStatistics:
-    """The statistics that one forward used, which forward it was, and what it did with them."""
+    """The statistics that one forward used, and what it did with them.
+
+    Attributes:
+        mean: (C), of the global batch.
+        invstd: (C).
+        var: (C), biased.
+        call: the forward.
+        moved: the storage of the running statistics that it updated; 0 for none, -1 if none may be updated.
+        counted: whether ``num_batches_tracked`` includes this batch.
+        fingerprint: mean and invstd of this rank's input, (2, C); None outside of checkpointing.
+        local_count: values per channel of this rank's input.
+        backwards: how many backwards had begun before it.
+        lookups: how often a recomputation has used it.
+    """
 
     mean: Tensor
     invstd: Tensor
-    count: Count
-    group: dist.ProcessGroup | None
-    number: int  # of the forward over its group
-    var: Tensor | None = None  # biased
-    moved: int = 0  # the running statistics in that storage; -1 where none are to move
-    counted: bool = True  # the batch
-    local: Tensor | None = None  # mean and invstd of this rank's input (2, C)
+    var: Tensor | None
+    call: ForwardCall
+    moved: int = 0
+    counted: bool = True
+    fingerprint: Tensor | None = None
     local_count: int = 0
-    backwards: int = 0  # that had begun before
-    recalled: int = 0  # times
+    backwards: int = 0
+    lookups: int = 0
 
     def note(self, moves: int, counts: bool) -> None:
-        """Remembers what this forward, the first run, does: what running statistics it moves, whether it counts."""
-        _noted.records.append(self)
-        meant_to_stay = not syncing()
-        self.moved, self.counted = -1 if meant_to_stay else moves, counts or meant_to_stay
+        """Notes what the first run updates: its running statistics, by their storage, and the count of batches."""
+        _recorder.records.append(self)
+        frozen = not syncing()
+        self.moved, self.counted = -1 if frozen else moves, counts or frozen
 
     def left_to(self, moves: int, counts: bool) -> tuple[bool, bool]:
-        """What of that falls to a second run, which would do this and that: all that no run before it has done.
+        """What a recomputation with these arguments still has to update: what no run before it has.
 
-        Wrappers switch tracking off, set the momentum to zero, or put other buffers in place for one of the two runs;
-        for which one is not ours to say.
+        Wrappers turn tracking off, set momentum to zero, or swap buffers in one of the two runs, and may choose
+        either run for that.
         """
         left = moves not in (0, self.moved) and self.moved != -1, counts and not self.counted
         self.moved, self.counted = moves if left[0] else self.moved, self.counted or counts
         return left
 
 
-class _Noted(threading.local):
-    """Where forwards of this thread leave their records, for who runs them."""
+class _Recorder(threading.local):
+    """Where this thread's forwards append their records for `recording`."""
 
     def __init__(self) -> None:
         self.records: deque[ForwardStatistics] | list[ForwardStatistics] = deque(maxlen=0)
 
 
-_kept: "defaultdict[str, list[weakref.ref[ForwardStatistics]]]" = defaultdict(list)
-_hooks: "dict[CodeType, weakref.WeakSet[FunctionType]]" = {}  # that hold records, by their code
+_remembered: "defaultdict[str, list[weakref.ref[ForwardStatistics]]]" = defaultdict(list)  # by layer name
+_hooks: "dict[CodeType, weakref.WeakSet[FunctionType]]" = {}  # graph owners that are hooks, by their code
 _backwards = 0  # that have begun
-_noted = _Noted()
+_recorder = _Recorder()
 
 
 def backward_begins() -> None:
-    """To be called by a layer's backward."""
+    """Counts a backward; every backward of a layer calls it."""
     global _backwards
     _backwards += 1
 
@@ -91,98 +102,102 @@ def in_backward() -> bool:
 
 
 def graph_owners() -> list[Any]:
-    """What lives as long as the graphs of the checkpointed owners around; empty outside of one."""
+    """The objects that live as long as the graphs of the enclosing checkpointed segments; empty outside of one."""
     if torch.compiler.is_compiling():
-        return []  # the compiler's own recomputation makes no collective twice
+        return []  # the compiler's own recomputation repeats no collective
     if not torch.is_grad_enabled():
         return _contexts("forward")
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    # Each tensor that a segment saves holds on to the second hook, the one that will recompute it.
+    # Each tensor that a segment saves holds a reference to the second hook, which will recompute the segment.
     return [hooks[1]] if hooks and isinstance(hooks[1], FunctionType) else []
 
 
 def remember(
-    layer: str, gathered: ForwardStatistics, local: Tensor, local_count: int, owners: list[Any], node: Any
+    record: ForwardStatistics, fingerprint: Tensor, local_count: int, owners: Sequence[Any], node: Any
 ) -> None:
-    """Remembers ``gathered``, and for which input, for as long as one of ``owners``, or ``node`` of the graph, lives.
+    """Keeps ``record`` for recomputations of this input, for as long as one of ``owners`` or ``node`` lives.
 
-    Hooks that do not recompute may live on, as those that offload activations do. One that comes again after a
-    backward is such a hook: it holds nothing any more, and what it held remains with the nodes of graphs still there.
+    Hooks that do not recompute, such as those that offload activations, may outlive their graphs. A hook that is
+    still in use after a backward is one of them: it no longer holds records, and the nodes of living graphs do.
     """
-    gathered.local, gathered.local_count, gathered.backwards = local, local_count, _backwards
+    record.fingerprint, record.local_count, record.backwards = fingerprint, local_count, _backwards
     for owner in owners:
         held = owner.__dict__.setdefault(_HELD, [])
         if held and isinstance(owner, FunctionType) and held[0].backwards < _backwards:
             held = owner.__dict__[_HELD] = ()
         if isinstance(held, list):
-            held.append(gathered)
+            held.append(record)
             if isinstance(owner, FunctionType):
                 _hooks.setdefault(owner.__code__, weakref.WeakSet()).add(owner)
-    if owners and node is not None:
-        node.metadata["syncnorm"] = gathered
-    if owners:
-        kept = _kept[layer]
-        kept.append(weakref.ref(gathered, kept.remove))
+    if node is not None:
+        node.metadata["syncnorm"] = record
+    alive = _remembered[record.call.layer_name]
+    alive.append(weakref.ref(record, alive.remove))
 
 
 @contextmanager
-def noting(records: list[ForwardStatistics]) -> Iterator[None]:
-    """Adds to ``records`` what forwards in the block keep or recall."""
-    before, _noted.records = _noted.records, records
+def recording(records: list[ForwardStatistics]) -> Iterator[None]:
+    """Appends to ``records`` the record of each forward in the block, recomputed or not."""
+    before, _recorder.records = _recorder.records, records
     try:
         yield
     finally:
-        _noted.records = before
+        _recorder.records = before
 
 
-def known(layer: str) -> bool:
-    """Whether a first run of ``layer`` is remembered at all."""
-    return bool(_kept[layer])
+def known(layer_name: str) -> bool:
+    """Whether any first run of the layer is remembered."""
+    return bool(_remembered[layer_name])
 
 
-def lookup(layer: str, local: Tensor, local_count: int, moves: int = 0) -> ForwardStatistics | None:
-    """What the first run of ``layer`` with this input gathered; None if there was none.
+def lookup(layer_name: str, fingerprint: Tensor, local_count: int, moves: int = 0) -> ForwardStatistics | None:
+    """The record of the layer's first run with this input, or None.
 
-    Several may be alive, of other owners or batches; the moments of this rank's input tell them apart.
+    Records of several segments or batches may be alive; the moments of this rank's input distinguish them.
 
     Args:
-        layer: its name.
-        local: mean and invstd of this rank's input, (2, C).
-        local_count: its values a channel.
+        layer_name: of the layer.
+        fingerprint: mean and invstd of this rank's input, (2, C).
+        local_count: its values per channel.
         moves: as of :meth:`ForwardStatistics.note`.
 
     Raises:
-        SyncNormError: two first runs had this input on this rank, but other inputs elsewhere.
+        SyncNormError: two first runs had this input on this rank, but different inputs on other ranks.
     """
-    alive = [g for g in (ref() for ref in _kept[layer]) if g is not None]
-    of_segment = _of_running_segments(hooks=local_count == 0)
+    alive = [record for record in (ref() for ref in _remembered[layer_name]) if record is not None]
+    recomputed = _of_recomputed_segments(hooks=local_count == 0)
     distances = {
-        g: _distance(g.local, local)
-        for g in [g for g in alive if any(g is other for other in of_segment)] or alive
-        if g.local is not None and g.local.shape == local.shape and g.local_count == local_count
+        record: _distance(record.fingerprint, fingerprint)
+        for record in [r for r in alive if any(r is other for other in recomputed)] or alive
+        if record.fingerprint is not None
+        and record.fingerprint.shape == fingerprint.shape
+        and record.local_count == local_count
     }
-    nearest = min(distances.values(), default=_SAME)
-    best = [g for g, distance in distances.items() if distance == nearest < _SAME]
-    if local_count > 0 and any(not torch.equal(g.mean, best[0].mean) for g in best):
+    nearest = min(distances.values(), default=_SAME_INPUT_STD)
+    best = [record for record, distance in distances.items() if distance == nearest < _SAME_INPUT_STD]
+    if local_count > 0 and any(not torch.equal(record.mean, best[0].mean) for record in best):
         raise SyncNormError(
-            f"cannot tell which of {len(best)} checkpointed forwards of {layer} is computed again: this rank's input "
-            f"was the same in each, the other ranks' inputs were not. Run their backwards before the next forward"
+            f"cannot tell which of {len(best)} checkpointed forwards of {layer_name} is recomputed: this rank's "
+            f"input was the same in each of them, the other ranks' inputs were not. Run their backwards before the "
+            f"next forward"
         )
     if not best:
         return None
-    # One input may come more than once: to other statistics, or, within a segment, in the order of the first run.
-    found = min(best, key=lambda g: (g.moved not in (0, -1, moves), g.recalled))
-    found.recalled += 1
-    _noted.records.append(found)
+    # The same input may come more than once: with other running statistics, or repeatedly within a segment, which
+    # recomputes its forwards in their first order.
+    found = min(best, key=lambda record: (record.moved not in (0, -1, moves), record.lookups))
+    found.lookups += 1
+    _recorder.records.append(found)
     return found
 
 
-def _of_running_segments(hooks: bool) -> list[ForwardStatistics]:
-    """Records of the owners that are being computed again: those of functions whose backward runs, and of hooks.
+def _of_recomputed_segments(hooks: bool) -> list[ForwardStatistics]:
+    """Records held by the segments that are being recomputed.
 
-    Hooks are looked for where no input can tell, on a rank without values: by their code, and what they close over.
+    Functions are recognized by their context, whose backward runs. Hooks are recognized by their code and closure;
+    that is slower, and needed only on a rank without values, where the input does not distinguish segments.
     """
-    found = [g for context in _contexts("backward") for g in context.__dict__.get(_HELD, ())]
+    found = [record for context in _contexts("backward") for record in context.__dict__.get(_HELD, ())]
     frame = sys._getframe(1) if hooks else None
     while frame is not None:
         for hook in list(_hooks.get(frame.f_code, ())):
@@ -194,21 +209,21 @@ def _of_running_segments(hooks: bool) -> list[ForwardStatistics]:
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    (mean_a, invstd_a), (mean_b, invstd_b) = a.nan_to_num(), b.nan_to_num()  # a NaN in the input is no other input
+    (mean_a, invstd_a), (mean_b, invstd_b) = a.nan_to_num(), b.nan_to_num()  # NaN in both inputs is no difference
     shift = (mean_a - mean_b).abs() * torch.minimum(invstd_a, invstd_b)
     stretch = (invstd_a - invstd_b).abs() / torch.maximum(invstd_a, invstd_b).clamp(min=1e-30)
     return float(torch.maximum(shift, stretch).max())
 
 
 def _contexts(method: str) -> list[Any]:
-    """The contexts of the autograd Functions whose ``forward`` or ``backward`` is being run, innermost first."""
+    """The contexts of the autograd Functions whose ``forward`` or ``backward`` is running, innermost first."""
     found = []
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if code.co_name == method and code.co_argcount > 0:
-            context = frame.f_locals.get(code.co_varnames[0])  # unless it was deleted
+            context = frame.f_locals.get(code.co_varnames[0])  # None if the function has deleted it
             if isinstance(context, torch.autograd.function.BackwardCFunction):
                 found.append(context)
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back  # type: ignore[assignment]  # None at the bottom of the stack, where the loop ends
     return found

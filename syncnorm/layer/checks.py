@@ -1,4 +1,4 @@
-"""What a layer refuses, in words: what was got, what was expected, on which rank."""
+"""The checks of a layer's arguments. Errors say what was got, what was expected, and on which rank."""
 
 from collections.abc import Sequence
 
@@ -7,56 +7,27 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncnorm.errors import InputError, known_everywhere
-from syncnorm.layer.moments import Count
+from syncnorm.layer.moments import Count, Running
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_tensor(input: object) -> None:
-    """Refuses what is no tensor.
+    """Rejects what is not a tensor.
 
     Raises:
-        InputError: with its class.
+        InputError: with the class of ``input``.
     """
     if not isinstance(input, Tensor):
         raise InputError(f"{where()}expected a tensor, got {type(input).__name__}")
 
 
-def check_synced(input: Tensor, *vectors: Tensor | None) -> None:
-    """Refuses what could be exchanged with other ranks, but not be normalized, or not be differentiated, after that.
-
-    Args:
-        input: passed :func:`check_input`.
-        vectors: running statistics, weight and bias, which passed :func:`check_vectors`.
-
-    Raises:
-        InputError: no dense tensor with data, or made in inference mode and needed in a backward.
-    """
-    if input.is_nested or input.layout != torch.strided:
-        kind = "nested tensor" if input.is_nested else f"layout {input.layout}"
-        raise InputError(f"{where()}expected a dense tensor, got a {kind}; convert it first")
-    if input.device.type == "meta":
-        raise InputError(f"{where()}expected an input with data, got one on the meta device")
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-        return
-    needed = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (input, *vectors))
-    for name, tensor in zip(
-        ("input", "running_mean", "running_var", "weight", "bias"), (input, *vectors), strict=True
-    ):
-        changed = name in ("running_mean", "running_var")
-        if tensor is not None and (changed or needed) and tensor.is_inference():
-            raise InputError(
-                f"{where()}expected {name} to be an ordinary tensor, got one that was made in torch.inference_mode, "
-                f"which autograd cannot use; clone it outside of that"
-            )
-
-
 def check_input(input: Tensor, channels: int | None = None) -> None:
-    """Refuses what no rank could normalise.
+    """Rejects an input that cannot be normalized.
 
     Args:
-        input: to be (batch, C, *spatial), floating.
-        channels: the C to expect; None for any.
+        input: should be (batch, C, *spatial), floating.
+        channels: the expected C; None for any.
 
     Raises:
         InputError: with this rank, what was got and what was expected.
@@ -73,7 +44,7 @@ def check_input(input: Tensor, channels: int | None = None) -> None:
 
 
 def check_vectors(input: Tensor, **vectors: Tensor | None) -> None:
-    """Refuses parameters and buffers that do not have one floating value a channel, where ``input`` is.
+    """Rejects parameters and buffers without one floating value per channel on the device of ``input``.
 
     Raises:
         InputError: with the name of the first such vector.
@@ -91,12 +62,10 @@ def check_vectors(input: Tensor, **vectors: Tensor | None) -> None:
                 f"{where()}expected {name} to be floating and on {input.device}, as the input is, "
                 f"got {vector.dtype} on {vector.device}"
             )
-    if (vectors["running_mean"] is None) != (vectors["running_var"] is None):
-        raise InputError("running_mean and running_var come together: one is None, the other is not")
 
 
 def check_mask(input: Tensor, mask: Tensor | None) -> None:
-    """Refuses a mask of the wrong kind.
+    """Rejects a mask of a wrong dtype or shape.
 
     Raises:
         InputError: not boolean, or not broadcastable to (batch, *spatial).
@@ -115,7 +84,7 @@ def check_mask(input: Tensor, mask: Tensor | None) -> None:
 
 
 def check_residual(input: Tensor, residual: Tensor | None) -> None:
-    """Refuses a shortcut that cannot be added to the output.
+    """Rejects a shortcut that cannot be added to the output.
 
     Raises:
         InputError: of a shape that does not broadcast to the input's, or on another device.
@@ -132,31 +101,88 @@ def check_residual(input: Tensor, residual: Tensor | None) -> None:
         )
 
 
-def check_count(counts: Sequence[int] | Tensor, local_count: Count) -> None:
-    """Refuses a global batch of one value a channel, on all ranks alike.
-
-    All ranks empty is no error: there is nothing to normalise, and nothing is.
+def check_training(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running: Running | None,
+    eps: float,
+    synced: bool,
+    masked: bool,
+) -> None:
+    """Rejects what could be exchanged with other ranks but not be normalized or differentiated after that.
 
     Args:
-        counts: of all ranks: numbers, or a tensor where only the device knows them.
-        local_count: that of this rank.
+        input: passed :func:`check_input`.
+        weight: passed :func:`check_vectors`, like ``bias`` and ``running``.
+        bias: likewise.
+        running: likewise.
+        eps: of the layer.
+        synced: whether other ranks share the statistics.
+        masked: whether there is a mask.
 
     Raises:
-        InputError: the whole batch has one value a channel. On a GPU it is the device that says so, without the host
-            waiting for it: an assertion that fails there ends the process's use of CUDA.
+        InputError: the input is not a dense tensor with data; a tensor that autograd needs, or that is updated, was
+            made in inference mode; eps is not positive; a cumulative average without its count.
+    """
+    if synced:
+        _check_dense(input)
+        if not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
+            _check_no_inference_tensors(input, weight, bias, running)
+    if running is not None and running.momentum is None and running.num_batches_tracked is None:
+        raise InputError("momentum=None averages over num_batches_tracked, which was not given")
+    if eps <= 0 and (synced or masked):
+        raise InputError(f"eps must be positive in training, got {eps}")
+
+
+def _check_dense(input: Tensor) -> None:
+    if input.is_nested or input.layout != torch.strided:
+        kind = "nested tensor" if input.is_nested else f"layout {input.layout}"
+        raise InputError(f"{where()}expected a dense tensor, got a {kind}; convert it first")
+    if input.device.type == "meta":
+        raise InputError(f"{where()}expected an input with data, got one on the meta device")
+
+
+def _check_no_inference_tensors(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running | None
+) -> None:
+    differentiated = {"input": input, "weight": weight, "bias": bias}
+    updated = {} if running is None else {"running_mean": running.mean, "running_var": running.var}
+    if not (torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in differentiated.values())):
+        differentiated = {}
+    for name, tensor in {**updated, **differentiated}.items():
+        if tensor is not None and tensor.is_inference():
+            raise InputError(
+                f"{where()}expected {name} to be an ordinary tensor, got one that was made in torch.inference_mode, "
+                f"which autograd cannot use; clone it outside of that mode"
+            )
+
+
+def check_count(counts: Sequence[int] | Tensor, local_count: Count) -> None:
+    """Rejects a global batch of one value per channel, on all ranks.
+
+    It is no error if all ranks are empty: there is nothing to normalize.
+
+    Args:
+        counts: of all ranks; a tensor if only the device knows them.
+        local_count: the one of this rank.
+
+    Raises:
+        InputError: the global batch has one value per channel. On a GPU the device checks it, and the host does not
+            wait: if the assertion fails there, this process can no longer use CUDA.
     """
     if not isinstance(counts, Tensor):
         if sum(counts) == 1:
             raise known_everywhere(_one_value(local_count))
         return
-    # A rank that holds two values knows the answer. Where the total is one no rank holds two, so all of them look.
+    # A rank with two values knows that the total is not one. If it is one, no rank has two, so all of them check.
     if not isinstance(local_count, Tensor) and local_count > 1:
         return
-    refused = _one_value(local_count)
+    error = _one_value(local_count)
     try:
-        torch._assert_async(counts.sum() != 1, str(refused))
-    except RuntimeError as error:
-        raise known_everywhere(refused) from error
+        torch._assert_async(counts.sum() != 1, str(error))
+    except RuntimeError as raised:
+        raise known_everywhere(error) from raised
 
 
 def _one_value(local_count: Count) -> InputError:
@@ -165,12 +191,12 @@ def _one_value(local_count: Count) -> InputError:
 
 
 def where() -> str:
-    """``"rank 3: "`` for the head of a message, or nothing outside distributed runs."""
+    """``"rank 3: "``, the head of a message; empty outside of distributed runs."""
     if dist.is_initialized():
         return f"rank {dist.get_rank()}: "
     return ""
 
 
 def shape(tensor: Tensor) -> str:
-    """A shape as users write it."""
+    """The shape, for a message."""
     return f"shape {tuple(tensor.shape)}"

@@ -1,7 +1,7 @@
-"""The synced layer as ``torch.compile`` sees it: one graph, in which the two collectives are operators.
+"""The layer as ``torch.compile`` sees it: one graph, in which the two collectives are custom operators.
 
-Traced, the passes over a tensor are plain maths that a backend fuses with what stands around the layer. At run time
-the operators make the very calls of an eager layer, so compiled and eager ranks may share statistics.
+The passes over a tensor are traced as plain maths, which a backend fuses with the code around the layer. At run time
+the operators make the same calls as an eager layer, so compiled and eager ranks may share statistics.
 """
 
 from collections.abc import Callable
@@ -15,49 +15,51 @@ from torch._library.effects import EffectType
 from syncnorm import comm
 from syncnorm.errors import SyncNormError
 from syncnorm.layer import checkpointing, moments
+from syncnorm.layer.autograd import NoGradArgs
 from syncnorm.layer.kernels.cpu import corrected_moments, masked_moments, per_channel
 from syncnorm.layer.statistics import global_moments
+from syncnorm.layer.sync import Sync
 
-ALONE = ""  # the name of no group: this process by itself
+NO_GROUP = ""  # the name that stands for no group: this process alone
 
 
 def name_of(group: dist.ProcessGroup | None) -> str:
     """The name by which an operator finds ``group`` again: a graph can hold a name, but no group."""
-    return ALONE if group is None else group.group_name
+    return NO_GROUP if group is None else group.group_name
 
 
-def named(group: str) -> dist.ProcessGroup | None:
-    """The group of a name, as the very object that eager code has.
+def group_named(name: str) -> dist.ProcessGroup | None:
+    """The group of a name, as the object that eager code uses.
 
-    A tracer makes Python objects of its own for the same group, for which nothing is remembered.
+    A tracer makes objects of its own for the same group, for which no state is kept.
 
     Raises:
-        SyncNormError: it was destroyed since the graph was made.
+        SyncNormError: the group was destroyed after the graph was made.
     """
-    if group == ALONE:
+    if name == NO_GROUP:
         return None
-    for known, name in dist.distributed_c10d._world.pg_names.items():
-        if name == group:
-            return known
-    raise SyncNormError(f"the process group {group!r} of a compiled layer was destroyed: torch.compiler.reset()")
+    for group, known in dist.distributed_c10d._world.pg_names.items():
+        if known == name:
+            return group
+    raise SyncNormError(f"the process group {name!r} of a compiled layer was destroyed: call torch.compiler.reset()")
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it untyped
 def while_tracing(function: Callable[..., str], *args: Any) -> str:
-    """``function(*args)``, called by the tracer; the graph holds what it returned.
+    """Calls ``function(*args)`` while the tracer runs; the graph holds the result.
 
-    What it changes is changed at once. Changed by the graph it would be news to the guards, and the second step a
-    second compilation.
+    What the function changes is changed at once. If the graph changed it, the guards would notice, and the second
+    step would be compiled again.
     """
     return function(*args)
 
 
-def abort_peers(what: str, text: str, group: str, device: str) -> str:
-    """``collectives.refuse``; a tracer finds what is wrong with an input while it traces."""
-    known = named(group)
+def abort_peers(reason: str, message: str, group: str, device: str) -> str:
+    """``comm.abort_peers`` while the tracer runs, which finds errors in an input before any step."""
+    known = group_named(group)
     if known is not None:
-        comm.abort_peers(what, text, known, torch.device(device), tracing=True)
-    return text
+        comm.abort_peers(reason, message, known, torch.device(device), tracing=True)
+    return message
 
 
 @torch.library.custom_op("syncnorm::gather_moments", mutates_args=())
@@ -68,38 +70,38 @@ def gather_moments(
     valid: Tensor | None,
     eps: float,
     group: str,
-    layer: str,
+    layer_name: str,
     tracks: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``whole_batch.global_moments``.
+    """``statistics.global_moments`` as an operator.
 
     Args:
         mean: (C), of this rank.
         invstd: (C), of this rank.
-        count: values a channel on this rank.
-        valid: (), the count where there is a mask.
+        count: values per channel on this rank.
+        valid: (), the count if there is a mask.
         eps: inside ``invstd``.
         group: its name.
-        layer: its name.
-        tracks: whether the graph moves running statistics, and counts.
+        layer_name: as of `Sync`.
+        tracks: whether the graph updates running statistics.
 
     Returns:
-        ``(mean (C), invstd (C), biased variance (C), count (), new (), number ())`` of all ranks. ``new`` is the
-        count that the running statistics have not had.
+        ``(mean (C), invstd (C), biased variance (C), count (), new (), number ())`` of the global batch. ``new`` is
+        the count with which the running statistics have yet to be updated: 0 in a recomputation.
 
     Raises:
         InputError: as ``check_count``.
         SyncNormError: as the collective.
     """
-    local_count = count if valid is None else valid
-    owners = checkpointing.graph_owners()
-    whole, moves = global_moments(mean, invstd, local_count, eps, named(group), layer, owners, tracks=tracks)
-    total = torch.as_tensor(whole.count, dtype=torch.float64, device=mean.device)
+    local = mean, invstd, count if valid is None else valid
+    sync = Sync(group_named(group), layer_name, checkpointing.graph_owners())
+    whole, moves = global_moments(local, eps, sync, tracks=tracks)
+    total = torch.as_tensor(whole.call.total_count, dtype=torch.float64, device=mean.device)
     var, new = whole.var, total.clone()
-    if not moves or var is None:  # where nothing is tracked, or a checkpointed forward computed again
+    if not moves or var is None:
         var, new = torch.zeros_like(whole.mean), torch.zeros_like(total)
-    # Clones, for an operator's results belong to nobody else.
-    return whole.mean.clone(), whole.invstd.clone(), var.clone(), total.clone(), new, torch.tensor(whole.number)
+    # An operator must not return tensors that others hold.
+    return whole.mean.clone(), whole.invstd.clone(), var.clone(), total.clone(), new, torch.tensor(whole.call.number)
 
 
 @gather_moments.register_fake
@@ -110,7 +112,7 @@ def _(
     valid: Tensor | None,
     eps: float,
     group: str,
-    layer: str,
+    layer_name: str,
     tracks: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     number = torch.empty((), dtype=torch.int64, device="cpu")
@@ -119,25 +121,38 @@ def _(
 
 
 @torch.library.custom_op("syncnorm::reduce_sums", mutates_args=())
-def reduce_sums(sum_dy: Tensor, sum_dy_xmu: Tensor, number: Tensor, group: str, layer: str) -> tuple[Tensor, Tensor]:
-    """``collectives.reduce_sums`` of a backward; ``number`` is what :func:`gather_moments` returned."""
-    with comm.reduce_sums([sum_dy, sum_dy_xmu], named(group), layer, int(number)) as finish:
+def reduce_sums(
+    sum_dy: Tensor, sum_dy_xmu: Tensor, number: Tensor, group: str, layer_name: str
+) -> tuple[Tensor, Tensor]:
+    """``comm.reduce_sums`` of a backward; ``number`` is what :func:`gather_moments` returned."""
+    with comm.reduce_sums([sum_dy, sum_dy_xmu], group_named(group), layer_name, int(number)) as finish:
         first, second = finish()
-    return first.clone(), second.clone()  # an operator's results share no memory
+    return first.clone(), second.clone()  # the results of an operator must not share memory
 
 
 @reduce_sums.register_fake
-def _(sum_dy: Tensor, sum_dy_xmu: Tensor, number: Tensor, group: str, layer: str) -> tuple[Tensor, Tensor]:
+def _(sum_dy: Tensor, sum_dy_xmu: Tensor, number: Tensor, group: str, layer_name: str) -> tuple[Tensor, Tensor]:
     return torch.empty_like(sum_dy), torch.empty_like(sum_dy_xmu)
 
 
-# Other ranks wait for each call: a graph keeps all of them, in order, and computes none a second time.
+# Other ranks wait for each call: a graph must keep all of them, in order, and repeat none.
 gather_moments.register_effect(EffectType.ORDERED)
 reduce_sums.register_effect(EffectType.ORDERED)
 
 
-class SyncBatchNorm(torch.autograd.Function):
-    """``functional``'s autograd function for a tracer: the same maths, without what only eager code can do."""
+def batch_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, args: NoGradArgs) -> Tensor:
+    """The output, as that of ``autograd.SyncBatchNormFunction``; the graph updates ``args.running``."""
+    group, running = name_of(args.sync.group), args.running
+    output, mean, var, count = _CompiledFunction.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        input, weight, bias, args.eps, group, args.padding, args.sync.layer_name, running is not None
+    )
+    if running is not None:
+        moments.update_running_(running, mean, var, count)
+    return output  # type: ignore[no-any-return]  # torch leaves it untyped
+
+
+class _CompiledFunction(torch.autograd.Function):
+    """``autograd.SyncBatchNormFunction`` for a tracer: the same maths, in operators that it can follow."""
 
     @staticmethod
     def forward(
@@ -148,10 +163,10 @@ class SyncBatchNorm(torch.autograd.Function):
         eps: float,
         group: str,
         padding: Tensor | None,
-        layer: str,
+        layer_name: str,
         tracks: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Output, and ``(mean (C), biased variance (C), count ())`` that the running statistics have not had."""
+        """Output, and ``(mean (C), biased variance (C), count ())`` for the update of the running statistics."""
         count, valid = input.numel() // input.size(1), None
         if padding is not None and count > 0:
             local_mean, local_invstd, valid = masked_moments(input, eps, padding)
@@ -161,14 +176,14 @@ class SyncBatchNorm(torch.autograd.Function):
             local_mean = input.new_zeros(input.size(1), dtype=moments.statistics_dtype(input.dtype))
             local_invstd = torch.ones_like(local_mean)
         mean, invstd, var, total, new, number = gather_moments(
-            local_mean, local_invstd, count, valid, eps, group, layer, tracks
+            local_mean, local_invstd, count, valid, eps, group, layer_name, tracks
         )
         scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
         y = (input - per_channel(mean, input)) * per_channel(scale, input)
         if bias is not None:
             y = y + per_channel(bias.to(mean.dtype), input)
         ctx.save_for_backward(input, weight, mean, invstd, total, number)
-        ctx.group, ctx.layer = group, layer
+        ctx.group, ctx.layer_name = group, layer_name
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.mark_non_differentiable(mean, var, new)
         return y.to(input.dtype), mean, var, new
@@ -182,7 +197,7 @@ class SyncBatchNorm(torch.autograd.Function):
         sum_dy_xmu = (dy * (input - per_channel(mean, input))).sum(dims)
         d_weight = None if weight is None else (sum_dy_xmu * invstd).to(weight.dtype)
         d_bias = None if ctx.bias_dtype is None else sum_dy.to(ctx.bias_dtype)
-        sum_dy, sum_dy_xmu = reduce_sums(sum_dy, sum_dy_xmu, number, ctx.group, ctx.layer)
+        sum_dy, sum_dy_xmu = reduce_sums(sum_dy, sum_dy_xmu, number, ctx.group, ctx.layer_name)
         scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
         slope = scale * invstd.square() * (sum_dy_xmu / count).to(invstd.dtype)
         dx = per_channel(scale, dy) * dy - per_channel(slope, dy) * (input - per_channel(mean, input))

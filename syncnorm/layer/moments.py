@@ -1,4 +1,4 @@
-"""Count, mean and variance of a whole batch from those of its parts. Pure tensor maths, no communication.
+"""Count, mean and variance of the global batch from those of its parts. Pure tensor maths, no communication.
 
 Shapes: W = ranks of the group, C = channels.
 """
@@ -9,16 +9,16 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-Count: TypeAlias = int | Tensor  # values a channel; a tensor () where the host would have to ask the device
+Count: TypeAlias = int | Tensor  # values per channel; a tensor () where the host would have to wait for the device
 
 
 class Running(NamedTuple):
-    """The running statistics of a layer, and how they move.
+    """The running statistics of a layer, and how they are updated.
 
     Attributes:
         mean: (C), any floating dtype.
-        var: (C), likewise; unbiased over the whole batch.
-        num_batches_tracked: int64 scalar, or None for a layer that does not count.
+        var: (C), likewise; unbiased over the global batch.
+        num_batches_tracked: int64 scalar, or None for a layer that does not count batches.
         momentum: weight of a new batch; None for the cumulative average, 1 / num_batches_tracked.
     """
 
@@ -29,34 +29,33 @@ class Running(NamedTuple):
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which statistics of an input of ``dtype`` are computed, travel and are merged."""
+    """The dtype in which statistics of an input of ``dtype`` are computed, sent and merged."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def merge(moments_WP: Tensor, counts: Sequence[int] | Tensor, eps: float) -> tuple[Tensor, Tensor, Count]:
+def merge(moments_W2C: Tensor, counts: Sequence[int] | Tensor, eps: float) -> tuple[Tensor, Tensor, Count]:
     """Moments of the union of W batches, from the moments of each.
 
-    A count of zero takes a batch out by arithmetic alone, so an empty rank needs no mask, no indexing and
-    on a GPU no host sync. fp64 inside: with counts exact to 2**53 and products that do not round, the merged
-    mean is right to half a unit in the last place of fp32, which matters where the mean is far above the
-    standard deviation.
+    A count of zero gives a batch no weight, so an empty rank needs no mask, no indexing and on a GPU no host sync.
+    It computes in fp64: counts are exact to 2**53 and products do not round, so the merged mean is right to half a
+    unit in the last place of fp32, which matters if the mean is far above the standard deviation.
 
     Args:
-        moments_WP: (W, 2C): the mean of each batch, then its ``1 / sqrt(biased variance + eps)``, finite for an
+        moments_W2C: (W, 2C): the mean of each batch, then its ``1 / sqrt(biased variance + eps)``, finite for an
             empty one.
-        counts: values a channel in each batch: numbers, or (W, 1) where only the device knows them.
-        eps: the epsilon inside the latter.
+        counts: values per channel in each batch; a tensor (W, 1) if only the device knows them.
+        eps: as in the formula above.
 
     Returns:
-        ``(mean (C), biased variance + eps (C), count)``, the tensors fp64; zero mean and variance where all W are
-        empty. The count is a number or a tensor () as ``counts`` is.
+        ``(mean (C), biased variance + eps (C), count)``, the tensors in fp64; mean and variance are zero if all W
+        batches are empty. The count is an int, or a tensor () if ``counts`` is a tensor.
 
-    The variance is right to fp32 rounding of (variance + eps), because that is what ``invstd`` carries.
+    The variance is right to fp32 rounding of (variance + eps), which is the precision of ``invstd``.
 
     Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances"
     (1979), in the form for W sets at once.
     """
-    mean_WC, invstd_WC = moments_WP.to(torch.float64, copy=True).chunk(2, dim=1)
+    mean_WC, invstd_WC = moments_W2C.to(torch.float64, copy=True).chunk(2, dim=1)
     var_eps_WC = invstd_WC.pow_(-2)
     count: Count
     if isinstance(counts, Tensor):
@@ -68,25 +67,25 @@ def merge(moments_WP: Tensor, counts: Sequence[int] | Tensor, eps: float) -> tup
         share_W1 = mean_WC.new_tensor([[n / max(count, 1)] for n in counts])
     mean = (mean_WC * share_W1).sum(0)
     var_eps = var_eps_WC.add_(mean_WC.sub_(mean).square_()).mul_(share_W1).sum(0)
-    # var = 0 comes back from a rounded invstd as +-1e-7 * eps; a negative variance must not reach a buffer.
+    # A rounded invstd turns var = 0 into +-1e-7 * eps; a negative variance must not reach a buffer.
     return mean, var_eps.clamp_(min=eps), count
 
 
 def update_running_(
     running: Running, mean: Tensor, var: Tensor, count: Count, moves: bool = True, counts: bool = True
 ) -> None:
-    """Moves the running statistics towards the batch's, in place; an empty batch moves nothing.
+    """Updates the running statistics with those of a batch, in place; an empty batch changes nothing.
 
-    The running variance is unbiased over the whole batch: ``var * N / (N - 1)``.
+    The running variance is unbiased over the global batch: ``var * N / (N - 1)``.
 
     Args:
-        running: blended in the wider of its dtype and fp32; ``num_batches_tracked`` is one more for a batch that is
-            not empty, and must be there for the cumulative average.
-        mean: (C), of the whole batch.
+        running: updated in fp32 or its own dtype, whichever is wider. ``num_batches_tracked`` is incremented, and must
+            not be None for the cumulative average.
+        mean: (C), of the global batch.
         var: (C), biased.
-        count: values a channel in the whole batch; a tensor () where only the device knows.
-        moves: False where mean and variance have this batch already.
-        counts: False where ``num_batches_tracked`` has.
+        count: values per channel in the global batch.
+        moves: False if mean and variance already include this batch.
+        counts: False if ``num_batches_tracked`` does.
     """
     if isinstance(count, int) and count == 0:
         return
@@ -113,7 +112,7 @@ def update_running_(
 def _blend_(running: Tensor, value: Tensor, factor: float | Tensor) -> None:
     """Running <- (1 - factor) * running + factor * value."""
     wide = running if running.dtype in (torch.float32, torch.float64) else running.float()
-    if isinstance(factor, Tensor):  # fp64: 0.1 rounded to fp32 would show in an fp64 buffer
+    if isinstance(factor, Tensor):  # fp64, since 0.1 rounded to fp32 would show in an fp64 buffer
         factor = factor.to(wide.dtype)
     wide.lerp_(value.to(wide.dtype), factor)
     if wide is not running:

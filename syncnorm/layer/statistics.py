@@ -1,73 +1,71 @@
-"""The statistics of the whole batch from those of this rank's part: gathered, merged, judged, remembered."""
+"""From the moments of this rank's batch to those of the global batch: gather, merge, check, remember."""
 
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from syncnorm import comm
 from syncnorm.layer import checkpointing, kernels, moments
 from syncnorm.layer.checks import check_count
+from syncnorm.layer.moments import Count
+from syncnorm.layer.sync import ForwardCall, Sync
 
 
 def global_moments(
-    local_mean: Tensor,
-    local_invstd: Tensor,
-    local_count: int | Tensor,
+    local: tuple[Tensor, Tensor, Count],
     eps: float,
-    group: dist.ProcessGroup | None,
-    layer: str,
-    segments: list[Any],
+    sync: Sync,
     running: moments.Running | None = None,
     *,
     node: Any = None,
     tracks: bool = False,
 ) -> tuple[checkpointing.ForwardStatistics, bool]:
-    """The statistics of the whole batch; moves ``running`` towards them.
+    """The statistics of the global batch; updates ``running`` with them.
 
-    Where a checkpointed forward is computed again, they are those of its first run, and what that moved stays.
+    A checkpointed forward that is recomputed gets the statistics of its first run, without a gather, and updates
+    only what the first run did not.
 
     Args:
-        local_mean: (C), of this rank.
-        local_invstd: (C), of this rank.
-        local_count: values a channel on this rank.
-        eps: inside ``local_invstd``.
-        group: all of its ranks must call; None is this process alone.
-        layer: its name.
-        segments: ``recomputation.owners()``.
-        running: to be moved, or None.
-        node: of the autograd graph, that this is for.
-        tracks: instead, that the caller moves statistics.
+        local: ``(mean (C), invstd (C), count)`` of this rank's batch, the count in values per channel.
+        eps: inside ``invstd``.
+        sync: all ranks of its group must call.
+        running: the running statistics to update, or None.
+        node: of the autograd graph that the statistics are for; it keeps the record of a checkpointed forward alive.
+        tracks: True if the caller updates running statistics itself.
 
     Returns:
-        The statistics, and whether running ones had to move.
+        The statistics, and whether running statistics are to be updated with them.
 
     Raises:
-        InputError: one value a channel over all ranks; ``running`` is as it was.
-        SyncNormError: as the gather.
+        InputError: the global batch has one value per channel; ``running`` is unchanged.
+        SyncNormError: as ``comm.gather_moments``.
     """
+    mean, invstd, count = local
     moves = int(tracks)
     if running is not None and running.momentum != 0:
         moves = running.mean.untyped_storage()._cdata
     counts = tracks or (running is not None and running.num_batches_tracked is not None)
-    again = checkpointing.in_backward()
-    local = torch.stack([local_mean, local_invstd]) if segments or again else local_mean
-    if again:
-        first = checkpointing.lookup(layer, local, int(local_count), moves)
+    recomputed = checkpointing.in_backward()
+    fingerprint = torch.stack([mean, invstd]) if sync.graph_owners or recomputed else mean
+    if recomputed:
+        first = checkpointing.lookup(sync.layer_name, fingerprint, int(count), moves)
         if first is not None:
-            left, counts = first.left_to(moves, counts)
+            moves_left, counts_left = first.left_to(moves, counts)
             if running is not None and first.var is not None:
-                moments.update_running_(running, first.mean, first.var, first.count, left, counts)
-            return first, left
-        if group is None and checkpointing.known(layer):  # too far off to be recognized, so it has had them
-            running = None
-    gathered = comm.gather_moments(local_mean, local_invstd, local_count, eps, group, layer)
-    check_count(gathered.counts, local_count)
-    merge = kernels.for_device(local_mean.device).merge
-    mean, invstd, var, count = merge(gathered.moments, gathered.counts, eps, running)
-    whole = checkpointing.ForwardStatistics(mean, invstd, count, group, gathered.number, var)
-    whole.note(moves, counts)
-    if segments:
-        checkpointing.remember(layer, whole, local, int(local_count), segments, node)
-    return whole, moves != 0
+                moments.update_running_(
+                    running, first.mean, first.var, first.call.total_count, moves_left, counts_left
+                )
+            return first, moves_left
+        if sync.group is None and checkpointing.known(sync.layer_name):
+            running = None  # the input is too far from the first one to be recognized, but was counted then
+    gathered = comm.gather_moments(mean, invstd, count, eps, sync.group, sync.layer_name)
+    check_count(gathered.counts, count)
+    merge = kernels.for_device(mean.device).merge
+    merged_mean, merged_invstd, var, total = merge(gathered.moments, gathered.counts, eps, running)
+    call = ForwardCall(total, sync.group, sync.layer_name, gathered.number)
+    record = checkpointing.ForwardStatistics(merged_mean, merged_invstd, var, call)
+    record.note(moves, counts)
+    if sync.graph_owners:
+        checkpointing.remember(record, fingerprint, int(count), sync.graph_owners, node)
+    return record, moves != 0

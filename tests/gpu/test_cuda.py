@@ -67,8 +67,8 @@ def test_passes_agree_with_plain_aten(layout):
     for got, want in [
         ((mean, invstd), cpu.local_moments(x, 1e-5, torch.empty_like(x))),
         (
-            cuda.normalise(x, mean, invstd, weight, bias, torch.empty_like(x)),
-            cpu.normalise(x, mean, invstd, weight, bias, torch.empty_like(x)),
+            cuda.normalize(x, mean, invstd, weight, bias, torch.empty_like(x)),
+            cpu.normalize(x, mean, invstd, weight, bias, torch.empty_like(x)),
         ),
         (sums, cpu.reduce_grad(dy, x, mean, invstd)),
         (

@@ -229,9 +229,9 @@ def kept_alive(needs_grad: bool, frozen: bool) -> list[int]:
     records: list[weakref.ref[Any]] = []
     keep = checkpointing.remember
 
-    def noted(name: str, gathered: Any, *rest: Any) -> None:
-        records.append(weakref.ref(gathered))
-        keep(name, gathered, *rest)
+    def noted(record: Any, *rest: Any) -> None:
+        records.append(weakref.ref(record))
+        keep(record, *rest)
 
     checkpointing.remember = noted
     try:

@@ -82,7 +82,7 @@ def steps(kind: str, order: list[int], norm: type[nn.BatchNorm2d]) -> dict[str, 
     }
     del outputs, inputs
     gc.collect()
-    result["kept"] = sum(len(refs) for refs in checkpointing._kept.values())
+    result["kept"] = sum(len(refs) for refs in checkpointing._remembered.values())
     return result
 
 

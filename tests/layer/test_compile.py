@@ -326,7 +326,7 @@ def test_what_the_tracer_is_told_of_the_operators_is_what_they_return(dtype, val
     mean, invstd = torch.randn(4, dtype=dtype), torch.rand(4, dtype=dtype)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(
-        compiled.gather_moments, (mean, invstd, 6, valid, 1e-5, compiled.ALONE, "a"), test_utils=checks
+        compiled.gather_moments, (mean, invstd, 6, valid, 1e-5, compiled.NO_GROUP, "a"), test_utils=checks
     )
     number = torch.tensor(1)
-    torch.library.opcheck(compiled.reduce_sums, (mean, invstd, number, compiled.ALONE, "a"), test_utils=checks)
+    torch.library.opcheck(compiled.reduce_sums, (mean, invstd, number, compiled.NO_GROUP, "a"), test_utils=checks)

@@ -154,7 +154,9 @@ def only_one_rank_forwards() -> str:
     if dist.get_rank() == 1:
         return ""
     with pytest.raises(syncnorm.SyncNormError) as caught:
-        functional.sync_batch_norm(torch.randn(2, 3), None, None, training=True, process_group=group, layer="norm")
+        functional.sync_batch_norm(
+            torch.randn(2, 3), None, None, training=True, process_group=group, layer_name="norm"
+        )
     return str(caught.value)
 
 

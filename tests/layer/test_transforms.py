@@ -195,7 +195,7 @@ def refused(how: str) -> tuple[str, bool]:
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ("shared statistics", "vmap over 1 would move the same running statistics once for each of 2 batches"),
+        ("shared statistics", "vmap over 1 would update the same running statistics once for each of 2 batches"),
         ("jvp", "1 has no forward-mode derivative in training"),
         ("hessian", "1 has no forward-mode derivative in training"),
         ("third", "1 has no third derivative"),

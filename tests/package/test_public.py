@@ -122,7 +122,7 @@ class TestDataParallel:
     def test_warning_at_the_first_forward(self, recwarn):
         model = nn.DataParallel(self.model())
         x = torch.randn(2, 3, 4, 4)
-        with pytest.warns(UserWarning, match=r"inside nn.DataParallel, whose replicas, .* cannot be synchronised"):
+        with pytest.warns(UserWarning, match=r"inside nn.DataParallel, whose replicas, .* cannot be synchronized"):
             model(x)
         recwarn.clear()
         model(x)

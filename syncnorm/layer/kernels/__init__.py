@@ -1,14 +1,14 @@
-"""The four passes over a tensor that a synced batch norm is made of, and the merging between them.
+"""The four passes over a tensor of a synced batch norm, and the merge between them.
 
-Each device's module has the same functions. ``x`` and ``dy`` are dense in one memory format
+The module of each device has the same functions. ``x`` and ``dy`` are dense in the same memory format
 (:func:`dense`) and not empty; vectors are (C) in the statistics' dtype.
 
 - ``local_moments(x, eps, scratch) -> mean, invstd``: of this rank's values; ``scratch``, like x, may be overwritten
-- ``merge(gathered_WP, counts, eps, running) -> mean, invstd, var, count``: what all ranks' moments (W, 2C) make
-  together; moves the running statistics
-- ``normalise(x, mean, invstd, weight, bias, y) -> y``: into ``y``, like x, or into memory of its own
+- ``merge(moments_W2C, counts, eps, running) -> mean, invstd, var, count``: of the global batch, from the moments
+  (W, 2C) of all ranks; updates the running statistics
+- ``normalize(x, mean, invstd, weight, bias, y) -> y``: the result may be in ``y``, like x, or in new memory
 - ``reduce_grad(dy, x, mean, invstd) -> sum_dy, sum_dy_xmu``: over this rank's values
-- ``begin_grad(dy, invstd, weight) -> begun``: as much of dx as needs no other rank
+- ``begin_grad(dy, invstd, weight) -> begun``: the part of dx that does not depend on other ranks
 - ``finish_grad(begun, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count) -> dx``: dx like x; the sums and the
   count are those of all ranks; ``begun`` may be overwritten
 """
@@ -26,15 +26,15 @@ from syncnorm.layer.moments import Count, statistics_dtype
 
 
 def for_device(device: torch.device) -> ModuleType:
-    """The module of passes for a device; plain ATen (``cpu``) wherever there is nothing better."""
+    """The passes for a device; those in plain ATen (``cpu``) unless there are better ones."""
     return cuda if device.type == "cuda" else cpu
 
 
 @functools.lru_cache
 def fused_for(device: torch.device) -> ModuleType | None:
-    """The passes with a ReLU and a shortcut in them; None where Triton is not there or does not know the device.
+    """The passes that include a ReLU and a shortcut; None without Triton, or if it does not support the device.
 
-    Under ``TRITON_INTERPRET=1`` Triton knows the CPU, for tests.
+    Under ``TRITON_INTERPRET=1`` Triton supports the CPU, for tests.
     """
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return None
@@ -46,11 +46,11 @@ def fused_for(device: torch.device) -> ModuleType | None:
 
 
 def moments_of(x: Tensor, eps: float, scratch: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor, Count]:
-    """``local_moments``, of an empty or padded x as well, and the count of values a channel.
+    """``local_moments``, also of an empty or padded x, and the count of values per channel.
 
-    Padding is zero in x, as it will be in dy, and so changes no other sum.
+    Padding is zero in x, and later in dy, so it changes no other sum.
     """
-    if x.numel() == 0:  # an empty rank still takes part; its count takes its moments out of the merge
+    if x.numel() == 0:  # an empty rank takes part as well; its moments have no weight in the merge
         mean = torch.zeros(x.size(1), dtype=statistics_dtype(x.dtype), device=x.device)
         return mean, torch.ones_like(mean), 0
     if padding is not None:
@@ -59,17 +59,17 @@ def moments_of(x: Tensor, eps: float, scratch: Tensor, padding: Tensor | None) -
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """channels_last(_3d) where the channel is the fastest axis of a 4-D or 5-D tensor, else contiguous."""
+    """channels_last(_3d) if the channel is the fastest axis of a 4-D or 5-D tensor, else contiguous."""
     if x.dim() in (4, 5) and x.stride(1) == 1 and not x.is_contiguous():
         return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
     return torch.contiguous_format
 
 
 def dense(x: Tensor, layout: torch.memory_format) -> Tensor:
-    """``x`` without gaps or overlaps, with the very strides of ``layout``; no copy if only they differ.
+    """``x`` without gaps or overlaps, with exactly the strides of ``layout``; no copy if only the strides differ.
 
-    An axis of size 1 may have any stride and still count as contiguous, but ATen's batch norm guesses the layout
-    from the strides: sums of half precision then take a path that rounds each step.
+    An axis of size 1 counts as contiguous with any stride, but ATen's batch norm infers the layout from the strides,
+    and with unusual ones it may choose a path that rounds each step of a sum in half precision.
     """
     x = x.contiguous(memory_format=layout)
     if 1 not in x.shape:

@@ -1,8 +1,8 @@
 """The passes in plain ATen: written for the CPU, right on any device.
 
-torch has no CPU kernels behind its SyncBatchNorm, so these are put together from operators that it has. Which ones
-is a matter of speed alone: ``batch_norm`` is quick where the channels' values lie together, broadcasting where the
-channel is the fastest axis, and memory that is new to the process is slow to write to.
+torch's SyncBatchNorm has no CPU kernels, so these passes are composed of other operators, chosen for speed:
+``batch_norm`` is fast if the values of a channel are adjacent, broadcasting is if the channel is the fastest axis,
+and newly allocated memory is slow to write to.
 """
 
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ from syncnorm.layer.moments import Count, Running, statistics_dtype
 _batch_norm_into = torch.ops.aten.native_batch_norm.out
 _batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
 _squared_distance_into = torch.ops.aten.mse_loss.out
-_SMALL = 2**16  # values; below, one operator takes less time than a quicker three
-_PART = 2**18  # values, that is a MiB of fp32
-_FAR = 2.0  # standard deviations from zero, beyond which the rounding of a mean is no longer that of a deviation
+_SMALL_VALUES = 2**16  # below, one operator takes less time than three faster ones
+_PART_VALUES = 2**18  # a MiB of fp32
+_FAR_STD = 2.0  # |mean| / std above which the two-pass variance needs a correction
 
 
 def local_moments(x: Tensor, eps: float, scratch: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and invstd, each (C), of one rank's values, by the two-pass algorithm.
 
-    With the correction of :func:`corrected_moments` for the channels that need it: those whose mean is so far from
-    zero that what rounding leaves of it counts beside the standard deviation.
+    Channels whose mean is so far from zero that its rounding error is not negligible compared with the standard
+    deviation are corrected as in :func:`corrected_moments`.
     """
     dims = [d for d in range(x.dim()) if d != 1]
     wide = x.to(statistics_dtype(x.dtype))
@@ -33,8 +33,8 @@ def local_moments(x: Tensor, eps: float, scratch: Tensor) -> tuple[Tensor, Tenso
     squares = _squared_distance_into(wide, per_channel(mean, x), 0, out=scratch if wide is x else wide)
     var = squares.mean(dims)
     invstd = torch.rsqrt(var + eps)
-    margin = torch.addcmul(var, mean, mean, value=-(_FAR**-2))
-    if not margin.min() >= 0:  # also where one channel's NaN hides the others
+    margin = torch.addcmul(var, mean, mean, value=-(_FAR_STD**-2))
+    if not margin.min() >= 0:  # also true if the minimum is NaN, which hides the other channels
         far = margin.less(0).nonzero().squeeze(1)
         if far.numel() > 0:
             mean[far], invstd[far] = corrected_moments(x.index_select(1, far), eps)
@@ -47,15 +47,15 @@ def corrected_moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def masked_moments(x: Tensor, eps: float, padding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`local_moments` of the positions that are no padding, and their count; on any device.
+    """:func:`local_moments` of the positions that are not padding, and their count; on any device.
 
     Args:
         x: (batch, C, *spatial), zero where ``padding`` is True.
-        eps: as there.
+        eps: added to the variance.
         padding: (batch, 1, *spatial), boolean.
 
     Returns:
-        ``(mean (C), invstd (C), count ())``; finite where the count is zero.
+        ``(mean (C), invstd (C), count ())``; finite if the count is zero.
     """
     valid = padding.logical_not().sum()
     return *_corrected(x, eps, valid.clamp(min=1), padding), valid
@@ -64,42 +64,42 @@ def masked_moments(x: Tensor, eps: float, padding: Tensor) -> tuple[Tensor, Tens
 def _corrected(x: Tensor, eps: float, count: Count, padding: Tensor | None) -> tuple[Tensor, Tensor]:
     """The corrected two-pass algorithm.
 
-    E[x^2] - E[x]^2 would lose everything where the mean is far above the standard deviation. ``sum`` adds up in a
-    cascade, so the error does not grow with the count; what its rounding left of the mean, the second pass finds.
+    E[x^2] - E[x]^2 would cancel if the mean is far above the standard deviation. The error of ``sum``, which adds
+    pairwise, does not grow with the count, and the second pass corrects the rounding error of the mean.
 
     Source: Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983), equation 1.7.
     """
     dims = [d for d in range(x.dim()) if d != 1]
     mean = x.sum(dims, dtype=statistics_dtype(x.dtype)) / count
-    centred = x - per_channel(mean, x)
+    centered = x - per_channel(mean, x)
     if padding is not None:
-        centred.masked_fill_(padding, 0)
-    residual = centred.sum(dims) / count
-    var = centred.square_().sum(dims) / count - residual.square()
+        centered.masked_fill_(padding, 0)
+    residual = centered.sum(dims) / count
+    var = centered.square_().sum(dims) / count - residual.square()
     return mean + residual, torch.rsqrt(var + eps)
 
 
 def merge(
-    gathered_WP: Tensor, counts: Sequence[int] | Tensor, eps: float, running: Running | None
+    moments_W2C: Tensor, counts: Sequence[int] | Tensor, eps: float, running: Running | None
 ) -> tuple[Tensor, Tensor, Tensor, Count]:
-    """``moments.merge`` and ``moments.update_running_``, the results in the dtype of ``gathered_WP``."""
-    mean, var_eps, count = moments.merge(gathered_WP, counts, eps)
-    mean, var_eps = mean.to(gathered_WP.dtype), var_eps.to(gathered_WP.dtype)
+    """``moments.merge`` and ``moments.update_running_``; the results have the dtype of ``moments_W2C``."""
+    mean, var_eps, count = moments.merge(moments_W2C, counts, eps)
+    mean, var_eps = mean.to(moments_W2C.dtype), var_eps.to(moments_W2C.dtype)
     invstd, var = var_eps.rsqrt(), var_eps.sub_(eps)
     if running is not None:
         moments.update_running_(running, mean, var, count)
     return mean, invstd, var, count
 
 
-def normalise(
+def normalize(
     x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor
 ) -> Tensor:
     """``(x - mean) * invstd * weight + bias`` in one pass."""
     scale, shift = _scale(invstd, weight), _as(bias, mean)
-    if _channel_is_fastest(x) and x.dtype == mean.dtype and x.numel() > _SMALL:
+    if _channel_is_fastest(x) and x.dtype == mean.dtype and x.numel() > _SMALL_VALUES:
         offset = torch.addcmul(torch.zeros_like(mean) if shift is None else shift, mean, scale, value=-1)
         return torch.addcmul(per_channel(offset, x), x, per_channel(scale, x), out=y)
-    # batch_norm in eval mode is that pass: unit variance and no epsilon leave the factor to the weight.
+    # batch_norm in eval mode, with unit variance, no epsilon and ``scale`` as its weight, is this pass.
     none = mean.new_empty(0)
     _batch_norm_into(
         x, scale, shift, mean, torch.ones_like(mean), False, 0.0, 0.0, out=y, save_mean=none, save_invstd=none
@@ -117,7 +117,7 @@ def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Te
 
 
 def begin_grad(dy: Tensor, invstd: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """``weight * invstd * dy``, or ``dy`` itself where the last pass does this, too; and the factors (C) of dx."""
+    """``weight * invstd * dy``, or ``dy`` if the last pass multiplies; and the factors (C) of dx."""
     scale = _scale(invstd, weight)
     slope = torch.mul(scale, invstd).mul_(invstd)
     in_last_pass = _channel_is_fastest(dy) or dy.dtype != scale.dtype
@@ -153,13 +153,13 @@ def finish_grad(
 
 
 def _in_parts(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """``a * dy + b * x + c`` in half precision: in fp32, rounded once, and a part at a time that fits in the cache.
+    """``a * dy + b * x + c`` for half precision, computed in fp32 and rounded once, in parts that fit in the cache.
 
-    Operators on two dtypes at once are slower than a copy, and fp32 copies of whole tensors twice as large as these.
+    Operators on mixed dtypes are slower than copies, and fp32 copies of the whole tensors would need more memory.
     """
     dx = torch.empty_like(x)
     parts = list(zip(_parts(dx), _parts(dy), _parts(x), strict=True))
-    largest = parts[0][0].numel()  # more than _PART where one place of all samples and channels is more
+    largest = parts[0][0].numel()  # more than _PART_VALUES if one position of all samples and channels is
     wide = [torch.empty(largest, dtype=a.dtype, device=x.device) for _ in range(2)]
     for dx_part, dy_part, x_part in parts:
         dy_wide, x_wide = (
@@ -171,11 +171,11 @@ def _in_parts(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def _parts(x: Tensor) -> tuple[Tensor, ...]:
-    """Views of at most about ``_PART`` values, (n, C) where the channel is the fastest axis, else (N, C, n)."""
+    """Views of about ``_PART_VALUES`` values or less: (n, C) if the channel is the fastest axis, else (N, C, n)."""
     if x.dim() > 2:
         x = x.movedim(1, -1).flatten(0, -2) if _channel_is_fastest(x) else x.flatten(2)
     axis = 0 if x.dim() == 2 else 2
-    return torch.split(x, max(1, _PART * x.size(axis) // x.numel()), axis)
+    return torch.split(x, max(1, _PART_VALUES * x.size(axis) // x.numel()), axis)
 
 
 def _channel_is_fastest(x: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""The passes as torch's own CUDA kernels, those behind ``torch.nn.SyncBatchNorm``. None of them syncs the host.
+"""The passes as torch's CUDA kernels, which ``torch.nn.SyncBatchNorm`` uses too. None of them waits on the host.
 
 Source: ATen/native/cuda/Normalization.cu; called as in torch/nn/modules/_functions.py.
 """
@@ -20,18 +20,18 @@ def local_moments(x: Tensor, eps: float, scratch: Tensor) -> tuple[Tensor, Tenso
 
 
 def merge(
-    gathered_WP: Tensor, counts: Sequence[int] | Tensor, eps: float, running: Running | None
+    moments_W2C: Tensor, counts: Sequence[int] | Tensor, eps: float, running: Running | None
 ) -> tuple[Tensor, Tensor, Tensor, Count]:
-    """One kernel where Triton is there, else operators of torch."""
+    """One kernel with Triton, else operators of torch."""
     if isinstance(counts, Tensor) and importlib.util.find_spec("triton") is not None:
         from syncnorm.layer.kernels import triton_merge  # not at the top: it imports a compiler
 
-        if triton_merge.takes(gathered_WP, running):
-            return triton_merge.merge(gathered_WP, counts, eps, running)
-    return cpu.merge(gathered_WP, counts, eps, running)
+        if triton_merge.supports(moments_W2C, running):
+            return triton_merge.merge(moments_W2C, counts, eps, running)
+    return cpu.merge(moments_W2C, counts, eps, running)
 
 
-def normalise(
+def normalize(
     x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor
 ) -> Tensor:
     """``(x - mean) * invstd * weight + bias`` in one pass."""
@@ -47,7 +47,7 @@ def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Te
 
 
 def begin_grad(dy: Tensor, invstd: Tensor, weight: Tensor | None) -> Tensor:
-    """``dy``: the one kernel comes at the end."""
+    """``dy``: there is one kernel, at the end."""
     return dy
 
 
@@ -62,7 +62,7 @@ def finish_grad(
     count: Count,
 ) -> Tensor:
     """``weight * invstd * (dy - sum_dy / N - (x - mean) * invstd^2 * sum_dy_xmu / N)`` in one pass."""
-    # The kernel divides by the sum of int32 counts, which 2**31 values a channel would overflow: divide here.
+    # The kernel divides by a sum of int32 counts, which 2**31 values per channel would overflow: divide here.
     one = torch.ones(1, dtype=torch.int32, device=x.device)
     return torch.batch_norm_backward_elemt(
         begun, x, mean, invstd, _as(weight, mean), sum_dy / count, sum_dy_xmu / count, one

@@ -1,4 +1,4 @@
-"""Merging and running statistics in one Triton kernel: some 25 small operators of a GPU's launch time otherwise."""
+"""The merge and the update of running statistics as one Triton kernel, instead of some 25 small operators."""
 
 import torch
 import triton
@@ -7,12 +7,12 @@ from torch import Tensor
 
 from syncnorm.layer.moments import Running
 
-_CHANNELS = 128  # of a program
+_CHANNELS_PER_PROGRAM = 128
 
 
-def takes(gathered_WP: Tensor, running: Running | None) -> bool:
-    """Statistics in fp32, and running ones of at most that, whose factor does not depend on how many there were."""
-    if gathered_WP.dtype != torch.float32:
+def supports(moments_W2C: Tensor, running: Running | None) -> bool:
+    """Whether statistics are fp32, running ones fp32 or half, and the momentum is a number."""
+    if moments_W2C.dtype != torch.float32:
         return False
     if running is None:
         return True
@@ -40,10 +40,10 @@ def _merge_kernel(
     var_eps = tl.zeros((tile_C,), tl.float64)
     for rank in range(W):
         n = tl.load(counts + rank * count_row).to(tl.float64)
-        apart = tl.load(gathered + rank * row + c, mask=inside, other=0.0).to(tl.float64) - mean_c
+        deviation = tl.load(gathered + rank * row + c, mask=inside, other=0.0).to(tl.float64) - mean_c
         invstd_c = tl.load(gathered + rank * row + C + c, mask=inside, other=1.0).to(tl.float64)
-        var_eps += n * share * (1.0 / (invstd_c * invstd_c) + apart * apart)
-    # From here on as moments.merge and update_running_ do, in fp32.
+        var_eps += n * share * (1.0 / (invstd_c * invstd_c) + deviation * deviation)
+    # From here on in fp32, as in moments.merge and update_running_.
     merged = mean_c.to(tl.float32)
     wide = tl.where(var_eps < eps, eps, var_eps).to(tl.float32)
     unbiased = ((wide - eps).to(tl.float64) * (total / tl.maximum(total - 1, 1.0))).to(tl.float32)
@@ -63,22 +63,22 @@ def _merge_kernel(
 @triton.jit
 def _blend(running, value, factor, inside):
     old = tl.load(running, mask=inside, other=0.0).to(tl.float32)
-    # torch.lerp's two branches: the end is met exactly at a factor of 1
+    # The two branches of torch.lerp: a factor of 1 gives exactly ``value``.
     new = tl.where(factor < 0.5, old + factor * (value - old), value - (value - old) * (1 - factor))
-    # NaN times zero is NaN: an empty batch moves nothing, whatever its moments are
+    # NaN times zero is NaN, and an empty batch must change nothing whatever its moments are.
     tl.store(running, tl.where(factor == 0, old, new).to(running.dtype.element_ty), mask=inside)
 
 
 def merge(
-    gathered_WP: Tensor, counts: Tensor, eps: float, running: Running | None
+    moments_W2C: Tensor, counts: Tensor, eps: float, running: Running | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What ``kernels.cpu.merge`` returns, of arguments that :func:`takes` took and (W, 1) counts on the device."""
-    channels = gathered_WP.size(1) // 2
-    mean, invstd, var = gathered_WP.new_empty(3, channels)
-    count = gathered_WP.new_empty((), dtype=torch.float64)
+    """As ``kernels.cpu.merge``, for arguments that :func:`supports` accepts and counts (W, 1) on the device."""
+    channels = moments_W2C.size(1) // 2
+    mean, invstd, var = moments_W2C.new_empty(3, channels)
+    count = moments_W2C.new_empty((), dtype=torch.float64)
     moving = (None, None, None, 0.0) if running is None else running
-    _merge_kernel[(triton.cdiv(channels, _CHANNELS),)](
-        gathered_WP, gathered_WP.stride(0), counts, counts.stride(0), eps, mean, invstd, var, count, *moving,
-        gathered_WP.size(0), channels, _CHANNELS,
+    _merge_kernel[(triton.cdiv(channels, _CHANNELS_PER_PROGRAM),)](
+        moments_W2C, moments_W2C.stride(0), counts, counts.stride(0), eps, mean, invstd, var, count, *moving,
+        moments_W2C.size(0), channels, _CHANNELS_PER_PROGRAM,
     )  # fmt: skip
     return mean, invstd, var, count

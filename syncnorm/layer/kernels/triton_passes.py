@@ -1,8 +1,8 @@
-"""The passes of ``relu(batch_norm(x) + residual)`` and of its gradient, each one Triton kernel over x.
+"""The passes of ``relu(batch_norm(x) + residual)`` and of its gradient: one Triton kernel for each pass over x.
 
-A dense x of either memory format is (A, C, B) in memory: (samples, channels, places) where channels come second,
-(samples * places, channels, 1) where the channel is the fastest axis. Kernels go over it in tiles of that shape and
-compute in fp32, so half precision is rounded once.
+A dense x is (A, C, B) in memory: (samples, channels, positions) if it is contiguous, (samples * positions, channels,
+1) if the channel is the fastest axis. Kernels process tiles of that shape and compute in fp32, so half precision is
+rounded once.
 """
 
 from typing import Any, NamedTuple
@@ -14,12 +14,8 @@ from torch import Tensor
 
 from syncnorm.layer.moments import Count
 
-_TILE = 4096  # values
-_PROGRAMS = 1024  # that a reduction is spread over: several for each multiprocessor of any GPU
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
+_TILE_VALUES = 4096
+_REDUCE_PROGRAMS = 1024  # several for each multiprocessor of any GPU
 
 
 class _Layout(NamedTuple):
@@ -32,18 +28,18 @@ class _Layout(NamedTuple):
 
     @property
     def tiles_A(self) -> int:
-        return _cdiv(self.A, self.tile_A)
+        return triton.cdiv(self.A, self.tile_A)
 
     @property
     def tiles_B(self) -> int:
-        return _cdiv(self.B, self.tile_B)
+        return triton.cdiv(self.B, self.tile_B)
 
     @property
     def tiles_C(self) -> int:
-        return _cdiv(self.C, self.tile_C)
+        return triton.cdiv(self.C, self.tile_C)
 
 
-def _layout(x: Tensor, tile: int = _TILE) -> _Layout:
+def _layout(x: Tensor, tile: int = _TILE_VALUES) -> _Layout:
     C = x.size(1)
     if x.stride(1) == 1 or x.dim() == 2:
         tile_C = min(triton.next_power_of_2(C), 128)
@@ -56,7 +52,7 @@ def _layout(x: Tensor, tile: int = _TILE) -> _Layout:
 
 @triton.jit
 def _tile(a, c, b, A, C, B, tile_A: tl.constexpr, tile_C: tl.constexpr, tile_B: tl.constexpr):
-    """Offsets of the tile that begins at (a, c, b), which of them are inside of x, and its channels."""
+    """Offsets of the tile that begins at (a, c, b), which of them are inside x, and its channels."""
     at_a = a + tl.arange(0, tile_A).to(tl.int64)[:, None, None]
     at_c = c + tl.arange(0, tile_C)[None, :, None]
     at_b = b + tl.arange(0, tile_B)[None, None, :]
@@ -65,20 +61,20 @@ def _tile(a, c, b, A, C, B, tile_A: tl.constexpr, tile_C: tl.constexpr, tile_B: 
 
 @triton.jit
 def _vector(pointer, channels, C, absent: tl.constexpr):
-    """One number a channel; ``absent`` where there is no such parameter."""
+    """One value per channel; ``absent`` if there is no such parameter."""
     if pointer is None:
         return tl.full(channels.shape, absent, tl.float32)
     return tl.load(pointer + channels, mask=channels < C, other=absent).to(tl.float32)
 
 
 @triton.jit
-def _normalised(x, mean, invstd, weight, bias):
-    # One place for both directions: the backward has to find the very signs that the forward saw.
+def _normalized(x, mean, invstd, weight, bias):
+    # Shared by forward and backward, which must compute the same signs.
     return (x - mean) * (invstd * weight) + bias
 
 
 @triton.jit
-def _normalise_kernel(
+def _normalize_kernel(
     x, mean, invstd, weight, bias, residual, y, A, C, B,
     tile_A: tl.constexpr, tile_C: tl.constexpr, tile_B: tl.constexpr,
 ):  # fmt: skip
@@ -86,7 +82,7 @@ def _normalise_kernel(
     tile, c = tl.program_id(0), tl.program_id(1) * tile_C
     a, b = (tile // tiles_B).to(tl.int64) * tile_A, (tile % tiles_B) * tile_B
     at, inside, channels = _tile(a, c, b, A, C, B, tile_A, tile_C, tile_B)
-    z = _normalised(
+    z = _normalized(
         tl.load(x + at, mask=inside, other=0.0).to(tl.float32),
         _vector(mean, channels, C, 0.0),
         _vector(invstd, channels, C, 0.0),
@@ -95,7 +91,7 @@ def _normalise_kernel(
     )
     if residual is not None:
         z += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-    z = tl.where(z < 0, 0.0, z)  # keeps NaN, as torch's does
+    z = tl.where(z < 0, 0.0, z)  # keeps NaN, as torch.relu does
     tl.store(y + at, z.to(y.dtype.element_ty), mask=inside)
 
 
@@ -120,7 +116,7 @@ def _reduce_kernel(
         x_ = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         dy_ = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
         if y is None:
-            z = _normalised(x_, mean_c, invstd_c, weight_c, bias_c)
+            z = _normalized(x_, mean_c, invstd_c, weight_c, bias_c)
         else:
             z = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
         dz_ = tl.where((z <= 0) | (inside == 0), 0.0, dy_)
@@ -149,13 +145,13 @@ def _finish_kernel(
     invstd_c = _vector(invstd, channels, C, 0.0)
     weight_c = _vector(weight, channels, C, 1.0)
     if rectify:
-        dz = tl.where(_normalised(x_, mean_c, invstd_c, weight_c, _vector(bias, channels, C, 0.0)) <= 0, 0.0, dz)
+        dz = tl.where(_normalized(x_, mean_c, invstd_c, weight_c, _vector(bias, channels, C, 0.0)) <= 0, 0.0, dz)
     slope = invstd_c * invstd_c * _vector(mean_dy_xmu, channels, C, 0.0)
     dx_ = (dz - _vector(mean_dy, channels, C, 0.0) - (x_ - mean_c) * slope) * (weight_c * invstd_c)
     tl.store(dx + at, dx_.to(dx.dtype.element_ty), mask=inside)
 
 
-def normalise(
+def normalize(
     x: Tensor,
     mean: Tensor,
     invstd: Tensor,
@@ -177,7 +173,7 @@ def normalise(
     """
     n = _layout(x)
     _launch(
-        _normalise_kernel, (n.tiles_A * n.tiles_B, n.tiles_C), x, mean, invstd, weight, bias, residual, y, layout=n
+        _normalize_kernel, (n.tiles_A * n.tiles_B, n.tiles_C), x, mean, invstd, weight, bias, residual, y, layout=n
     )
 
 
@@ -190,18 +186,18 @@ def reduce_grad(
     bias: Tensor | None,
     y: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``sum(dz)`` and ``sum(dz * (x - mean))``, each (C) fp32, and ``dz``: dy where the ReLU let through, else 0.
+    """``sum(dz)`` and ``sum(dz * (x - mean))``, each (C) fp32, and ``dz``: dy where the ReLU passed values, else 0.
 
     Args:
         dy: like x.
-        x: as in :func:`normalise`, and so are mean, invstd, weight and bias.
-        y: what the forward returned, where a residual was added. Its gradient is dz, which is None without: what the
-            ReLU let through is then computed from x here, and again in :func:`finish_grad`.
+        x: as in :func:`normalize`, and so are mean, invstd, weight and bias.
+        y: the output of the forward if a residual was added; dz is then its gradient. Without a residual dz is None,
+            and the mask of the ReLU is computed from x here and in :func:`finish_grad`.
     """
-    n = _layout(x, _TILE // 4)  # the accumulators are tiles
+    n = _layout(x, _TILE_VALUES // 4)  # the accumulators are tiles
     tiles = n.tiles_A * n.tiles_B
-    per_program = _cdiv(tiles, max(1, min(tiles, _PROGRAMS // n.tiles_C)))
-    parts = _cdiv(tiles, per_program)
+    per_program = triton.cdiv(tiles, max(1, min(tiles, _REDUCE_PROGRAMS // n.tiles_C)))
+    parts = triton.cdiv(tiles, per_program)
     partial = mean.new_empty(parts, 2, n.C)
     dz = None if y is None else torch.empty_like(x)
     _launch(
@@ -240,11 +236,11 @@ def finish_grad(
 
     Args:
         dz: like x.
-        x: as in :func:`normalise`, and so are mean, invstd, weight and bias.
+        x: as in :func:`normalize`, and so are mean, invstd, weight and bias.
         sum_dy: (C), fp32, of all ranks.
         sum_dy_xmu: (C), fp32, of all ranks.
         count: N, of all ranks.
-        rectify: ``dz`` is what came from above: let through only what the ReLU did, without a residual.
+        rectify: ``dz`` is the gradient of the output, without a residual: apply the mask of the ReLU.
         dx: like x; written.
     """
     n = _layout(x)

@@ -52,7 +52,7 @@ def test_passes_equal_fp64(shape, channels_last, dtype, with_residual):
     if not with_residual:
         residual = None
     y = torch.empty_like(x)
-    triton_passes.normalise(x, mean, invstd, weight, bias, residual, y)
+    triton_passes.normalize(x, mean, invstd, weight, bias, residual, y)
 
     view = (1, -1, *(1,) * (len(shape) - 2))
     xmu = x.double() - mean.double().view(view)
@@ -88,7 +88,7 @@ def test_without_weight_and_bias():
     one, zero = torch.ones(5, device=DEVICE), torch.zeros(5, device=DEVICE)
     for weight, bias in [(None, None), (None, zero), (one, None)]:
         y, dx = torch.empty_like(x), torch.empty_like(x)
-        triton_passes.normalise(x, mean, invstd, weight, bias, None, y)
+        triton_passes.normalize(x, mean, invstd, weight, bias, None, y)
         sums = triton_passes.reduce_grad(dy, x, mean, invstd, weight, bias, None)[:2]
         triton_passes.finish_grad(dy, x, mean, invstd, weight, bias, *sums, 9, True, dx)
         got = torch.stack([y, dx])
@@ -101,7 +101,7 @@ def test_a_nan_passes_the_relu_as_it_does_torchs():
     x, dy, _, mean, invstd, weight, bias = tensors((6, 5, 7, 3), torch.float32, False)
     x[0, 1, 2, 0] = torch.nan
     y = torch.empty_like(x)
-    triton_passes.normalise(x, mean, invstd, weight, bias, None, y)
+    triton_passes.normalize(x, mean, invstd, weight, bias, None, y)
     assert torch.isnan(y).sum() == 1
     assert torch.isnan(F.relu(x)).equal(torch.isnan(y))
     sums = triton_passes.reduce_grad(dy, x, mean, invstd, weight, bias, None)[1]
@@ -137,7 +137,7 @@ def test_merging_equals_plain_operators(counts, channels, momentum, running_dtyp
         return moments.Running(*buffers.to(DEVICE, running_dtype), torch.tensor(7, device=DEVICE), momentum)
 
     ours, theirs = running(), running()
-    assert triton_merge.takes(gathered, ours)
+    assert triton_merge.supports(gathered, ours)
     got = triton_merge.merge(gathered, counts_W1, 1e-5, ours)
     want = cpu.merge(gathered, counts_W1, 1e-5, theirs)
     for name, a, b in zip(("mean", "invstd", "var", "count"), got, want, strict=True):
@@ -151,7 +151,7 @@ def test_merging_equals_plain_operators(counts, channels, momentum, running_dtyp
 
 def test_what_the_merging_kernel_leaves_to_plain_operators():
     gathered, buffers = torch.zeros(2, 6), torch.zeros(3)
-    assert not triton_merge.takes(gathered.double(), None)
-    assert not triton_merge.takes(gathered, moments.Running(buffers, buffers, torch.tensor(0), None))
-    assert not triton_merge.takes(gathered, moments.Running(buffers.double(), buffers.double(), None, 0.1))
-    assert not triton_merge.takes(gathered, moments.Running(torch.zeros(6)[::2], torch.zeros(6)[::2], None, 0.1))
+    assert not triton_merge.supports(gathered.double(), None)
+    assert not triton_merge.supports(gathered, moments.Running(buffers, buffers, torch.tensor(0), None))
+    assert not triton_merge.supports(gathered, moments.Running(buffers.double(), buffers.double(), None, 0.1))
+    assert not triton_merge.supports(gathered, moments.Running(torch.zeros(6)[::2], torch.zeros(6)[::2], None, 0.1))

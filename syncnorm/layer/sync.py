@@ -1,0 +1,38 @@
+"""Whom a call of the layer synchronizes with, and under which name ranks recognize it."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+from syncnorm.layer.moments import Count
+
+
+class Sync(NamedTuple):
+    """The other participants of a forward.
+
+    Attributes:
+        group: its ranks share statistics; None is this process alone.
+        layer_name: the name by which ranks compare their calls and errors name the layer.
+        graph_owners: what ``checkpointing.graph_owners`` returned; empty outside of activation checkpointing.
+    """
+
+    group: dist.ProcessGroup | None
+    layer_name: str
+    graph_owners: Sequence[Any] = ()
+
+
+class ForwardCall(NamedTuple):
+    """What a backward has to know about its forward, besides tensors.
+
+    Attributes:
+        total_count: values per channel over all ranks, N in the formulas.
+        group: as of `Sync`. The graph owners are left out: a graph that held them would never be freed.
+        layer_name: as of `Sync`.
+        number: of the forward among all calls over the group.
+    """
+
+    total_count: Count
+    group: dist.ProcessGroup | None
+    layer_name: str
+    number: int
