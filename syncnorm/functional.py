@@ -138,41 +138,38 @@ def batch_norm_over(
         checks.check_training(input, weight, bias, running, eps, sync.group is not None, padding is not None)
     if padding is not None:
         input = input.masked_fill(padding, 0)  # also NaN; and the gradient there is zero
-    if not training:
-        output = F.batch_norm(input, mean, var, weight, bias, eps=eps)
+    if training:
+        args = NoGradArgs(eps, Sync(sync.group, sync.layer_name, checkpointing.graph_owners()), padding, running)
+        output = _in_training(input, weight, bias, args, residual, relu)
     else:
-        sync = Sync(sync.group, sync.layer_name, checkpointing.graph_owners())
-        args = NoGradArgs(eps, sync, padding, running)
-        if relu and _is_fused(input, residual, args):
-            return fused_relu.batch_norm_relu(input, weight, bias, residual, args)
-        output = _in_training(input, weight, bias, args)
-    output = add_and_rectify(output, residual, relu)
+        output = add_and_rectify(F.batch_norm(input, mean, var, weight, bias, eps=eps), residual, relu)
     return output if padding is None else output.masked_fill(padding, 0)
 
 
-def _in_training(input: Tensor, weight: Tensor | None, bias: Tensor | None, args: NoGradArgs) -> Tensor:
-    """The path for this call: local, compiled, under ``torch.func``, or the usual one."""
-    if _is_local(args):
-        return local.batch_norm(input, weight, bias, args)
-    if torch.compiler.is_compiling():
+def _in_training(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    args: NoGradArgs,
+    residual: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    """The path for this call: local, compiled, fused with the ReLU, under ``torch.func``, or the usual one."""
+    # A checkpointed forward under no_sync_stats may be recomputed outside of it, and must be recognized there.
+    unsynced_checkpoint = bool(args.sync.graph_owners) and not process_groups.syncing()
+    if args.sync.group is None and args.padding is None and not unsynced_checkpoint:
+        output = local.batch_norm(input, weight, bias, args)
+    elif torch.compiler.is_compiling():
         from syncnorm.layer import compiled  # not at the top: it imports the compiler, which takes two seconds
 
-        return compiled.batch_norm(input, weight, bias, args)
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return func_transforms.batch_norm(input, weight, bias, args)
-    return SyncBatchNormFunction.apply(input, weight, bias, args)  # type: ignore[no-any-return,no-untyped-call]  # torch leaves it untyped
-
-
-def _is_local(args: NoGradArgs) -> bool:
-    # A checkpointed forward under no_sync_stats may be recomputed outside of it, and must be recognized there.
-    checkpointed_unsynced = bool(args.sync.graph_owners) and not process_groups.syncing()
-    return args.sync.group is None and args.padding is None and not checkpointed_unsynced
-
-
-def _is_fused(input: Tensor, residual: Tensor | None, args: NoGradArgs) -> bool:
-    if torch.compiler.is_compiling() or args.padding is not None or _is_local(args):
-        return False
-    return fused_relu.supports(input, residual)
+        output = compiled.batch_norm(input, weight, bias, args)
+    elif relu and args.padding is None and fused_relu.supports(input, residual):
+        return fused_relu.batch_norm_relu(input, weight, bias, residual, args)
+    elif torch._C._functorch.peek_interpreter_stack() is not None:
+        output = func_transforms.batch_norm(input, weight, bias, args)
+    else:
+        output = SyncBatchNormFunction.apply(input, weight, bias, args)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return add_and_rectify(output, residual, relu)
 
 
 def running_of(

@@ -79,8 +79,8 @@ def update_running_(
     The running variance is unbiased over the global batch: ``var * N / (N - 1)``.
 
     Args:
-        running: updated in fp32 or its own dtype, whichever is wider. ``num_batches_tracked`` is incremented, and must
-            not be None for the cumulative average.
+        running: updated in fp32 or its own dtype, whichever is wider. ``num_batches_tracked`` is incremented, and
+            must not be None for the cumulative average.
         mean: (C), of the global batch.
         var: (C), biased.
         count: values per channel in the global batch.

@@ -28,15 +28,15 @@ class _Layout(NamedTuple):
 
     @property
     def tiles_A(self) -> int:
-        return triton.cdiv(self.A, self.tile_A)
+        return -(-self.A // self.tile_A)
 
     @property
     def tiles_B(self) -> int:
-        return triton.cdiv(self.B, self.tile_B)
+        return -(-self.B // self.tile_B)
 
     @property
     def tiles_C(self) -> int:
-        return triton.cdiv(self.C, self.tile_C)
+        return -(-self.C // self.tile_C)
 
 
 def _layout(x: Tensor, tile: int = _TILE_VALUES) -> _Layout:
