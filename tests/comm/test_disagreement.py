@@ -144,7 +144,7 @@ def test_without_frames_the_first_calls_compare_names_and_later_ones_a_tag():
     for told in run_ranks(direct_ranks_disagree):
         assert len(told) == 4
         assert all("rank 0: forward of a" in t and "rank 1: forward of b" in t for t in told[:2])
-        assert all("another rank was not at forward of a" in t for t in told[2:])
+        assert all("another rank did not run forward of a" in t for t in told[2:])
 
 
 def in_debug_mode() -> str:

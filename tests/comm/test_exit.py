@@ -17,7 +17,7 @@ COMES_BACK = """
 import sys, time
 from datetime import timedelta
 import torch.distributed as dist
-from syncnorm.comm import threads
+from syncnorm.comm.failure_flags import start_thread
 
 class Slow:  # keeps the interpreter busy with ending
     def __del__(self, sleep=time.sleep):
@@ -25,7 +25,7 @@ class Slow:  # keeps the interpreter busy with ending
 
 slow = Slow()
 store = dist.FileStore(sys.argv[1], 1)
-threads.start(lambda: store.wait(["never"], timedelta(seconds=2.5)))
+start_thread(lambda: store.wait(["never"], timedelta(seconds=2.5)))
 """
 
 

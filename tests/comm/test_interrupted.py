@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import syncnorm
 from syncnorm import comm
-from syncnorm.comm import exchange, failure_flags, frames, lookout, waiting
+from syncnorm.comm import exchange, failure_flags, frames, stall_inspector
 from syncnorm.layer.kernels import cpu
 from syncnorm.testing import assert_close, batch_norm_oracle, run_ranks
 
@@ -81,8 +81,8 @@ def test_an_interrupt_that_is_caught(world_size):
         assert "because of KeyboardInterrupt" in told
         assert "call syncnorm.convert(model) again on all ranks" in told
     for told, took, theirs in others:
-        assert "rank 0, which left forward of 1 (call 5" in told[0] or "any more" in told[0], told
-        assert all("any more" in text for text in told[1:])
+        assert "rank 0, which left forward of 1 (call 5" in told[0] or "anymore" in told[0], told
+        assert all("anymore" in text for text in told[1:])
         assert took < 4  # of 100 s that the group would wait
         for mine, same in zip(buffers, theirs, strict=True):  # and on they go together
             torch.testing.assert_close(mine, same, rtol=0, atol=0)
@@ -192,7 +192,7 @@ def test_two_threads_over_one_group():
     for told in run_ranks(two_threads, timeout=60):
         assert told
         assert any("Only one thread may run the layers of a process group at a time" in text for text in told) or any(
-            "which began" in text or "any more" in text or "called different layers" in text for text in told
+            "which started" in text or "anymore" in text or "called different layers" in text for text in told
         ), told
 
 
@@ -315,7 +315,7 @@ def another_version() -> list[str]:
 
 def test_ranks_with_other_frames_learn_it_before_the_first_one():
     for rank, told in enumerate(run_ranks(another_version, 3, timeout=30)):
-        assert told[0].startswith(f"SyncNormError: rank {rank}: the ranks run versions of syncnorm")
+        assert told[0].startswith(f"SyncNormError: rank {rank}: the ranks run incompatible versions of syncnorm")
         assert "rank 0: frames of version 1" in told[0]
         assert "rank 1: frames of version 99" in told[0]
 
@@ -334,7 +334,7 @@ def store_gone() -> Tensor:
     """A rank that comes late, when the store has gone: that ends the asking, not the training."""
     layer = syncnorm.convert(nn.Sequential(nn.BatchNorm1d(4)))[0]
     step(layer)
-    comm.peers_of(dist.group.WORLD).exchange._notices.store = Gone()
+    comm.peers_of(dist.group.WORLD).exchange._flags.store = Gone()
     if dist.get_rank() == 1:
         time.sleep(1)
     step(layer, 1)
@@ -362,7 +362,7 @@ class Slow:
 
 def test_what_two_threads_tell_a_store_at_once_arrives():
     store = Slow()
-    left = failure_flags.Notices(store, 0, [0, 1])
+    left = failure_flags.FailureFlags(store, 0, [0, 1])
     threads = [threading.Thread(target=left.post, args=(name, "")) for name in ("one", "other", "third")]
     for thread in threads:
         thread.start()
@@ -372,15 +372,15 @@ def test_what_two_threads_tell_a_store_at_once_arrives():
 
 
 def test_who_is_missing_is_not_known_without_a_store():
-    left = waiting.Waiting(failure_flags.Notices(Gone(), 0, [0, 1, 2]))
-    told = left.why(comm.Call(comm.Kind.FORWARD, "norm"), RuntimeError("reset"))
-    assert "waiting for other ranks (the job's store does not say which)" in told
+    left = stall_inspector.StallInspector(failure_flags.FailureFlags(Gone(), 0, [0, 1, 2]))
+    told = left.explain_failure(comm.Call(comm.Kind.FORWARD, "norm"), RuntimeError("reset"))
+    assert "waiting for other ranks (which ones is unknown: the job's store does not answer)" in told
     assert "ranks [1" not in told
 
 
 def rank_0_alone(connected: bool) -> list[str]:
     """A training forward of rank 0 alone; the others sit in a barrier."""
-    waiting._WARN_AFTER = 1.5
+    stall_inspector._WARN_AFTER_S = 1.5
     layer = syncnorm.convert(nn.Sequential(nn.BatchNorm1d(4)))
     if connected:
         layer(torch.randn(3, 4))
@@ -394,7 +394,7 @@ def rank_0_alone(connected: bool) -> list[str]:
     else:
         dist.distributed_c10d._get_default_store().wait(["go"])
         layer(torch.randn(3, 4))
-    waiting._WARN_AFTER = 10.0
+    stall_inspector._WARN_AFTER_S = 10.0
     return seen
 
 
@@ -409,7 +409,7 @@ def test_a_long_wait_is_one_warning_with_layer_and_missing_ranks(connected):
 
 def elsewhere() -> list[str]:
     """Rank 0 waits in a layer for rank 1, which is in a barrier."""
-    lookout._IDLE, lookout._PERIOD = 1.5, 0.3
+    stall_inspector._WATCHDOG_IDLE_S, stall_inspector._WATCHDOG_PERIOD_S = 1.5, 0.3
     layer = syncnorm.convert(nn.Sequential(nn.BatchNorm1d(4)))
     layer(torch.randn(3, 4))
     with warnings.catch_warnings(record=True) as caught:
@@ -424,4 +424,4 @@ def test_a_rank_that_is_elsewhere_learns_who_waits_for_it():
     nobody, (told,) = run_ranks(elsewhere, timeout=30)
     assert nobody == []
     assert "rank 1 has called no synced layer for" in told
-    assert "is waited for: rank 0 in forward of 0 (call 2 of the group" in told
+    assert "other ranks wait for it: rank 0 in forward of 0 (call 2 of the group" in told

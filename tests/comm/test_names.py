@@ -180,4 +180,4 @@ def built_in_errors() -> str:
 def test_an_error_says_which_built_layer():
     for told in run_ranks(built_in_errors):
         assert "rank 1: forward of SyncBatchNorm no. 1 (call 1" in told
-        assert "no. 2 in the order in which they were built" in told
+        assert "no. 2 in order of construction" in told

@@ -119,7 +119,7 @@ class Thread(Kind):
         return frozenset({"equal"} if fault.how == "in turn" else {"layer error", "equal"})
 
     def clear(self, fault: Fault, rank: int, told: dict[int, Told]) -> bool:
-        says = ("Only one thread may run", "was over", "called different layers")
+        says = ("Only one thread may run", "was complete", "called different layers")
         return told[rank].ours and any(text in told[rank].text for text in says)
 
     def models(self, job: Job) -> list[Net]:
@@ -158,7 +158,7 @@ class Version(Kind):
     outcomes = frozenset({"layer error"})
 
     def clear(self, fault: Fault, rank: int, told: dict[int, Told]) -> bool:
-        says = ("do not understand each other", f"rank {fault.rank}: frames of version")
+        says = ("incompatible versions of syncnorm", f"rank {fault.rank}: frames of version")
         return told[rank].ours and all(text in told[rank].text for text in says)
 
     def in_layer(self, job: Job, norm: nn.Module, x: Tensor) -> Tensor:

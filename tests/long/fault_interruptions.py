@@ -144,7 +144,7 @@ class Connect(Kind):
 
     def in_layer(self, job: Job, norm: nn.Module, x: Tensor) -> Tensor:
         where, how = job.fault.how.split(", ")
-        post, connect = failure_flags.Notices.post, exchange._connect
+        post, connect = failure_flags.FailureFlags.post, exchange._connect
 
         def end() -> None:
             job.happens()
@@ -169,7 +169,7 @@ class Connect(Kind):
         if where == "before":
             end()
         elif where == "announced":
-            failure_flags.Notices.post = announce
+            failure_flags.FailureFlags.post = announce
         else:
             exchange._connect = lambda store, *args: connect(Ends(store), *args)
         return norm(x)
