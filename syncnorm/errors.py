@@ -1,36 +1,36 @@
-"""The errors that syncnorm raises on its own, and which of all errors the other ranks know of."""
+"""The errors that syncnorm raises, and a mark for those that the other ranks know about."""
 
 from typing import TypeVar
 
 E = TypeVar("E", bound=BaseException)
 
-_exchanges = 0  # that have begun
-REFUSED = "its own input was refused"  # why a rank that raises an InputError does not take part
+_exchanges = 0  # started so far
+REFUSED = "its own input was invalid"  # why a rank that raises an InputError does not take part
 
 
 class SyncNormError(RuntimeError):
-    """Base of every error that the library raises on its own."""
+    """Base class of all errors that the library raises."""
 
 
 class InputError(SyncNormError, ValueError):
-    """An argument that no rank could have used: a wrong shape, width, dtype, option or group.
+    """An invalid argument: a wrong shape, number of channels, dtype, option or process group.
 
-    Also a ``ValueError``, because that is what ``torch.nn``'s batch norms raise for the same mistakes.
+    It is also a ``ValueError``, because that is what ``torch.nn``'s batch norms raise for the same mistakes.
     """
 
 
-def exchange_begins() -> None:
-    """To be called by each: what is raised from then on is another event, if it is the same object."""
+def count_exchange() -> None:
+    """To be called at the start of each exchange: the same error object, raised again later, is another event."""
     global _exchanges
     _exchanges += 1
 
 
 def known_everywhere(error: E) -> E:
-    """Marks ``error`` as one that the other ranks raise as well, or have been told of."""
+    """Marks ``error`` as known to the other ranks: they raise it as well, or this rank has reported it to them."""
     error.__dict__["_syncnorm_known_since"] = _exchanges
     return error
 
 
 def is_known_everywhere(error: BaseException) -> bool:
-    """Whether nobody has to be told of ``error`` any more."""
+    """Whether the other ranks already know about ``error``."""
     return error.__dict__.get("_syncnorm_known_since") == _exchanges

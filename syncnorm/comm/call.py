@@ -1,7 +1,8 @@
-"""What a rank is about to do in a collective, in a form that ranks can compare."""
+"""What a rank does in one collective, in a form that ranks can compare, and the error for ranks that disagree."""
 
 import hashlib
 import struct
+from collections.abc import Callable
 from enum import IntEnum
 from functools import lru_cache
 from typing import NamedTuple
@@ -10,19 +11,27 @@ import torch
 
 
 class Kind(IntEnum):
-    """What a rank comes to a collective for."""
+    """Why a rank takes part in a collective."""
 
     FORWARD = 1
     BACKWARD = 2
     DOUBLE_BACKWARD = 3
-    JOINED = 4  # its data has run out: it brings a count of zero, whatever the others do
-    REFUSED = 5  # its input was wrong: it brings the reason, and everyone raises
+    JOINED = 4  # its data has run out: it contributes a count of zero to whatever the other ranks compute
+    ABORTED = 5  # it raises an error: it sends the reason, and all ranks raise
 
 
 class Call(NamedTuple):
     """One collective of one layer, as one rank sees it.
 
-    ``number`` counts the calls over the group, of all layers, from 1; a backward has that of its forward.
+    Attributes:
+        kind: why the rank takes part.
+        layer: the layer's name.
+        number: counts the forwards of all layers over the group, from 1. A backward has the number of its forward.
+        channels: the number of channels.
+        dtype: of the statistics.
+        eps: of the layer.
+        built: for a layer that was constructed as a synced one, its place among the layers of its class and width in
+            order of construction, from 1, as far as this rank knows. 0 for a layer of a converted model.
     """
 
     kind: Kind
@@ -31,47 +40,55 @@ class Call(NamedTuple):
     channels: int = 0
     dtype: torch.dtype = torch.float32
     eps: float = 0.0
-    built: int = 0  # for a layer that was built synced: 1 for the first of its class and width, as far as known
+    built: int = 0
 
     def __str__(self) -> str:
         if self.kind == Kind.JOINED:
             return "has no more data (Join)"
-        if self.kind == Kind.REFUSED:
-            return "the refusal of an input"
-        what = self.kind.name.lower().replace("_", " ")
+        if self.kind == Kind.ABORTED:
+            return "the report of an error on this rank"
+        pass_name = self.kind.name.lower().replace("_", " ")
         dtype = str(self.dtype).removeprefix("torch.")
-        width = f"{self.channels} channels, {dtype} statistics, eps {self.eps:g}"
+        details = f"{self.channels} channels, {dtype} statistics, eps {self.eps:g}"
         if self.built and not self.layer.endswith(f" {self.built}"):
-            width += f", no. {self.built} in the order in which they were built"
-        return f"{what} of {self.layer} (call {self.number} of the group; {width})"
+            details += f", no. {self.built} in order of construction"
+        return f"{pass_name} of {self.layer} (call {self.number} of the group; {details})"
 
     def key(self) -> int:
-        """63 bits that are the same on two ranks if they do the same, but for the number, and by chance otherwise."""
+        """A 63-bit hash of all fields except ``number``: ranks whose keys are equal make the same call."""
         return _key(self.kind, self.layer, self.channels, self.dtype, self.eps, self.built)
 
 
 @lru_cache(maxsize=4096)
 def _key(kind: Kind, layer: str, channels: int, dtype: torch.dtype, eps: float, built: int) -> int:
-    if built:  # the number in its name is by the order of this rank's forwards
+    if built:  # the number in the name follows the order of this rank's forwards, which may differ between ranks
         layer = f"{layer.rsplit(' ', 1)[0]} {built}"
     text = f"{kind}/{layer}/{channels}/{dtype}/{eps!r}"
     return int(struct.unpack("<Q", hashlib.blake2b(text.encode(), digest_size=8).digest())[0]) >> 1
 
 
+# Functions that are called after each exchange with the call and the seconds that this rank waited for the others, in
+# the thread that waited. Empty unless something measures, such as the monitor or a benchmark.
+observers: list[Callable[[Call, float], None]] = []
+
+
 def explain_disagreement(rank: int, calls: dict[int, str]) -> str:
-    """The message of an error for ranks that came to one collective for different things.
+    """The message of the error for ranks that made different calls in one collective.
 
     Args:
-        rank: this one.
-        calls: by rank, what it came for.
+        rank: this rank.
+        calls: the call of each rank, as text.
     """
-    told = "\n".join(f"  rank {r}: {call}" for r, call in calls.items())
+    by_rank = "\n".join(f"  rank {r}: {call}" for r, call in calls.items())
     message = (
-        f"rank {rank}: ranks that share statistics called different layers:\n{told}\n"
-        f"All of them must run the same synced layers, of the same width, in the same order, forward and backward. "
-        f"A forward that only some ranks make belongs under `with syncnorm.no_sync_stats():`; ranks whose data "
-        f"runs out early, under torch's Join with syncnorm.training.joinable(model)."
+        f"rank {rank}: ranks that share statistics called different layers:\n{by_rank}\n"
+        f"All ranks must run the same synced layers, with the same number of channels, in the same order, in the "
+        f"forward and in the backward. Run a forward that only some ranks make under "
+        f"`with syncnorm.no_sync_stats():`. If some ranks run out of data earlier than others, use torch's Join with "
+        f"syncnorm.training.joinable(model)."
     )
-    if " of model " in told or " in the order in which " in told:
-        message += " Several models with such layers, copies included, must be made in the same order on all ranks."
+    if " of model " in by_rank or " in order of construction" in by_rank:
+        message += (
+            " Models that contain such layers, including copies, must be created in the same order on all ranks."
+        )
     return message

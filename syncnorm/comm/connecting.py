@@ -1,91 +1,95 @@
-"""How ranks come to be connected: they wait for each other, compare their protocols, and only then call gloo.
+"""How the ranks of a group find one another: they meet in the job's store, compare their wire formats, then connect.
 
-gloo by itself waits for a rank that has died once for each of its neighbors, without a word.
+They meet first because gloo, when a rank has died, silently waits once for each of that rank's neighbors.
 """
 
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
-from syncnorm.comm import threads
 from syncnorm.comm.call import Call
-from syncnorm.comm.failure_flags import Notices
+from syncnorm.comm.failure_flags import FailureFlags, start_thread
 from syncnorm.comm.frames import protocol
-from syncnorm.comm.waiting import Waiting
+from syncnorm.comm.stall_inspector import StallInspector
 from syncnorm.errors import SyncNormError
 
-_PATIENCE = 0.3  # seconds between two looks at the other ranks
-_CONNECT = 60.0  # seconds for connecting, once all ranks are there
+_POLL_S = 0.3  # between two checks of the other ranks while this one connects
+_CONNECT_S = 60.0  # for connecting, after all ranks have met
 
 
-def meet(notices: Notices, waiting: Waiting, call: Call, timeout: float) -> None:
-    """Waits until all ranks have come to their first exchange.
+def connect_ranks(
+    connect: Callable[[Store], dist.ProcessGroup],
+    flags: FailureFlags,
+    inspector: StallInspector,
+    call: Call,
+    timeout_s: float,
+) -> dist.ProcessGroup:
+    """Waits for all ranks and returns what ``connect`` returns for the job's store.
 
     Raises:
-        RuntimeError: they have not, in ``timeout`` seconds, or one has failed.
-        SyncNormError: their frames differ, on all ranks alike.
+        RuntimeError: after ``timeout_s`` the ranks have not met or not connected, or another rank has failed.
+        SyncNormError: the ranks have different wire formats; raised on all ranks.
+        BaseException: what ``connect`` raises.
     """
-    notices.post("here", protocol())
+    _meet(flags, inspector, call, timeout_s)
+    store = flags.store
+    # A copy has its own connection: while a call waits for an answer of a TCPStore, it blocks all others on the same.
+    with suppress(NotImplementedError, RuntimeError):  # a store that is written in Python cannot be copied
+        store = store.clone()  # type: ignore[attr-defined]  # missing in torch's stubs
+    return _in_thread(lambda: connect(store), inspector, call, timeout_s)
+
+
+def _meet(flags: FailureFlags, inspector: StallInspector, call: Call, timeout_s: float) -> None:
+    """Waits until all ranks have come to their first exchange, and compares their wire formats."""
+    flags.post("here", protocol())
     began = time.perf_counter()
-    while len(here := notices.by_rank("here") or {}) < len(notices.ranks):
+    while len(protocols := flags.by_rank("here") or {}) < len(flags.ranks):
         seconds = time.perf_counter() - began
-        waiting.look_around(call, 0, seconds)
-        if seconds > timeout:
-            raise RuntimeError(f"not all of them came to their first synced layer in {seconds:.0f} s")
+        inspector.check(call, 0, seconds)
+        if seconds > timeout_s:
+            raise RuntimeError(f"not all ranks came to their first synced layer within {seconds:.0f} s")
         time.sleep(min(0.2, 0.002 + seconds / 20))
-    if len(set(here.values())) > 1:
-        told = "\n".join(f"  rank {rank}: {theirs}" for rank, theirs in here.items())
+    if len(set(protocols.values())) > 1:
+        by_rank = "\n".join(f"  rank {rank}: {text}" for rank, text in protocols.items())
         raise SyncNormError(
-            f"rank {notices.rank}: the ranks run versions of syncnorm that do not understand each other:\n{told}\n"
-            f"Install the same version on all of them."
+            f"rank {flags.rank}: the ranks run incompatible versions of syncnorm:\n{by_rank}\n"
+            f"Install the same version on all ranks."
         )
 
 
-def reach(
-    connect: Callable[[], dist.ProcessGroup], waiting: Waiting, call: Call, timeout: float
+def _in_thread(
+    connect: Callable[[], dist.ProcessGroup], inspector: StallInspector, call: Call, timeout_s: float
 ) -> dist.ProcessGroup:
-    """What ``connect`` returns, which runs in a thread, so that this rank can look around.
-
-    Raises:
-        RuntimeError: it has not returned in ``timeout`` seconds or a minute, or another rank has failed.
-        BaseException: what ``connect`` raises.
-    """
-    made: list[dist.ProcessGroup | BaseException] = []
+    """Runs ``connect`` in a thread, so that this rank can check the others meanwhile."""
+    results: list[dist.ProcessGroup | BaseException] = []
 
     def run() -> None:
         try:
-            made.append(connect())
+            results.append(connect())
         except BaseException as error:
-            made.append(error)
+            results.append(error)
 
-    thread = threads.start(run)
+    thread = start_thread(run)
     began = time.perf_counter()
-    thread.join(_PATIENCE)
+    thread.join(_POLL_S)
     while thread.is_alive():
         seconds = time.perf_counter() - began
-        waiting.look_around(call, 0, seconds)
-        if seconds > min(timeout, _CONNECT) + 1:
-            raise RuntimeError(f"no connection in {seconds:.0f} s")
-        thread.join(_PATIENCE)
-    if isinstance(made[0], BaseException):
-        raise made[0]
-    return made[0]
-
-
-def copy_of(store: Any) -> Any:
-    """The store over a connection of its own: who waits for an answer of a TCPStore blocks all others on the same."""
-    with suppress(NotImplementedError, RuntimeError):  # a store that is written in Python has no copy
-        return store.clone()
-    return store
+        inspector.check(call, 0, seconds)
+        if seconds > min(timeout_s, _CONNECT_S) + 1:
+            raise RuntimeError(f"no connection within {seconds:.0f} s")
+        thread.join(_POLL_S)
+    if isinstance(results[0], BaseException):
+        raise results[0]
+    return results[0]
 
 
 def timeout_of(group: dist.ProcessGroup) -> float:
-    """Seconds that the ranks of ``group`` wait for each other."""
+    """The timeout of ``group`` in seconds."""
     timeout = None
-    with suppress(RuntimeError):  # a group of GPUs alone has no backend for the CPU
+    with suppress(RuntimeError):  # a group for GPUs only has no backend for the CPU
         timeout = getattr(getattr(group._get_backend(torch.device("cpu")), "options", None), "_timeout", None)
     return (timeout or dist.default_pg_timeout).total_seconds()

@@ -1,10 +1,11 @@
-"""The exchange of frames between the CPUs of a group, over gloo connections of its own.
+"""The exchange of frames between the CPUs of a group, over its own gloo connections.
 
-Of its own, so that DDP's collectives and the layer's never meet: ranks that fall out of step then disagree here, in
-frames that say so, and not with a gradient bucket of another size.
+Separate connections keep the layer's messages apart from DDP's collectives: ranks that fall out of step then disagree
+here, in frames that say so, and not with a gradient bucket of another size.
 
-An exchange that one rank leaves half-way, by an interrupt or an error, is not taken up again: the others' next frames
-might be of another size, for which gloo aborts. It is closed, on all ranks, until all of them convert again.
+An exchange that one rank leaves before it is complete, by an interrupt or an error, cannot be resumed: the next
+frames of the other ranks might have another size, for which gloo aborts. It is closed, on all ranks, until all of
+them convert their models again.
 """
 
 import atexit
@@ -18,52 +19,46 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import Store
 
-from syncnorm.comm.call import Call, Kind, explain_disagreement
-from syncnorm.comm.connecting import copy_of, meet, reach, timeout_of
-from syncnorm.comm.failure_flags import Notices
-from syncnorm.comm.frames import FIRST, Frames, Header, agreed, capacity_for, in_earnest
-from syncnorm.comm.lookout import Lookout
-from syncnorm.comm.observers import observers
-from syncnorm.comm.waiting import Waiting
-from syncnorm.errors import SyncNormError, exchange_begins, known_everywhere
+from syncnorm.comm.call import Call, Kind, explain_disagreement, observers
+from syncnorm.comm.connecting import connect_ranks, timeout_of
+from syncnorm.comm.failure_flags import FailureFlags
+from syncnorm.comm.frames import (
+    INITIAL_FRAME_BYTES,
+    Frames,
+    Header,
+    capacity_for,
+    headers_agree,
+    without_fake_mode,
+)
+from syncnorm.comm.stall_inspector import StallInspector, StallWatchdog
+from syncnorm.errors import SyncNormError, count_exchange, known_everywhere
 
-_PATIENCE = timedelta(seconds=0.3)  # how long a rank waits before it looks whether another has failed
-# Seconds that a waiting rank stays awake. A thread that sleeps is woken late, on a core that has gone cold; one that
-# yields leaves the core to gloo's own threads, and to whoever else has work.
-_SPIN = 0.005
-_REFUSING = 10.0  # seconds that a rank with an error of its own waits for the others to connect
-_AT_EXIT = 2.0  # and for them to hear of it
-_CALLS = 1_000_000  # of an attempt at most, so that no graph of an earlier one finds its forward's number again
+_POLL = timedelta(seconds=0.3)  # between two checks, by a rank that waits, whether another rank has failed
+# How long a waiting rank spins. A sleeping thread is woken late, on a core that has gone cold; one that yields leaves
+# the core to gloo's own threads and to other processes.
+_SPIN_S = 0.005
+_ABORT_CONNECT_S = 10.0  # how long a rank that reports an error waits for the others to connect
+_EXIT_S = 2.0  # how long the end of the process waits until the others have received such a report
+_MAX_CALLS = 1_000_000  # per attempt, so that no graph of an earlier attempt has a call number of a later one
 _yield = getattr(os, "sched_yield", functools.partial(time.sleep, 0))
 
 
-_exchanges: "weakref.WeakSet[Exchange]" = weakref.WeakSet()
-
-
-@atexit.register
-def _leave_connections_to_the_system() -> None:
-    """Keeps gloo from being taken down at exit where its work is not done: it would wait for the other ranks."""
-    deadline = time.monotonic() + _AT_EXIT
-    for exchange in list(_exchanges):
-        if exchange._refusal_is_unheard(deadline) or exchange._closed:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(exchange._group))
-
-
 class Received(NamedTuple):
-    """What an exchange brought."""
+    """The result of an exchange."""
 
     headers: list[Header]  # in rank order
-    payloads: Tensor  # (W, numbers), zero where a rank has joined; a view that the next exchange overwrites
+    payloads: Tensor  # (W, numbers), zero for a rank that has joined; a view that the next exchange overwrites
 
 
-class UnderWay(NamedTuple):
-    """An exchange that has begun. Called, it waits for the other ranks; else it has to be abandoned."""
+class PendingExchange(NamedTuple):
+    """An exchange that has started. It must be either called, which waits for the other ranks, or abandoned."""
 
     exchange: "Exchange"
     call: Call
@@ -73,269 +68,293 @@ class UnderWay(NamedTuple):
     work: dist.Work
 
     def __call__(self) -> Received:
-        """What all ranks brought. Raises as the exchange does."""
-        with self.exchange._guarded(self.call):
+        """Waits for all ranks. Raises as the exchange does."""
+        with self.exchange._closed_by_errors(self.call):
             return self.exchange._receive(self)
 
     def abandon(self, error: BaseException) -> None:
-        """Closes the exchange because of ``error``, unless it is over."""
-        if self.exchange._under_way is self.call:
-            self.exchange._under_way = None
-            self.exchange._close(f"left {self.call} half-way", error)
+        """Closes the exchange because of ``error``, unless it is complete."""
+        if self.exchange._pending is self.call:
+            self.exchange._pending = None
+            self.exchange._close(f"left {self.call} before it was complete", error)
 
 
-class _Failed(RuntimeError):
-    """The other ranks' frames did not come."""
+class _TransportError(RuntimeError):
+    """The frames of the other ranks did not arrive."""
 
 
 class Exchange:
-    """All-to-all exchange of frames between the ranks of one group, by one thread of each rank.
+    """All-to-all exchange of frames between the ranks of a group, by one thread of each rank.
 
     Collective: all ranks of the group must make the first exchange, which connects them, and all later ones.
 
     Args:
-        group: of two ranks or more.
+        group: a process group of at least two ranks.
         attempt: how many exchanges of this group were closed before this one.
     """
 
     def __init__(self, group: dist.ProcessGroup, attempt: int = 0):
         self.ranks = dist.get_process_group_ranks(group)
         self.rank = dist.get_rank()
-        self.calls = attempt * _CALLS  # the same on all ranks
-        # Ranks that are about to disagree must still send frames of one size. So that is foretold from what all of
-        # them know: the largest that has followed the last exchange that they agreed on.
-        self._last = 0
-        self._follows: dict[int, int] = {}
-        self._frames: dict[int, Frames] = {}
-        self._notices = notices_of(group, attempt)
-        self._waiting = Waiting(self._notices)
-        self._shared_by = weakref.ref(group)
-        self._group: dist.ProcessGroup | None = None  # of connections, once there are
+        self.calls = attempt * _MAX_CALLS  # the same on all ranks
+        self.idle_since = math.inf
+        # Frames must have one size even if ranks disagree. So it is predicted from what all ranks know: the largest
+        # frame that ever followed the last call that all of them agreed on.
+        self._last_key = 0
+        self._next_capacity: dict[int, int] = {}  # by the key of a call
+        self._frames: dict[int, Frames] = {}  # by capacity
+        self._flags = failure_flags_of(group, attempt)
+        self._inspector = StallInspector(self._flags)
+        self._user_group = weakref.ref(group)
+        self._connections: dist.ProcessGroup | None = None
         self._entering = threading.Lock()
-        self._under_way: Call | None = None
-        self._closed = ""  # because of what
-        self._refusal: tuple[dist.Work, Frames, str] | None = None
+        self._pending: Call | None = None
+        self._closed_because = ""
+        self._abort_report: tuple[dist.Work, Frames, str] | None = None
         _exchanges.add(self)
-        self.ended = math.inf
 
     @property
     def closed(self) -> bool:
-        """Whether this rank, or as far as can be known another one, has left an exchange half-way."""
-        return bool(self._closed) or self._notices.any_failure()
+        """Whether this rank, or another one as far as is known, has left an exchange before it was complete."""
+        return bool(self._closed_because) or self._flags.any_failure()
 
     def __call__(self, call: Call, vectors: Sequence[Tensor] = (), values: int = 0) -> Received:
-        """Gives this rank's ``vectors`` to the others, and theirs to this one.
+        """Sends this rank's ``vectors`` to the other ranks and receives theirs.
 
         Args:
-            call: what this rank comes for.
-            vectors: of one dtype; all that come for the same call bring as many numbers.
-            values: a channel; goes into the header.
+            call: what this rank does.
+            vectors: of one dtype; all ranks that make the same call send equally many numbers.
+            values: values per channel on this rank, for the header.
 
         Raises:
-            SyncNormError: the ranks came for different calls, or one refused its input, on all ranks alike; or the
-                exchange failed, or is closed.
+            SyncNormError: the ranks made different calls, or one of them reported an error, both on all ranks; or the
+                exchange failed or is closed.
         """
         return self.start(call, vectors, values)()
 
-    def start(self, call: Call, vectors: Sequence[Tensor], values: int = 0) -> UnderWay:
-        """Begins an exchange. No other may begin before it is over."""
+    def start(self, call: Call, vectors: Sequence[Tensor], values: int = 0) -> PendingExchange:
+        """Starts an exchange. No other one may start before it is complete."""
         self._enter(call)
-        with self._guarded(call, leaves=False):
-            self._connected(call)
-            frames = self._of(self._follows.get(self._last, FIRST))
+        with self._closed_by_errors(call, completes=False):
+            self._ensure_connected(call)
+            frames = self._frames_of(self._predicted_capacity())
             self.calls += 1
             own = frames.write(call, vectors, values)
-            return UnderWay(self, call, vectors, own, frames, self._send(frames))
+            return PendingExchange(self, call, vectors, own, frames, self._send(frames))
 
     def abort_peers(self, reason: str) -> None:
-        """Tells the ranks that come, or will come, to the next exchange that this one will not, and why."""
-        call = Call(Kind.REFUSED)
+        """Makes the other ranks raise at the next exchange, now or later: this rank does not take part in it."""
+        call = Call(Kind.ABORTED)
         self._enter(call)
-        unheard = f"did not take part, because {reason}"
-        with self._guarded(call, unheard):
-            # This rank has an error of its own to raise. Ranks that come later find the reason in the store.
-            self._connected(call, _REFUSING)
+        absence = f"did not take part, because {reason}"
+        with self._closed_by_errors(call, absence):
+            # This rank has an error to raise. Ranks that come after this time find the reason in the store.
+            self._ensure_connected(call, _ABORT_CONNECT_S)
             self.calls += 1
-            # Frames of its own: the next exchange may come before the others have these.
-            frames = Frames(len(self.ranks), self._follows.get(self._last, FIRST))
+            # In new buffers, because the next exchange may start before the other ranks have received these.
+            frames = Frames(len(self.ranks), self._predicted_capacity())
             frames.write_text(call, reason)
             work = self._send(frames)
-            # Not waited for beyond that: the others may be slow to come. The tensors must live until they do.
-            self._refusal = work, frames, unheard
+            # The other ranks may come late: no further waiting. The buffers must live until they have come.
+            self._abort_report = work, frames, absence
             with suppress(RuntimeError):
-                _done(work)
+                _completed(work)
 
-    def _refusal_is_unheard(self, deadline: float) -> bool:
-        """Whether other ranks have not come for this rank's last refusal until then; it is left in the store."""
-        if self._refusal is None:
+    def _abort_report_pending(self, deadline: float) -> bool:
+        """Whether other ranks have not received the last report by ``deadline``. It is then left in the store."""
+        if self._abort_report is None:
             return False
-        work, _, reason = self._refusal
+        work, _, reason = self._abort_report
         while not work.is_completed() and time.monotonic() < deadline:
             time.sleep(0.01)
         if not work.is_completed():
-            self._notices.post_failure(reason)
+            self._flags.post_failure(reason)
         return not work.is_completed()
 
     def _enter(self, call: Call) -> None:
-        """Makes ``call`` the one that is under way.
+        """Makes ``call`` the pending one.
 
         Raises:
-            SyncNormError: it cannot be.
+            SyncNormError: another one is pending, or the exchange is closed.
         """
-        self.ended = math.inf
-        exchange_begins()
+        self.idle_since = math.inf
+        count_exchange()
         with self._entering:
-            other, self._under_way = self._under_way, self._under_way or call
+            other, self._pending = self._pending, self._pending or call
         if other is not None:
-            self._close(f"began {call} before {other} was over")
-            raise self._known(
-                f"{call} began before {other} was over. Only one thread may run the layers of a process group at a "
-                f"time, because its exchanges have one order. Give each thread's model a group of its own"
+            self._close(f"started {call} before {other} was complete")
+            raise self._error_known_everywhere(
+                f"{call} was started before {other} was complete. Only one thread may run the layers of a process "
+                f"group at a time, because ranks match their exchanges by order. Give the model of each thread its "
+                f"own process group"
             )
-        if self._closed:
-            self._under_way = None
-            raise self._known(
-                f"{call} cannot be synchronized over ranks {self.ranks} any more: {self._closed}. To go on, call "
-                f"syncnorm.convert(model) again on all ranks, or start anew from a checkpoint"
+        if self._closed_because:
+            self._pending = None
+            raise self._error_known_everywhere(
+                f"{call} cannot be synchronized over ranks {self.ranks} anymore: {self._closed_because}. To "
+                f"continue, call syncnorm.convert(model) again on all ranks, or restart the job from a checkpoint"
             )
 
     @contextmanager
-    def _guarded(self, call: Call, reason: str = "", leaves: bool = True) -> Iterator[None]:
-        """Closes the exchange, for that reason, if the block ends by an error that the other ranks do not have."""
+    def _closed_by_errors(self, call: Call, reason: str = "", completes: bool = True) -> Iterator[None]:
+        """Closes the exchange if the block raises an error that the other ranks do not raise.
+
+        Args:
+            call: the pending call.
+            reason: what the other ranks need to know if the transport fails.
+            completes: whether the exchange is complete at the end of the block.
+        """
         try:
-            with in_earnest():
+            with without_fake_mode():
                 yield
         except BaseException as error:
-            self._under_way = None
-            if isinstance(error, _Failed):
-                message = self._waiting.why(call, error, reason)
-                self._closed = f"{call} failed"
+            self._pending = None
+            if isinstance(error, _TransportError):
+                message = self._inspector.explain_failure(call, error, reason)
+                self._closed_because = f"{call} failed"
                 raise known_everywhere(SyncNormError(message)) from error.__cause__
             if not isinstance(known_everywhere(error), SyncNormError):
-                self._close(f"left {call} half-way", error)
+                self._close(f"left {call} before it was complete", error)
             raise
-        if leaves:
-            self._under_way = None
-            self.ended = time.monotonic()
+        if completes:
+            self._pending = None
+            self.idle_since = time.monotonic()
 
     def _close(self, reason: str, error: BaseException | None = None) -> None:
-        """Ends all exchanges of the group, here and, as soon as they look, on the other ranks."""
+        """Ends the exchanges of the group: on this rank now, on the other ranks as soon as they check."""
         if error is not None:
             known_everywhere(error)
-            # By its class alone: who looks for the words of a full memory in a message should not find them in ours.
+            # Only its class: a training loop that looks for "out of memory" in messages must not find it in ours.
             reason += f", because of {type(error).__name__}"
-        self._closed = f"rank {self.rank} {reason}"
-        self._notices.post_failure(reason)
+        self._closed_because = f"rank {self.rank} {reason}"
+        self._flags.post_failure(reason)
 
-    def _known(self, message: str) -> SyncNormError:
+    def _error_known_everywhere(self, message: str) -> SyncNormError:
         return known_everywhere(SyncNormError(f"rank {self.rank}: {message}"))
 
-    def _receive(self, begun: UnderWay) -> Received:
-        _, call, vectors, own, frames, work = begun
+    def _receive(self, pending: PendingExchange) -> Received:
+        _, call, vectors, own, frames, work = pending
         while True:
             self._wait(work, call)
-            found = frames.headers()
-            if any(h[:4] != own[:4] for h in found):
-                self._check(call, found, frames)
-            size = max(h.size for h in found)
+            headers = frames.headers()
+            if any(h[:4] != own[:4] for h in headers):
+                self._check_headers(call, headers, frames)
+            size = max(h.size for h in headers)
             if size <= frames.room:
                 break
-            frames = self._of(capacity_for(size))
+            frames = self._frames_of(capacity_for(size))
             frames.write(call, vectors, own.values)
             work = self._send(frames)
-        self._follows[self._last] = max(capacity_for(size), self._follows.get(self._last, 0))
-        self._last = next((h.key for h in found if h.kind != Kind.JOINED), 0)
+        self._next_capacity[self._last_key] = max(capacity_for(size), self._next_capacity.get(self._last_key, 0))
+        self._last_key = next((h.key for h in headers if h.kind != Kind.JOINED), 0)
         payloads = frames.payloads(size, vectors[0].dtype if vectors else torch.uint8)
-        for row, header in enumerate(found):
+        for row, header in enumerate(headers):
             if header.size == 0:
-                payloads[row] = 0  # what was there is of another exchange
-        return Received(found, payloads)
+                payloads[row] = 0  # it holds numbers of an earlier exchange
+        return Received(headers, payloads)
 
-    def _of(self, capacity: int) -> Frames:
+    def _check_headers(self, call: Call, headers: list[Header], frames: Frames) -> None:
+        """Raises unless the headers, which all ranks see, are those of one call."""
+        if headers_agree(headers):
+            return
+        aborted = [row for row, h in enumerate(headers) if h.kind == Kind.ABORTED]
+        if aborted:
+            reason = frames.texts(headers)[aborted[0]]
+            raise SyncNormError(
+                f"rank {self.rank}: rank {self.ranks[aborted[0]]} did not take part in {call}, because {reason}"
+            )
+        # All ranks see the same headers, so all of them exchange the names of their calls.
+        names = Frames(len(self.ranks), INITIAL_FRAME_BYTES)
+        names.write_text(call, str(call))
+        self._wait(self._send(names), call)
+        calls = names.texts(names.headers())
+        raise SyncNormError(explain_disagreement(self.rank, dict(zip(self.ranks, calls, strict=True))))
+
+    def _predicted_capacity(self) -> int:
+        return self._next_capacity.get(self._last_key, INITIAL_FRAME_BYTES)
+
+    def _frames_of(self, capacity: int) -> Frames:
         if capacity not in self._frames:
             self._frames[capacity] = Frames(len(self.ranks), capacity)
         return self._frames[capacity]
 
-    def _check(self, call: Call, found: list[Header], frames: Frames) -> None:
-        if agreed(found):
-            return
-        refused = [rank for rank, h in enumerate(found) if h.kind == Kind.REFUSED]
-        if refused:
-            reason = frames.texts(found)[refused[0]]
-            raise SyncNormError(
-                f"rank {self.rank}: rank {self.ranks[refused[0]]} did not take part in {call}, because {reason}"
-            )
-        # All ranks see the same headers, so all of them come here.
-        names = Frames(len(self.ranks), FIRST)
-        names.write_text(call, str(call))
-        self._wait(self._send(names), call)
-        told = names.texts(names.headers())
-        raise SyncNormError(explain_disagreement(self.rank, dict(zip(self.ranks, told, strict=True))))
-
     def _send(self, frames: Frames) -> dist.Work:
-        assert self._group is not None
+        assert self._connections is not None
         try:
-            # Each rank sends its frame to each other one: gloo's all_gather passes them round a ring instead.
-            return self._group.alltoall_base(frames.received, frames.sent, [], [])
+            # Each rank sends its frame directly to each other rank; gloo's all_gather passes frames around a ring.
+            return self._connections.alltoall_base(frames.received, frames.sent, [], [])
         except RuntimeError as error:  # torch.distributed's own errors are RuntimeErrors
-            raise _Failed(str(error)) from error
+            raise _TransportError(str(error)) from error
 
     def _wait(self, work: dist.Work, call: Call) -> None:
-        """Returns when all ranks' frames are here."""
+        """Returns when the frames of all ranks have arrived."""
         began = time.perf_counter()
         try:
-            while not _done(work):
-                # A rank whose neighbor died need not be the dead one's neighbor.
-                self._waiting.look_around(call, self.calls, time.perf_counter() - began)
+            while not _completed(work):
+                # The rank that we wait for may itself be waiting for one that died.
+                self._inspector.check(call, self.calls, time.perf_counter() - began)
         except RuntimeError as error:
-            raise _Failed(str(error)) from error
+            raise _TransportError(str(error)) from error
         for observer in observers:
             observer(call, time.perf_counter() - began)
 
-    def _connected(self, call: Call, patience: float = math.inf) -> None:
-        """Connects this rank to all others, if it is not; with an eye on them, which gloo alone would not have."""
-        if self._group is not None:
+    def _ensure_connected(self, call: Call, timeout_s: float = math.inf) -> None:
+        """Connects this rank to all others, if it is not connected, and notices if one of them fails meanwhile."""
+        if self._connections is not None:
             return
-        group = self._shared_by()
-        assert group is not None, "who calls has it"
-        timeout = min(patience, timeout_of(group))
+        group = self._user_group()
+        assert group is not None, "the caller holds a reference"
+        timeout_s = min(timeout_s, timeout_of(group))
         try:
-            meet(self._notices, self._waiting, call, timeout)
-            store = copy_of(self._notices.store)
-            # Called by its name at that time, for who puts another in its place.
-            self._group = reach(lambda: _connect(store, group), self._waiting, call, timeout)
-            Lookout(self, Notices(self._notices.store, self.rank, self.ranks)).start()
+            # A lambda looks _connect up when it is called, so that tests can replace it.
+            self._connections = connect_ranks(
+                lambda store: _connect(store, group), self._flags, self._inspector, call, timeout_s
+            )
+            StallWatchdog(self, FailureFlags(self._flags.store, self.rank, self.ranks)).start()
         except SyncNormError:
             raise
         except RuntimeError as error:  # torch.distributed's own errors are RuntimeErrors
-            raise _Failed(f"could not connect to ranks {self.ranks}: {error}") from error
+            raise _TransportError(f"could not connect to ranks {self.ranks}: {error}") from error
 
 
-def notices_of(group: dist.ProcessGroup, attempt: int) -> Notices:
-    """Of the ranks of ``group``, in one attempt to connect."""
+def failure_flags_of(group: dist.ProcessGroup, attempt: int) -> FailureFlags:
+    """The flags of the ranks of ``group`` in one attempt to connect."""
     store = dist.distributed_c10d._get_default_store()
     # The name of a group is the same on all of its ranks.
     store = dist.distributed_c10d.PrefixStore(f"syncnorm/{group.group_name}/{attempt}", store)
-    return Notices(store, dist.get_rank(), dist.get_process_group_ranks(group))
+    return FailureFlags(store, dist.get_rank(), dist.get_process_group_ranks(group))
 
 
-def _done(work: dist.Work) -> bool:
-    deadline = time.monotonic() + _SPIN
+def _completed(work: dist.Work) -> bool:
+    """Waits for ``work``, at most about ``_POLL``; whether it has completed. Raises if it failed."""
+    deadline = time.monotonic() + _SPIN_S
     while not work.is_completed() and time.monotonic() < deadline:
         _yield()
     try:
-        work.wait(_PATIENCE)
+        work.wait(_POLL)
     except RuntimeError:
-        if not work.is_completed():  # only our patience ended
+        if not work.is_completed():  # it was only the time that ran out
             return False
-        work.wait()  # raises what failed, if it did not complete in between
+        work.wait()  # raises if it failed, and returns if it completed just now
     return True
 
 
-def _connect(store: Any, group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A gloo group of the same ranks that torch.distributed keeps no list of, for dist.new_group needs all ranks."""
+def _connect(store: Store, group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A gloo group of the same ranks, not registered with torch.distributed: dist.new_group needs all ranks."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     own = dist.ProcessGroup(store, rank, size)
     backend = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=timeout_of(group)))
     own._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
     return own
+
+
+_exchanges: "weakref.WeakSet[Exchange]" = weakref.WeakSet()
+
+
+@atexit.register
+def _leave_connections_to_the_system() -> None:
+    """Prevents the destruction of gloo's connections with unfinished work, which would wait for the other ranks."""
+    deadline = time.monotonic() + _EXIT_S
+    for exchange in list(_exchanges):
+        if exchange._abort_report_pending(deadline) or exchange._closed_because:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(exchange._connections))

@@ -1,42 +1,52 @@
-"""Notices that the ranks of a group leave for each other in the job's store, asked for with patience."""
+"""How a rank learns that another one has failed: flags and short notes that ranks leave in the job's store."""
 
+import atexit
+import ctypes
 import threading
+import time
+import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from contextlib import suppress
+from typing import TypeVar
 
-from syncnorm.comm import threads
+from torch.distributed.distributed_c10d import Store
 
-_PATIENCE = 1.0  # seconds for an answer; a store that is there gives it within milliseconds
+_ANSWER_S = 1.0  # how long to wait for the store; one that is reachable answers within milliseconds
+_EXIT_S = 1.0  # how long the end of the process waits for threads
 
 T = TypeVar("T")
 
+_threads: "weakref.WeakSet[threading.Thread]" = weakref.WeakSet()
 
-class Notices:
-    """The store, asked by a thread: with the network cut, torch's calls to it wait for hours, whatever their timeout.
 
-    A store that does not answer, or has ended with the rank that kept it, is no failure of the group: its ranks are
-    connected to each other. What it would have said is then unknown, which is not the same as "no".
+class FailureFlags:
+    """The flags and notes of the ranks of one group.
+
+    The store is accessed from a thread, because with the network cut torch's calls to it block for hours, whatever
+    their timeout is. A store that does not answer, or that ended together with the rank that hosted it, is not a
+    failure of the group, whose ranks have connections of their own. What the store would have answered is then
+    unknown, which is not the same as "no".
 
     Args:
-        store: a ``torch.distributed`` store, the same on all ranks.
-        rank: this one.
-        ranks: of the group.
+        store: a ``torch.distributed`` store that all ranks share.
+        rank: this rank.
+        ranks: the ranks of the group.
     """
 
-    def __init__(self, store: Any, rank: int, ranks: Sequence[int]) -> None:
+    def __init__(self, store: Store, rank: int, ranks: Sequence[int]) -> None:
         self.store = store
         self.rank = rank
         self.ranks = ranks
-        self._asking: threading.Thread | None = None
-        self._turn = threading.Lock()  # of the threads that ask: what one has to tell is not dropped for another
-        self._gone = False
+        self._request: threading.Thread | None = None
+        self._lock = threading.Lock()  # requests of several threads are made in turn, so that none is dropped
+        self._unreachable = False
 
     def post(self, name: str, text: str) -> None:
-        """Leaves this rank's notice, unless the store is out of reach."""
+        """Leaves a note of this rank, if the store is reachable."""
         self._ask(lambda: self.store.set(f"{name}/{self.rank}", text))
 
     def by_rank(self, name: str) -> dict[int, str] | None:
-        """The notices of that name; without the ranks that left none. None where that is unknown."""
+        """The notes of that name, by rank, without the ranks that left none. None if unknown."""
 
         def read() -> dict[int, str]:
             posted = [rank for rank in self.ranks if self.store.check([f"{name}/{rank}"])]
@@ -45,7 +55,7 @@ class Notices:
         return self._ask(read)
 
     def post_failure(self, reason: str) -> None:
-        """Tells the ranks that wait for this one that its exchanges are over; ``reason`` may be empty."""
+        """Raises the flag: the exchanges of this rank have ended. ``reason`` may be empty."""
 
         def write() -> None:
             self.store.set(f"failed/{self.rank}", reason)
@@ -54,21 +64,53 @@ class Notices:
         self._ask(write)
 
     def any_failure(self) -> bool:
-        """Whether the exchanges of a rank are over; False also where that is unknown."""
+        """Whether the exchanges of any rank have ended. False also if unknown."""
         return bool(self._ask(lambda: self.store.check(["failed"])))
 
-    def _ask(self, question: Callable[[], T]) -> T | None:
+    def failures(self) -> dict[int, str] | None:
+        """The reasons of the ranks that failed; None if unknown."""
+        return self.by_rank("failed")
+
+    def _ask(self, request: Callable[[], T]) -> T | None:
         answers: list[T] = []
 
         def ask() -> None:
             try:
-                answers.append(question())
+                answers.append(request())
             except RuntimeError:  # torch.distributed's own errors are RuntimeErrors
-                self._gone = True
+                self._unreachable = True
 
-        with self._turn:
-            if self._gone or (self._asking is not None and self._asking.is_alive()):  # it waits for the last answer
+        with self._lock:
+            if self._unreachable or (self._request is not None and self._request.is_alive()):  # still unanswered
                 return None
-            self._asking = threads.start(ask)
-            self._asking.join(_PATIENCE)
+            self._request = start_thread(ask)
+            self._request.join(_ANSWER_S)
         return answers[0] if answers else None
+
+
+def start_thread(function: Callable[[], None]) -> threading.Thread:
+    """Starts a thread for a call of torch that may never return. Nothing has to join it."""
+    thread = threading.Thread(target=function, daemon=True)
+    thread.start()
+    _threads.add(thread)
+    return thread
+
+
+@atexit.register
+def _end_threads() -> None:
+    """Waits a moment for the threads, and prevents those that return later from aborting the process.
+
+    Up to Python 3.13 a thread that returns from C++ to an interpreter that is shutting down is ended by unwinding its
+    stack. C++ takes that for an error and calls its terminate handler, which aborts the process. A handler that
+    sleeps keeps the thread where it is until the process has ended.
+
+    Source: Python's ``PyThread_exit_thread`` and https://github.com/python/cpython/issues/87135.
+    """
+    deadline = time.monotonic() + _EXIT_S
+    for thread in list(_threads):
+        thread.join(max(0.0, deadline - time.monotonic()))
+    if any(thread.is_alive() for thread in _threads):
+        with suppress(OSError, AttributeError):  # a C++ library other than GNU's
+            set_terminate = ctypes.CDLL("libstdc++.so.6")._ZSt13set_terminatePFvvE
+            set_terminate.argtypes, set_terminate.restype = [ctypes.c_void_p], ctypes.c_void_p
+            set_terminate(ctypes.cast(ctypes.CDLL(None).pause, ctypes.c_void_p))

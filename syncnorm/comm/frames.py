@@ -1,7 +1,7 @@
-"""One rank's part of an exchange as bytes: a header that says what it is for, then the numbers.
+"""The wire format of an exchange. A frame is what one rank sends: a header that identifies its call, then numbers.
 
-All frames of one exchange are of one size, so ranks that disagree still exchange what they say, and learn of it. With
-messages of different sizes gloo would abort one process and hand garbage to the other.
+All frames of one exchange have the same size, so that ranks that disagree still receive each other's headers and can
+raise. With messages of different sizes gloo would abort one process and deliver garbage to the other.
 """
 
 import struct
@@ -14,64 +14,49 @@ from torch import Tensor
 
 from syncnorm.comm.call import Call, Kind
 
-_VERSION = 1  # of what frames mean; one more whenever that changes
+_VERSION = 1  # of the meaning of frames; to be incremented whenever that changes
 _HEADER = struct.Struct("<5q")
-_LEAST = 512
-FIRST = 1024  # bytes of a frame of which nothing is known yet
+_MIN_FRAME_BYTES = 512
+INITIAL_FRAME_BYTES = 1024  # before a rank knows what size the exchange needs
 
 
 def protocol() -> str:
-    """What ranks must have in common before a frame of one can be read by another."""
-    return f"frames of version {_VERSION}: a header {_HEADER.format}, {FIRST} bytes at first, {_LEAST} at least"
-
-
-@contextmanager
-def _lasting() -> Iterator[None]:
-    """For memory that outlives a call, which must not take after the modes that the call is made in.
-
-    Made in inference mode it could not be used in training.
-    """
-    with torch.inference_mode(False), torch._C.DisableTorchFunction():
-        yield
-
-
-def in_earnest() -> AbstractContextManager[None]:
-    """For an exchange: without the mode of fake tensors, under which its operators would do nothing."""
-    if not torch._C._len_torch_dispatch_stack():
-        return nullcontext()
-    from torch._subclasses.fake_tensor import unset_fake_temporarily  # what is on the stack has imported it, or more
-
-    return cast(AbstractContextManager[None], unset_fake_temporarily())
+    """A description of the format, which must be equal on all ranks before they can read each other's frames."""
+    return (
+        f"frames of version {_VERSION}: header {_HEADER.format}, initially {INITIAL_FRAME_BYTES} bytes, "
+        f"at least {_MIN_FRAME_BYTES} bytes"
+    )
 
 
 class Header(NamedTuple):
-    """What a frame says of itself."""
+    """The header of a frame."""
 
     kind: int
     key: int
     number: int
-    size: int  # of the payload, in bytes; it is left out where the frame is too small
-    values: int  # a channel, on that rank
+    size: int  # of the payload, in bytes; a frame that is too small for its payload has only the header
+    values: int  # values per channel on the sending rank
 
 
 class Frames:
-    """The memory of exchanges of one size: what this rank sends to each rank, and what it gets from each.
+    """The buffers of exchanges of one frame size: what this rank sends to each rank, and what it receives from each.
 
-    Host memory that Python and torch both see: a header costs one ``struct`` call, and no tensor operator.
+    They are host memory that both Python and torch see: writing a header costs one ``struct`` call and no tensor
+    operator.
     """
 
     def __init__(self, world_size: int, capacity: int):
         self.world_size = world_size
-        self.capacity = capacity  # bytes, a multiple of 8
-        self.room = capacity - _HEADER.size
+        self.capacity = capacity  # bytes of one frame, a multiple of 8
+        self.room = capacity - _HEADER.size  # bytes for the payload
         self._out, self._in = bytearray(world_size * capacity), bytearray(world_size * capacity)
-        with _lasting():
+        with _outside_of_modes():
             self.sent = torch.frombuffer(self._out, dtype=torch.uint8)
             self.received = torch.frombuffer(self._in, dtype=torch.uint8)
         self._views: dict[tuple[torch.dtype, int], tuple[Tensor, Tensor]] = {}
 
     def write(self, call: Call, vectors: Sequence[Tensor], values: int) -> Header:
-        """Puts ``vectors``, of one dtype, behind one another into the frame for each rank."""
+        """Writes a header and the concatenated ``vectors``, which have one dtype, into the frame for each rank."""
         size = sum(v.numel() for v in vectors) * vectors[0].itemsize if vectors else 0
         header = Header(call.kind, call.key(), call.number, size, values)
         _HEADER.pack_into(self._out, 0, *header)
@@ -84,29 +69,29 @@ class Frames:
         return header
 
     def write_text(self, call: Call, text: str) -> None:
-        """Puts ``text``, as much of it as there is room for, into the frame for each rank."""
+        """Writes a header and ``text``, truncated to the size of the frame, into the frame for each rank."""
         self.write(call, [torch.frombuffer(bytearray(text.encode()[: self.room] or b" "), dtype=torch.uint8)], 0)
 
-    def texts(self, found: Sequence[Header]) -> list[str]:
-        """By rank, where frames under these headers hold texts."""
-        rows = self.payloads(self.room, torch.uint8)
-        return [bytes(row[: h.size].tolist()).decode(errors="replace") for row, h in zip(rows, found, strict=True)]
-
     def headers(self) -> list[Header]:
-        """By rank."""
+        """The header of each rank, in rank order."""
         return [
             Header._make(_HEADER.unpack_from(self._in, start)) for start in range(0, len(self._in), self.capacity)
         ]
 
+    def texts(self, headers: Sequence[Header]) -> list[str]:
+        """The text of each rank, in rank order, for frames whose payloads are texts."""
+        rows = self.payloads(self.room, torch.uint8)
+        return [bytes(row[: h.size].tolist()).decode(errors="replace") for row, h in zip(rows, headers, strict=True)]
+
     def payloads(self, size: int, dtype: torch.dtype) -> Tensor:
-        """The numbers of all ranks, (W, size / itemsize): a view, good until the next exchange."""
+        """The numbers of all ranks, (W, size / itemsize): a view that the next exchange overwrites."""
         return self._payloads(size, dtype)[1]
 
     def _payloads(self, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """What this rank sends, (size / itemsize), and what all ranks sent."""
+        """Views of the payload that this rank sends, (size / itemsize), and of those that it receives from all."""
         if (dtype, size) not in self._views:
             numbers, step, offset = (n // dtype.itemsize for n in (size, self.capacity, _HEADER.size))
-            with _lasting():
+            with _outside_of_modes():
                 sent, received = self.sent.view(dtype), self.received.view(dtype)
                 self._views[dtype, size] = (
                     sent[offset : offset + numbers],
@@ -115,12 +100,28 @@ class Frames:
         return self._views[dtype, size]
 
 
+def headers_agree(headers: Sequence[Header]) -> bool:
+    """Whether all ranks make the same call, not counting ranks that have joined, and none reports an error."""
+    calls = {h[:3] for h in headers if h.kind != Kind.JOINED}
+    return len(calls) <= 1 and all(kind != Kind.ABORTED for kind, *_ in calls)
+
+
 def capacity_for(size: int) -> int:
-    """Bytes of the frames that a payload of ``size`` fits in, and the reason of a rank that refuses instead."""
-    return max(_LEAST, -(-(size + _HEADER.size) // 64) * 64)
+    """Bytes of a frame for a payload of ``size`` bytes. Even the smallest has room for the reason of an error."""
+    return max(_MIN_FRAME_BYTES, -(-(size + _HEADER.size) // 64) * 64)
 
 
-def agreed(found: Sequence[Header]) -> bool:
-    """Whether all ranks came for the same thing, those apart whose data has run out."""
-    calls = {h[:3] for h in found if h.kind != Kind.JOINED}
-    return len(calls) <= 1 and all(kind != Kind.REFUSED for kind, *_ in calls)
+@contextmanager
+def _outside_of_modes() -> Iterator[None]:
+    """For buffers that outlive a call: allocated in inference mode, they could not be used in training."""
+    with torch.inference_mode(False), torch._C.DisableTorchFunction():
+        yield
+
+
+def without_fake_mode() -> AbstractContextManager[None]:
+    """Disables the mode of fake tensors, under which the operators of an exchange would do nothing."""
+    if not torch._C._len_torch_dispatch_stack():
+        return nullcontext()
+    from torch._subclasses.fake_tensor import unset_fake_temporarily  # slow to import; an active mode has imported it
+
+    return cast(AbstractContextManager[None], unset_fake_temporarily())

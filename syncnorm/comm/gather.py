@@ -1,4 +1,7 @@
-"""What every rank of a group has, side by side: for work between steps of training, where speed does not matter."""
+"""Gathers over the user's process group, on its own backend: the value of each rank, in rank order, on every rank.
+
+Work between training steps uses them directly. The layer does where it cannot exchange frames (see ``native``).
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,47 +10,59 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from syncnorm.comm.native import _all_gather_into
 from syncnorm.errors import SyncNormError
 
 T = TypeVar("T")
 
+# torch 2.13 renames all_gather_into_tensor and warns about the old name, the only one that 2.11 knows.
+_all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-def gather_rows(row: Tensor, group: dist.ProcessGroup | None, what: str) -> Tensor:
-    """``row`` (n) of each rank as (W, n), in rank order, the same bits on every rank.
+
+def gather_rows(row: Tensor, group: dist.ProcessGroup | None, what: object) -> Tensor:
+    """Gathers ``row`` (n) of each rank into a tensor (W, n).
 
     Args:
-        row: as long, and of the same dtype, on all ranks.
-        group: all of its ranks must call; None is this process alone.
-        what: for the message of an error.
+        row: of the same length and dtype on all ranks.
+        group: the process group; None means this process alone.
+        what: the operation that gathers, for error messages; converted to text only if there is an error.
+
+    Returns:
+        The rows in rank order, with the same bits on every rank.
 
     Raises:
         SyncNormError: the collective failed.
+
+    Collective: all ranks of ``group`` must call.
     """
     if group is None:
         return row.unsqueeze(0)
     rows = row.new_empty(group.size(), row.numel())
-    with _explained(what):
+    with explained(what, group):
         _all_gather_into(rows.view(-1), row, group=group)
     return rows
 
 
-def gather_objects(value: T, group: dist.ProcessGroup | None, what: str) -> list[T]:
-    """``value`` of each rank, pickled, in rank order. Arguments and errors as of :func:`gather_rows`."""
+def gather_objects(value: T, group: dist.ProcessGroup | None, what: object) -> list[T]:
+    """Gathers the pickled ``value`` of each rank into a list, in rank order.
+
+    Arguments, errors and collective as for :func:`gather_rows`.
+    """
     if group is None:
         return [value]
     values = [value] * group.size()
-    with _explained(what):
+    with explained(what, group):
         dist.all_gather_object(values, value, group=group)
     return values
 
 
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
+def explained(what: object, group: dist.ProcessGroup) -> Iterator[None]:
+    """Raises an error of the backend as a :class:`SyncNormError` that says what failed and where to look."""
     try:
         yield
-    except RuntimeError as error:  # torch.distributed's own errors are RuntimeErrors
+    except RuntimeError as error:  # DistBackendError and the backends' own errors are RuntimeErrors
         raise SyncNormError(
-            f"rank {dist.get_rank()}: {what} failed. Usually another rank raised or died: look for the first error "
-            f"on the other ranks. The backend said: {error}"
+            f"rank {dist.get_rank()}: {what} over ranks {dist.get_process_group_ranks(group)} failed. Usually "
+            f"another rank raised an error, died, or does not make this call: look for the first error on the other "
+            f"ranks. The backend reported: {error}"
         ) from error

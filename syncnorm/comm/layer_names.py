@@ -1,7 +1,7 @@
-"""The names by which ranks know a layer: where it stands in its model, and which of several models that is.
+"""The names by which ranks identify a layer: its name in the model, and which of several models it belongs to.
 
-Two models of one architecture have layers of the same names. Were these all that ranks compare, a rank that runs the
-two in another order than the others would mix their statistics, and nobody would notice.
+Two models of one architecture have layers of the same names. If ranks compared only these, a rank that runs the two
+models in another order than the other ranks would silently mix their statistics.
 """
 
 import copy
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-_order = count()
+_creation_order = count()
 _layers: "weakref.WeakSet[LayerName]" = weakref.WeakSet()
 _world: "weakref.ref[dist.ProcessGroup] | None" = None
 _job = 0
@@ -22,22 +22,22 @@ _job = 0
 
 @dataclass(eq=False)
 class Model:
-    """Stands for a converted model, or for a layer that was built synced by itself.
+    """Identifies a converted model, or a single layer that was constructed as a synced one.
 
-    A copy is another model, as is one that is loaded from a pickle: the original may be there as well.
+    A copy is another model, and so is one that was loaded from a pickle, because the original may still exist.
 
     Attributes:
         names: of its layers.
-        made: before all models of this process with a larger number.
-        job: counts the default groups of this process; 0 for a model that was made before there was one.
+        created: increases with each model that this process creates.
+        job: counts the default groups of this process; 0 for a model that was created before the first one.
     """
 
     names: frozenset[str]
-    made: int = field(init=False)
+    created: int = field(init=False)
     job: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.made, self.job = next(_order), _current_job()
+        self.created, self.job = next(_creation_order), _current_job()
 
     def __deepcopy__(self, memo: object) -> "Model":
         return Model(self.names)
@@ -48,15 +48,21 @@ class Model:
 
 @dataclass(frozen=True, eq=False)
 class LayerName:
-    """A layer's name in its model; that of one that was built synced is its class and width.
+    """A layer's name and its model.
 
-    Copies and pickles of a model's names share one :class:`Model` again.
+    If the names of a model are copied or pickled together, the results share one :class:`Model` too.
+
+    Attributes:
+        name: the layer's name in its model; class and width for a layer that was constructed as a synced one.
+        model: the model.
+        built: whether the layer was constructed as a synced one.
+        group: the process group that the layer is bound to; None is the default group.
     """
 
     name: str
     model: Model
     built: bool = False
-    group: Any = None  # that the layer is bound to; None is the default group
+    group: dist.ProcessGroup | None = None
 
     def __post_init__(self) -> None:
         _layers.add(self)
@@ -65,57 +71,57 @@ class LayerName:
         return LayerName(self.name, copy.deepcopy(self.model, memo), self.built, self.group)
 
     def __reduce__(self) -> tuple[type["LayerName"], tuple[str, Model, bool]]:
-        return LayerName, (self.name, self.model, self.built)  # a file cannot hold a group
+        return LayerName, (self.name, self.model, self.built)  # a process group cannot be pickled
 
     def runs_over(self, group: dist.ProcessGroup) -> bool:
-        """Whether the layer synchronizes over ``group``, as far as is known."""
+        """Whether the layer synchronizes over ``group``, as far as this rank knows."""
         return self.group is group or (self.group is None and group is dist.group.WORLD)
 
 
-class Numbers:
-    """The numbers of models, and of layers that were built synced, for one process group.
+class ModelNumbers:
+    """Numbers the models, and the layers that were constructed as synced ones, of one process group.
 
-    A model gets its number when one of them first runs, and with it all that have a layer of that name, in the order
-    in which they were made: that is the same on all ranks, whichever of them a rank runs first. A model that is gone
-    before that, made by one rank to look at, counts for nothing.
+    When the first layer of a name runs, all models that have a layer of that name get their numbers, in order of
+    creation. That order is the same on all ranks, whichever model a rank runs first. A model that no longer exists
+    then, for example one that a single rank created for inspection, gets no number.
     """
 
     def __init__(self) -> None:
         self._last: dict[str, int] = {}
         self._numbers: dict[str, weakref.WeakKeyDictionary[Model, int]] = {}
-        self._texts: weakref.WeakKeyDictionary[Model, str] = weakref.WeakKeyDictionary()
-        self._built: dict[str, int] = {}
+        self._built_names: weakref.WeakKeyDictionary[Model, str] = weakref.WeakKeyDictionary()
+        self._built_numbers: dict[str, int] = {}
 
     def name(self, layer: LayerName, group: dist.ProcessGroup) -> str:
-        """By what errors call ``layer``, and ranks compare it.
+        """The name of ``layer`` for comparison between ranks and for error messages.
 
-        Layers that were built synced are numbered as they first run, as a reader meets them; :meth:`built` has the
-        other number.
+        Layers that were constructed as synced ones are numbered in order of their first forwards, because that is how
+        a reader meets them. :meth:`built` returns their number in order of construction.
         """
         if not layer.built:
-            number = self._of(layer, group)
+            number = self._number(layer, group)
             return layer.name if number == 1 else f"{layer.name} of model {number}"
-        if layer.model not in self._texts:
-            text = f"{layer.name.split('(')[0]} no. {len(self._built) + 1}"
-            self._texts[layer.model], self._built[text] = text, self._of(layer, group)
-        return self._texts[layer.model]
+        if layer.model not in self._built_names:
+            name = f"{layer.name.split('(')[0]} no. {len(self._built_numbers) + 1}"
+            self._built_names[layer.model], self._built_numbers[name] = name, self._number(layer, group)
+        return self._built_names[layer.model]
 
     def built(self, name: str) -> int:
-        """Which layer of its class and width was built as the one of that :meth:`name`; 0 for one of a model."""
-        return self._built.get(name, 0)
+        """The number, in order of construction, of the layer with that :meth:`name`; 0 for a layer of a model."""
+        return self._built_numbers.get(name, 0)
 
-    def _of(self, layer: LayerName, group: dist.ProcessGroup) -> int:
+    def _number(self, layer: LayerName, group: dist.ProcessGroup) -> int:
         numbers = self._numbers.setdefault(layer.name, weakref.WeakKeyDictionary())
         if layer.model not in numbers:
-            if len(_waiting(layer, group, numbers)) > 1:
-                gc.collect()  # ranks need not have collected the same of their garbage
-            for model in sorted(_waiting(layer, group, numbers), key=lambda m: m.made):
+            if len(_unnumbered(layer, group, numbers)) > 1:
+                gc.collect()  # garbage may have been collected on some ranks only
+            for model in sorted(_unnumbered(layer, group, numbers), key=lambda m: m.created):
                 numbers[model] = self._last[layer.name] = self._last.get(layer.name, 0) + 1
         return numbers[layer.model]
 
 
-def _waiting(layer: LayerName, group: dist.ProcessGroup, numbers: Container[Model]) -> set[Model]:
-    """The models without a number that have a layer of that name over ``group``; that of ``layer`` is one."""
+def _unnumbered(layer: LayerName, group: dist.ProcessGroup, numbers: Container[Model]) -> set[Model]:
+    """The models without a number that have a layer of that name over ``group``, including the model of ``layer``."""
     jobs = {0, _current_job(), layer.model.job}
     others = (other for other in list(_layers) if other.name == layer.name and other.runs_over(group))
     return {layer.model} | {o.model for o in others if o.model not in numbers and o.model.job in jobs}

@@ -1,4 +1,4 @@
-"""Which ranks share statistics: resolving, creating and carrying process groups."""
+"""Which ranks share statistics: resolves, creates and copies process groups, and switches synchronization off."""
 
 import functools
 import os
@@ -7,97 +7,101 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
 
 from syncnorm.errors import InputError, SyncNormError
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 BIND = (
-    "syncnorm.convert(model, process_group=...), where torch.distributed.group.WORLD is all ranks, or "
+    "syncnorm.convert(model, process_group=...), where torch.distributed.group.WORLD means all ranks, or "
     "syncnorm.convert(model, group_size=...)"
 )
 
-_made: dict[int | str, dist.ProcessGroup] = {}
-_unsynced = 0  # contexts of no_sync_stats that are open
-_alone = 0  # contexts of sync_in_world_of_one that are open
+_subgroups: dict[int | str, dist.ProcessGroup] = {}  # by size
+_no_sync_depth = 0  # open contexts of no_sync_stats
+_world_of_one_depth = 0  # open contexts of sync_in_world_of_one
 
 
 @contextmanager
 def no_sync_stats() -> Iterator[None]:
-    """For a training-mode forward that only some ranks make: it communicates nothing.
+    """A context for forwards in training mode that only some ranks run: it communicates nothing.
 
-    Inside, synced layers normalise with the statistics of this rank's batch and leave the running statistics as
-    they are, so that they stay equal on all ranks. The backward of such a forward is local too. For all threads
-    of the process. Code of ``torch.compile`` is compiled once more for it.
+    Inside, synced layers normalize with the statistics of this rank's batch and leave the running statistics
+    unchanged, so that these stay equal on all ranks. The backward of such a forward is local too. The context applies
+    to all threads of the process. ``torch.compile`` compiles code once more for it.
 
-    Running statistics cannot be made here by forwards, as ``torch.optim.swa_utils.update_bn`` would: resetting those
-    of a synced layer raises a ``SyncNormError``. ``syncnorm.training.recalibrate`` computes them, here on one rank
-    alone or, outside of this context, over all ranks.
+    Forwards inside the context cannot compute running statistics, as ``torch.optim.swa_utils.update_bn`` would:
+    resetting those of a synced layer raises a ``SyncNormError``. ``syncnorm.training.recalibrate`` computes them,
+    inside the context on one rank alone and outside of it over all ranks.
 
     Example:
         >>> with no_sync_stats():
-        ...     pass  # losses = model(batch), on rank 0 alone
+        ...     pass  # loss = model(batch) on rank 0 only
     """
-    global _unsynced
-    _unsynced += 1
+    global _no_sync_depth
+    _no_sync_depth += 1
     try:
         yield
     finally:
-        _unsynced -= 1
+        _no_sync_depth -= 1
 
 
 def syncing() -> bool:
     """False inside :func:`no_sync_stats`."""
-    return _unsynced == 0
+    return _no_sync_depth == 0
 
 
 @contextmanager
 def sync_in_world_of_one() -> Iterator[None]:
-    """Inside, a group of one rank communicates with itself, where it would be ``F.batch_norm``.
+    """A context in which a group of one rank communicates with itself instead of calling ``F.batch_norm``.
 
-    For benchmarks and tests, to which one card then shows every kernel and collective of a synced step. For all
-    threads of the process.
+    For benchmarks and tests, which can then show every kernel and collective of a synced step on one device. It
+    applies to all threads of the process.
     """
-    global _alone
-    _alone += 1
+    global _world_of_one_depth
+    _world_of_one_depth += 1
     try:
         yield
     finally:
-        _alone -= 1
+        _world_of_one_depth -= 1
 
 
-def resolve(group: Any) -> dist.ProcessGroup | None:
-    """A ProcessGroup from what users pass as one: a ProcessGroup, a 1-D DeviceMesh, or None.
+def resolve(group: "dist.ProcessGroup | DeviceMesh | None") -> dist.ProcessGroup | None:
+    """The ProcessGroup of what a user passes as one: a ProcessGroup, a 1-D DeviceMesh, or None.
 
     Raises:
-        InputError: a mesh of more dimensions, or something else altogether.
+        InputError: a mesh of several dimensions, or an object of another type.
     """
-    # torch hands ranks outside a new group this sentinel in its place; it is judged at the first forward.
-    if group is None or group == dist.GroupMember.NON_GROUP_MEMBER or isinstance(group, dist.ProcessGroup):
-        return group  # type: ignore[no-any-return]
+    # A rank that is not in its group gets its error at the first forward.
+    if group is None or _is_non_member(group) or isinstance(group, dist.ProcessGroup):
+        return group  # type: ignore[return-value]  # torch gives an int for a group
     if hasattr(group, "get_group") and hasattr(group, "ndim"):
         if group.ndim != 1:
             raise InputError(
                 f"process_group is a DeviceMesh of {group.ndim} dimensions {group.mesh_dim_names}; "
-                f"pass one of them, for example mesh['dp']"
+                f"pass a mesh of one dimension, for example mesh['dp']"
             )
-        return group.get_group()  # type: ignore[no-any-return]
+        return group.get_group()
     raise InputError(f"process_group must be a ProcessGroup, a 1-D DeviceMesh or None, got {type(group).__name__}")
 
 
 def check_not_inherited(group: dist.ProcessGroup) -> None:
-    """Refuses a group in a process that was forked from one of its ranks, whose connections' threads it lacks.
+    """Checks that this process was not forked from a rank of ``group``: it lacks the threads of its connections.
 
     Raises:
-        SyncNormError: with what to do.
+        SyncNormError: it was.
     """
     if _inherited and group in _inherited:
         raise SyncNormError(
             f"rank {dist.get_rank()}: process {os.getpid()} was forked from a rank after "
-            f"torch.distributed.init_process_group, so it is no rank itself and cannot synchronize: fork before, "
-            f"start it by spawn, or put this forward under `with syncnorm.no_sync_stats():`"
+            f"torch.distributed.init_process_group. It is not a rank itself and cannot synchronize. Fork before "
+            f"init_process_group, start the process by spawn, or run this forward under "
+            f"`with syncnorm.no_sync_stats():`"
         )
 
 
@@ -111,18 +115,18 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def synced_group(group: Any) -> dist.ProcessGroup | None:
-    """The group to synchronise over, or None where there is nobody to synchronise with.
+def synced_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """The group to synchronize over, or None if there is no other rank to synchronize with.
 
     Args:
-        group: a ProcessGroup; None means the default group, if ``torch.distributed`` is initialised.
+        group: a ProcessGroup; None means the default group, if ``torch.distributed`` is initialized.
 
     Raises:
         InputError: this rank is not a member of ``group``.
         SyncNormError: ``group`` was destroyed, or this process was forked from one of its ranks.
 
     Warns:
-        UserWarning: once a process, where a launcher's ``WORLD_SIZE`` is above 1 and there is no process group.
+        UserWarning: once per process, if a launcher set ``WORLD_SIZE`` above 1 and there is no process group.
     """
     if not syncing():
         return None
@@ -132,27 +136,28 @@ def synced_group(group: Any) -> dist.ProcessGroup | None:
         return None
     if group is None:
         group = dist.group.WORLD
-    if group != dist.GroupMember.NON_GROUP_MEMBER and not alive(group):
-        raise SyncNormError(
-            f"rank {dist.get_rank()}: the process group of this layer was destroyed. Bind it to another: {BIND}"
-        )
-    if group == dist.GroupMember.NON_GROUP_MEMBER:
+    assert group is not None, "torch.distributed is initialized"
+    if _is_non_member(group):
         raise InputError(
-            f"rank {dist.get_rank()} is not a member of the process group that this layer synchronises over. "
-            f"Give each rank a group that holds it: syncnorm.convert(model, group_size=...) does."
+            f"rank {dist.get_rank()} is not a member of the process group that this layer synchronizes over. "
+            f"Give each rank a group that contains it, as syncnorm.convert(model, group_size=...) does."
+        )
+    if not alive(group):
+        raise SyncNormError(
+            f"rank {dist.get_rank()}: the process group of this layer was destroyed. Bind it to another group: {BIND}"
         )
     check_not_inherited(group)
-    return group if group.size() > 1 or _alone else None
+    return group if group.size() > 1 or _world_of_one_depth else None
 
 
-@functools.cache  # once a process
+@functools.cache  # once per process
 def _warn_under_a_launcher() -> None:
-    """Warns where a launcher started several ranks, of which torch.distributed has not been told."""
+    """Warns if a launcher started several ranks but torch.distributed was not initialized."""
     world_size = os.environ.get("WORLD_SIZE", "")
     if world_size.isdecimal() and int(world_size) > 1:
         warnings.warn(
-            f"WORLD_SIZE={world_size}, but there is no process group: synced layers of this rank train alone, with "
-            f"its local statistics. Call torch.distributed.init_process_group before the first forward",
+            f"WORLD_SIZE={world_size}, but there is no process group: the synced layers of this rank train alone, "
+            f"with local statistics. Call torch.distributed.init_process_group before the first forward",
             stacklevel=4,
         )
 
@@ -160,13 +165,13 @@ def _warn_under_a_launcher() -> None:
 def subgroup(size: int | Literal["node"]) -> dist.ProcessGroup:
     """This rank's group of ``size`` consecutive ranks, or of the ranks on its machine for ``"node"``.
 
-    Groups are created once and reused by later calls with the same size.
+    Groups are created once; later calls with the same size reuse them.
 
     Collective: all ranks of the default group must call, with the same size.
 
     Raises:
-        InputError: a size that does not divide the world.
-        SyncNormError: ``torch.distributed`` is not initialised.
+        InputError: ``size`` does not divide the number of ranks.
+        SyncNormError: ``torch.distributed`` is not initialized.
     """
     if not dist.is_initialized():
         raise SyncNormError(
@@ -176,24 +181,28 @@ def subgroup(size: int | Literal["node"]) -> dist.ProcessGroup:
     if size != "node" and (not isinstance(size, int) or isinstance(size, bool) or size < 1 or world % size):
         fitting = [n for n in range(1, world + 1) if world % n == 0]
         raise InputError(f"group_size={size!r} does not divide the {world} ranks; use one of {fitting}")
-    if size not in _made or not alive(_made[size]):
+    if size not in _subgroups or not alive(_subgroups[size]):
         partition = _nodes() if size == "node" else [list(range(r, r + size)) for r in range(0, world, size)]
-        # Every rank creates every group, in the same order, also those that it is not in.
-        mine, _ = dist.new_subgroups_by_enumeration(partition)  # type: ignore[no-untyped-call]
-        _made[size] = mine
-    return _made[size]
+        # Every rank creates every group, also those that it is not in, in the same order.
+        _subgroups[size], _ = dist.new_subgroups_by_enumeration(partition)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return _subgroups[size]
 
 
 def _nodes() -> list[list[int]]:
-    """Ranks by machine. torchrun's GROUP_RANK tells nodes apart that share a host name."""
+    """The ranks of each machine. torchrun's GROUP_RANK distinguishes nodes that share a host name."""
     here = (os.environ.get("GROUP_RANK"), socket.gethostname())
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, here)
     return [[r for r, node in enumerate(everywhere) if node == key] for key in dict.fromkeys(everywhere)]
 
 
+def _is_non_member(group: object) -> bool:
+    """Whether ``group`` is what torch returns for a new group on a rank outside of it."""
+    return bool(group == dist.GroupMember.NON_GROUP_MEMBER)
+
+
 def alive(group: dist.ProcessGroup) -> bool:
-    """False for a group of a default group that was destroyed since."""
+    """Whether ``group`` exists: it does not if its default group was destroyed."""
     try:
         dist.get_process_group_ranks(group)
     except (KeyError, ValueError):
@@ -202,9 +211,10 @@ def alive(group: dist.ProcessGroup) -> bool:
 
 
 class GroupHandle:
-    """Carries a layer's process group through deepcopy and pickle, which a ProcessGroup itself does not survive.
+    """Holds the process group of a layer, because a ProcessGroup itself can be neither deepcopied nor pickled.
 
-    A copy shares the group. A loaded pickle knows only that there was one, and refuses to hand it out.
+    A copy shares the group. One that was loaded from a pickle knows only that there was a group, and raises an error
+    when it is used.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, lost: str | None = None):
@@ -213,29 +223,29 @@ class GroupHandle:
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """The group.
+        """The group; None is the default group.
 
         Raises:
             SyncNormError: it was lost in a pickle.
         """
         if self._lost is not None:
             raise SyncNormError(
-                f"this layer was saved with a process group ({self._lost}), which a file cannot hold. Bind it "
-                f"again before training: {BIND}; for training in one process, syncnorm.revert(model)"
+                f"this layer was saved with a process group ({self._lost}), which cannot be pickled. "
+                f"Bind it again before training: {BIND}. To train in a single process, call syncnorm.revert(model)"
             )
         return self._group
 
     def peek(self) -> dist.ProcessGroup | None:
-        """The group, or None if there is none or it was lost."""
+        """The group; None if it is the default group or was lost."""
         return self._group
 
     def describe(self) -> str:
-        """A few words for a table."""
+        """A short description for a table."""
         if self._lost is not None:
             return f"lost ({self._lost})"
         if self._group is None:
             return "default" if dist.is_initialized() else "no process group yet"
-        if self._group == dist.GroupMember.NON_GROUP_MEMBER:  # type: ignore[comparison-overlap]
+        if _is_non_member(self._group):
             return "not a member"
         return f"ranks {dist.get_process_group_ranks(self._group)}" if alive(self._group) else "destroyed"
 

@@ -53,7 +53,7 @@ class Notes:
                 self.moments[module] = moments_of(x, mask)
 
     def wait(self, call: Call, seconds: float) -> None:
-        """For ``collectives.observers``."""
+        """For ``comm.call.observers``."""
         self.waited[call.layer] += seconds
 
     def after_forward(self, layers: Iterable[_BatchNorm]) -> None:

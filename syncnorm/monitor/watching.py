@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from syncnorm.comm import process_groups
+from syncnorm.comm.call import observers
 from syncnorm.comm.gather import gather_objects
-from syncnorm.comm.observers import observers
 from syncnorm.errors import InputError, SyncNormError
 from syncnorm.layer import checkpointing
 from syncnorm.monitor.findings import Findings, Sample, summary

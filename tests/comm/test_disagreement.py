@@ -1,4 +1,4 @@
-"""Ranks that do not do the same thing: a clear error on all of them, and no_sync_stats."""
+"""Ranks that make different calls get a clear error on all of them; a dead rank is named; no_sync_stats."""
 
 import os
 import signal
@@ -20,13 +20,13 @@ def pair(width: int = 4) -> nn.ModuleDict:
     return syncnorm.convert(nn.ModuleDict({"a": nn.BatchNorm1d(4), "b": nn.BatchNorm1d(width)}))
 
 
-def other_order() -> None:
+def _rank_other_order() -> None:
     layers = pair()
     for name in "ab" if dist.get_rank() == 0 else "ba":
         layers[name](torch.randn(3, 4))
 
 
-def skipped() -> None:
+def _rank_skips_a_layer() -> None:
     layers = pair()
     x = torch.randn(3, 4, requires_grad=True)
     y = layers["a"](x)
@@ -35,29 +35,29 @@ def skipped() -> None:
     y.backward(torch.randn(3, 4))
 
 
-def wider() -> None:
-    layers = pair(4 if dist.get_rank() == 0 else 4096)  # further than a frame reaches
+def _rank_wider_layer() -> None:
+    layers = pair(4 if dist.get_rank() == 0 else 4096)  # more than fits into a frame
     layers["a"](torch.randn(3, 4))
     layers["b"](torch.randn(3, layers["b"].num_features))
 
 
-def other_dtype() -> None:
+def _rank_other_dtype() -> None:
     dtype = torch.float32 if dist.get_rank() == 0 else torch.float64
     syncnorm.SyncBatchNorm(4, dtype=dtype)(torch.randn(3, 4, dtype=dtype))
 
 
-def other_eps() -> None:
+def _rank_other_eps() -> None:
     syncnorm.SyncBatchNorm(4, eps=1e-5 if dist.get_rank() == 0 else 1e-3)(torch.randn(3, 4))
 
 
-def other_backward_order() -> None:
+def _rank_other_backward_order() -> None:
     layer = syncnorm.SyncBatchNorm(4)
     outputs = [layer(torch.randn(3, 4, requires_grad=True)) for _ in range(2)]
     for y in outputs if dist.get_rank() == 0 else reversed(outputs):
         y.backward(torch.randn(3, 4))
 
 
-def extra_forward() -> None:
+def _rank_extra_forward() -> None:
     layers = pair()
     if dist.get_rank() == 0:
         layers["a"](torch.randn(3, 4))
@@ -65,29 +65,29 @@ def extra_forward() -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "told"),
+    ("function", "texts"),
     [
-        (other_order, ["rank 0: forward of a (call 1 of the group; 4 ch", "rank 1: forward of b (call 1"]),
-        (skipped, ["rank 0: forward of b (call 2", "rank 1: backward of a (call 1"]),
-        (wider, ["rank 0: forward of b (call 2 of the group; 4 ch", "group; 4096 ch"]),
-        (other_dtype, ["rank 0: forward of SyncBatchNorm no. 1", "float32 statistics", "float64 statistics"]),
-        (other_eps, ["eps 1e-05", "eps 0.001"]),
-        (other_backward_order, ["rank 0: backward of SyncBatchNorm no. 1 (call 1", "no. 1 (call 2"]),
-        (extra_forward, ["rank 0: forward of a (call 2", "rank 1: forward of b (call 2"]),
+        (_rank_other_order, ["rank 0: forward of a (call 1 of the group; 4 ch", "rank 1: forward of b (call 1"]),
+        (_rank_skips_a_layer, ["rank 0: forward of b (call 2", "rank 1: backward of a (call 1"]),
+        (_rank_wider_layer, ["rank 0: forward of b (call 2 of the group; 4 ch", "group; 4096 ch"]),
+        (_rank_other_dtype, ["rank 0: forward of SyncBatchNorm no. 1", "float32 statistics", "float64 statistics"]),
+        (_rank_other_eps, ["eps 1e-05", "eps 0.001"]),
+        (_rank_other_backward_order, ["rank 0: backward of SyncBatchNorm no. 1 (call 1", "no. 1 (call 2"]),
+        (_rank_extra_forward, ["rank 0: forward of a (call 2", "rank 1: forward of b (call 2"]),
     ],
 )  # fmt: skip
-def test_every_rank_learns_what_each_one_did(function, told):
+def test_every_rank_raises_with_the_calls_of_all(function, texts):
     with pytest.raises(RankError) as caught:
         run_ranks(function, timeout=30)
     assert caught.value.exceptions.keys() == {0, 1}
     for rank, error in caught.value.exceptions.items():
         assert isinstance(error, syncnorm.SyncNormError)
         assert str(error).startswith(f"rank {rank}: ranks that share statistics called different layers:")
-        for text in told:
+        for text in texts:
             assert text in str(error)
 
 
-def goes_on_after_an_error() -> Tensor:
+def _rank_continues_after_an_error() -> Tensor:
     layers = pair()
     with pytest.raises(syncnorm.SyncNormError):
         layers["ab"[dist.get_rank()]](torch.randn(3, 4))
@@ -98,12 +98,12 @@ def goes_on_after_an_error() -> Tensor:
     return layers["b"].running_mean
 
 
-def test_an_error_leaves_the_group_usable_and_buffers_as_they_were():
-    for mean in run_ranks(goes_on_after_an_error, timeout=30):
+def test_after_an_error_the_group_is_usable_and_the_buffers_are_unchanged():
+    for mean in run_ranks(_rank_continues_after_an_error, timeout=30):
         assert_close(mean, torch.full((4,), 0.05, dtype=torch.float64), torch.float32)
 
 
-def one_dies() -> None:
+def _rank_one_dies() -> None:
     layer = syncnorm.convert(nn.Sequential(nn.BatchNorm1d(4)))
     layer(torch.randn(3, 4))
     if dist.get_rank() == 2:
@@ -114,17 +114,17 @@ def one_dies() -> None:
 def test_a_rank_that_dies_is_named():
     started = time.monotonic()
     with pytest.raises(RankError) as caught:
-        run_ranks(one_dies, 3, timeout=60)
-    assert time.monotonic() - started < 30  # and not the group's timeout
+        run_ranks(_rank_one_dies, 3, timeout=60)
+    assert time.monotonic() - started < 30  # less than the timeout of the group
     for rank in (0, 1):
-        told = str(caught.value.exceptions[rank])
-        assert f"rank {rank}: forward of 0 (call 2 of the group; 4 channels" in told
-        assert "waiting for ranks [2]" in told
+        message = str(caught.value.exceptions[rank])
+        assert f"rank {rank}: forward of 0 (call 2 of the group; 4 channels" in message
+        assert "waiting for ranks [2]" in message
 
 
-def direct_ranks_disagree() -> list[str]:
-    """Over the group's own collectives, as on GPUs."""
-    told, group, names = [], dist.group.WORLD, ["ab"[dist.get_rank()], "a"]
+def _rank_native_calls_disagree() -> list[str]:
+    """With the native collectives, as on GPUs."""
+    errors, group, names = [], dist.group.WORLD, ["ab"[dist.get_rank()], "a"]
     for name, number in zip(names, (1, 2), strict=True):
         call = comm.Call(comm.Kind.FORWARD, name, number + 10 * dist.get_rank(), 4)
         for collective in (native.gather, native.reduce):
@@ -133,21 +133,21 @@ def direct_ranks_disagree() -> list[str]:
                 if callable(result):
                     result()
             except syncnorm.SyncNormError as error:
-                told.append(str(error))
+                errors.append(str(error))
     call = comm.Call(comm.Kind.FORWARD, "a", 1, 4)
     assert native.gather([torch.full((3,), float(dist.get_rank()))], group, call, True).tolist() == [[0] * 3, [1] * 3]
     assert native.reduce([torch.full((3,), 1.0 + dist.get_rank())], group, call, False)()[0].tolist() == [3] * 3
-    return told
+    return errors
 
 
-def test_without_frames_the_first_calls_compare_names_and_later_ones_a_tag():
-    for told in run_ranks(direct_ranks_disagree):
-        assert len(told) == 4
-        assert all("rank 0: forward of a" in t and "rank 1: forward of b" in t for t in told[:2])
-        assert all("another rank was not at forward of a" in t for t in told[2:])
+def test_native_first_calls_compare_names_and_later_ones_a_tag():
+    for errors in run_ranks(_rank_native_calls_disagree):
+        assert len(errors) == 4
+        assert all("rank 0: forward of a" in t and "rank 1: forward of b" in t for t in errors[:2])
+        assert all("another rank did not run forward of a" in t for t in errors[2:])
 
 
-def in_debug_mode() -> str:
+def _rank_in_debug_mode() -> str:
     syncnorm.set_debug(True)
     try:
         call = comm.Call(comm.Kind.FORWARD, "ab"[dist.get_rank()], 5, 4)
@@ -160,12 +160,12 @@ def in_debug_mode() -> str:
 
 
 def test_in_debug_mode_all_calls_compare_names():
-    for told in run_ranks(in_debug_mode):
-        assert "rank 0: forward of a (call 5" in told
-        assert "rank 1: forward of b (call 5" in told
+    for error in run_ranks(_rank_in_debug_mode):
+        assert "rank 0: forward of a (call 5" in error
+        assert "rank 1: forward of b (call 5" in error
 
 
-def on_rank_0_alone() -> dict[str, Tensor]:
+def _rank_no_sync_stats_on_rank_0() -> dict[str, Tensor]:
     layer = syncnorm.SyncBatchNorm1d(4)
     before = {k: v.clone() for k, v in layer.state_dict().items()}
     if dist.get_rank() == 0:
@@ -183,10 +183,10 @@ def on_rank_0_alone() -> dict[str, Tensor]:
         assert_close(x.grad, z.grad, torch.float32)
     for name, value in layer.state_dict().items():
         assert torch.equal(value, before[name])
-    layer(torch.full((2, 4), float(dist.get_rank())))  # together again
+    layer(torch.full((2, 4), float(dist.get_rank())))  # all ranks together again
     return layer.running_mean
 
 
 def test_no_sync_stats():
-    for mean in run_ranks(on_rank_0_alone, timeout=30):
+    for mean in run_ranks(_rank_no_sync_stats_on_rank_0, timeout=30):
         assert_close(mean, torch.full((4,), 0.05, dtype=torch.float64), torch.float32)

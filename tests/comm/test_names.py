@@ -50,7 +50,7 @@ def built_and_copied() -> list[nn.Module]:
     return [model, copy.deepcopy(model)]
 
 
-def of_two_architectures() -> list[nn.Module]:
+def two_architectures() -> list[nn.Module]:
     """Their norms have the same name and width."""
     return [
         syncnorm.convert(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))),
@@ -60,14 +60,14 @@ def of_two_architectures() -> list[nn.Module]:
 
 MODELS = [
     converted_twice, student_and_teacher, loaded_twice, original_and_loaded, built_synced, built_and_copied,
-    of_two_architectures,
+    two_architectures,
 ]  # fmt: skip
 
 
-def run_in_order(make: Callable[[], list[nn.Module]], swapped_at: int | None) -> list[str]:
-    """What each of three steps raised; in one of them rank 1 runs the two models in another order."""
+def _rank_runs_in_order(make: Callable[[], list[nn.Module]], swapped_at: int | None) -> list[str]:
+    """The errors of each of three steps; in one of them rank 1 runs the two models in another order."""
     torch.manual_seed(0)
-    models, told = make(), []
+    models, by_step = make(), []
     for step in range(3):
         swap = step == swapped_at and dist.get_rank() == 1
         errors = []
@@ -76,25 +76,25 @@ def run_in_order(make: Callable[[], list[nn.Module]], swapped_at: int | None) ->
                 model(torch.randn(3 + dist.get_rank(), 4))
             except syncnorm.SyncNormError as error:
                 errors.append(str(error))
-        told.append(" | ".join(errors))
-    return told
+        by_step.append(" | ".join(errors))
+    return by_step
 
 
 @pytest.mark.parametrize("make", MODELS)
 @pytest.mark.parametrize("swapped_at", [0, 1])
 def test_another_order_on_one_rank(make, swapped_at):
-    for told in run_ranks(run_in_order, args=(make, swapped_at), timeout=30):
-        assert "called different layers" in told[swapped_at]
-        assert [text for step, text in enumerate(told) if step != swapped_at] == ["", ""]  # and on they go
+    for errors in run_ranks(_rank_runs_in_order, args=(make, swapped_at), timeout=30):
+        assert "called different layers" in errors[swapped_at]
+        assert [text for step, text in enumerate(errors) if step != swapped_at] == ["", ""]  # training continues
 
 
 @pytest.mark.parametrize("make", MODELS)
 def test_the_same_order_on_all_ranks(make):
-    assert run_ranks(run_in_order, args=(make, None), timeout=30) == [["", "", ""]] * 2
+    assert run_ranks(_rank_runs_in_order, args=(make, None), timeout=30) == [["", "", ""]] * 2
 
 
-def one_rank_has_more() -> Tensor:
-    """Rank 0 makes a model to look at, before; a copy of the model after; and uses a copy of a copy in its place."""
+def _rank_one_has_more_models() -> Tensor:
+    """Rank 0 creates another model before, and copies of the model before and after its first forward."""
     rank = dist.get_rank()
     if rank == 0:
         syncnorm.convert(build())
@@ -105,17 +105,17 @@ def one_rank_has_more() -> Tensor:
     model(torch.randn(3, 4))
     if rank == 0:
         kept += [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
-    syncnorm.convert(model)  # once more is the same model
+    syncnorm.convert(model)  # converting again keeps the model
     model(torch.randn(3, 4))
     return model[1].running_mean
 
 
-def test_models_that_one_rank_makes_and_does_not_train_are_no_disagreement():
-    first, second = run_ranks(one_rank_has_more, timeout=30)
+def test_untrained_models_of_one_rank_are_no_disagreement():
+    first, second = run_ranks(_rank_one_has_more_models, timeout=30)
     assert torch.equal(first, second)
 
 
-def one_rank_trains_a_copy(how: str) -> Tensor:
+def _rank_one_trains_a_copy(how: str) -> Tensor:
     torch.manual_seed(0)
     model = syncnorm.convert(build())
     if dist.get_rank() == 1:
@@ -126,13 +126,13 @@ def one_rank_trains_a_copy(how: str) -> Tensor:
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_a_copy_in_the_place_of_the_original_on_one_rank(how):
-    first, second = run_ranks(one_rank_trains_a_copy, args=(how,), timeout=30)
+def test_one_rank_trains_a_copy_instead_of_the_original(how):
+    first, second = run_ranks(_rank_one_trains_a_copy, args=(how,), timeout=30)
     assert torch.equal(first, second)
 
 
-def one_rank_is_in_more_groups(built: bool) -> Tensor:
-    """Rank 0 has a layer for itself alone as well, made before; the other ranks have none."""
+def _rank_one_is_in_more_groups(built: bool) -> Tensor:
+    """Rank 0 also has a layer over a group of its own, created before; the other rank has none."""
     alone = dist.new_group([0])
     torch.manual_seed(0)
     layers: list[nn.Module] = []
@@ -147,12 +147,13 @@ def one_rank_is_in_more_groups(built: bool) -> Tensor:
 
 @pytest.mark.parametrize("built", [True, False])
 def test_layers_of_other_groups_are_not_counted(built):
-    first, second = run_ranks(one_rank_is_in_more_groups, args=(built,), timeout=30)
+    first, second = run_ranks(_rank_one_is_in_more_groups, args=(built,), timeout=30)
     assert torch.equal(first, second)
 
 
-def names_in_errors() -> str:
-    models = converted_twice()
+def _rank_swaps(make: Callable[[], list[nn.Module]]) -> str:
+    """The error of a forward that rank 1 runs for the models in reverse order."""
+    models = make()
     try:
         for model in models if dist.get_rank() == 0 else models[::-1]:
             model(torch.randn(3, 4))
@@ -161,23 +162,14 @@ def names_in_errors() -> str:
     return ""
 
 
-def test_an_error_says_which_model():
-    for told in run_ranks(names_in_errors):
-        assert "rank 0: forward of 1 (call 1" in told
-        assert "rank 1: forward of 1 of model 2 (call 1" in told
-
-
-def built_in_errors() -> str:
-    models = built_synced()
-    try:
-        for model in models if dist.get_rank() == 0 else models[::-1]:
-            model(torch.randn(3, 4))
-    except syncnorm.SyncNormError as error:
-        return str(error)
-    return ""
-
-
-def test_an_error_says_which_built_layer():
-    for told in run_ranks(built_in_errors):
-        assert "rank 1: forward of SyncBatchNorm no. 1 (call 1" in told
-        assert "no. 2 in the order in which they were built" in told
+@pytest.mark.parametrize(
+    ("make", "texts"),
+    [
+        (converted_twice, ["rank 0: forward of 1 (call 1", "rank 1: forward of 1 of model 2 (call 1"]),
+        (built_synced, ["rank 1: forward of SyncBatchNorm no. 1 (call 1", "no. 2 in order of construction"]),
+    ],
+)
+def test_an_error_says_which_model_or_layer(make, texts):
+    for error in run_ranks(_rank_swaps, args=(make,)):
+        for text in texts:
+            assert text in error

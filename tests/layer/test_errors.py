@@ -136,7 +136,7 @@ def test_the_other_ranks_learn_of_an_error():
     assert told.startswith(
         "rank 0: rank 1 did not take part in forward of SyncBatchNorm no. 1 (call 1 of the group; 3 channels, "
     )
-    assert "its own input was refused: rank 1: expected 3 channels in dimension 1, got 4" in told
+    assert "its own input was invalid: rank 1: expected 3 channels in dimension 1, got 4" in told
 
 
 def own_forward_with_bad_input() -> tuple[str, bool]:
@@ -163,4 +163,4 @@ def only_one_rank_forwards() -> str:
 def test_a_rank_that_never_comes_to_a_layer():
     told, _ = run_ranks(only_one_rank_forwards, timeout=30)
     assert "rank 0: forward of norm" in told
-    assert "could not connect to ranks [0, 1]: not all of them came to their first synced layer" in told
+    assert "could not connect to ranks [0, 1]: not all ranks came to their first synced layer" in told

@@ -1,4 +1,4 @@
-"""Faults of a rank that does something else than the others, on its own or by mistake."""
+"""Faults in which a rank does something different from the other ranks."""
 
 import copy
 import pickle
@@ -9,7 +9,7 @@ import time
 
 import torch
 from fault_jobs import CHANNELS, LAYERS, Fault, Job, Net, Trainer, build
-from fault_kinds import Kind, Told
+from fault_kinds import ErrorReport, FaultKind
 from torch import Tensor, nn
 
 import syncnorm
@@ -17,61 +17,61 @@ from syncnorm import functional
 from syncnorm.comm import frames
 
 
-class Skip(Kind):
-    what = "one forward leaves a norm out"
+class Skip(FaultKind):
+    description = "one forward skips a norm"
     outcomes = frozenset({"layer error"})
 
     def in_layer(self, job: Job, norm: nn.Module, x: Tensor) -> Tensor:
-        job.happens()
+        job.mark_fault()
         return x
 
 
-class Reorder(Kind):
-    what = "one forward calls two norms in the other order"
+class Reorder(FaultKind):
+    description = "one forward calls two norms in the other order"
     outcomes = frozenset({"layer error"})
 
     def step(self, job: Job, trainers: list[Trainer], x: Tensor, classes: Tensor) -> None:
-        job.happens()
-        norms = trainers[0].model._modules  # DDP has seen them already
+        job.mark_fault()
+        norms = trainers[0].model._modules  # DDP has registered them already
         norms[job.fault.layer], norms[job.fault.other] = norms[job.fault.other], norms[job.fault.layer]
         super().step(job, trainers, x, classes)
 
 
-class Widen(Kind):
-    what = "in one forward a norm has another width"
-    hows = ("2", "40")  # times as many channels
+class Widen(FaultKind):
+    description = "in one forward a norm has a different width"
+    variants = ("2", "40")  # factor for the number of channels
     outcomes = frozenset({"layer error"})
 
     def in_layer(self, job: Job, norm: nn.Module, x: Tensor) -> Tensor:
-        job.happens()
-        # What DDP knows of stays as it is, so that no gradient bucket has another size: the layer disagrees.
-        wide = x.repeat(1, int(job.fault.how), 1, 1)
+        job.mark_fault()
+        # The parameters that DDP knows stay unchanged, so that only the layer disagrees and no gradient bucket.
+        wide = x.repeat(1, int(job.fault.variant), 1, 1)
         y = functional.sync_batch_norm(wide, None, None, training=True, layer=job.fault.layer)
         return y[:, :CHANNELS]
 
 
-class Extra(Kind):
-    what = "one more training forward, of the model or of DDP"
-    hows = ("model before", "model after", "DDP before", "DDP after")  # the step
+class Extra(FaultKind):
+    description = "an additional training forward of the model or of DDP"
+    variants = ("model before", "model after", "DDP before", "DDP after")  # relative to the step
     ddp = (True,)
 
-    def waits(self, fault: Fault) -> bool:
+    def waits_for_timeout(self, fault: Fault) -> bool:
         return True
 
-    def right(self, fault: Fault, rank: int) -> frozenset[str]:
+    def expected(self, fault: Fault, rank: int) -> frozenset[str]:
         return self.outcomes | ({"equal"} if rank != fault.rank else set())
 
     def step(self, job: Job, trainers: list[Trainer], x: Tensor, classes: Tensor) -> None:
         for when in ("before", "after"):
-            if when in job.fault.how:
-                job.happens()
-                (trainers[0].model if "model" in job.fault.how else trainers[0].net)(x)
+            if when in job.fault.variant:
+                job.mark_fault()
+                (trainers[0].model if "model" in job.fault.variant else trainers[0].net)(x)
             if when == "before":
                 super().step(job, trainers, x, classes)
 
 
-class Nan(Kind):
-    what = "one value of the input is NaN: no error, but NaN everywhere alike"
+class Nan(FaultKind):
+    description = "one value of the input is NaN: no error, but the same NaN on all ranks"
     outcomes = frozenset({"equal"})
 
     def batch(self, fault: Fault, step: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -81,46 +81,46 @@ class Nan(Kind):
         return inputs, classes
 
     def in_layer(self, job: Job, norm: nn.Module, x: Tensor) -> Tensor:
-        job.happens()
+        job.mark_fault()
         return norm(x)
 
 
-class Models(Kind):
-    what = "two models of one architecture, trained in the other order on one rank"
-    hows = ("built", "copied", "loaded", "of layers")
+class Models(FaultKind):
+    description = "two models of one architecture, trained in a different order on one rank"
+    variants = ("built", "copied", "loaded", "of layers")
     outcomes = frozenset({"layer error"})
 
-    def clear(self, fault: Fault, rank: int, told: dict[int, Told]) -> bool:
-        return told[rank].ours and "called different layers" in told[rank].text
+    def is_clear(self, fault: Fault, rank: int, errors: dict[int, ErrorReport]) -> bool:
+        return errors[rank].is_syncnorm_error and "called different layers" in errors[rank].text
 
     def models(self, job: Job) -> list[Net]:
-        if job.fault.how == "of layers":
+        if job.fault.variant == "of layers":
             return [build(job.fault, syncnorm.SyncBatchNorm2d) for _ in range(2)]
         (model,) = super().models(job)
-        if job.fault.how == "copied":
+        if job.fault.variant == "copied":
             return [model, copy.deepcopy(model)]
-        if job.fault.how == "loaded":
+        if job.fault.variant == "loaded":
             file = pickle.dumps(model)
             return [pickle.loads(file), pickle.loads(file)]
         return [model, *super().models(job)]
 
     def step(self, job: Job, trainers: list[Trainer], x: Tensor, classes: Tensor) -> None:
-        job.happens()
+        job.mark_fault()
         super().step(job, trainers[::-1], x, classes)
 
 
-class Thread(Kind):
-    what = "two threads of each rank train two models over one group"
-    hows = ("at once", "shifted", "in turn")
-    ddp = (False,)  # its collectives would be those of one group as well
+class Thread(FaultKind):
+    description = "two threads of each rank train two models over one group"
+    variants = ("at once", "shifted", "in turn")
+    ddp = (False,)  # the collectives of two DDP instances would share a group as well
     updates = False
 
-    def right(self, fault: Fault, rank: int) -> frozenset[str]:
-        return frozenset({"equal"} if fault.how == "in turn" else {"layer error", "equal"})
+    def expected(self, fault: Fault, rank: int) -> frozenset[str]:
+        return frozenset({"equal"} if fault.variant == "in turn" else {"layer error", "equal"})
 
-    def clear(self, fault: Fault, rank: int, told: dict[int, Told]) -> bool:
-        says = ("Only one thread may run", "was over", "called different layers")
-        return told[rank].ours and any(text in told[rank].text for text in says)
+    def is_clear(self, fault: Fault, rank: int, errors: dict[int, ErrorReport]) -> bool:
+        texts = ("Only one thread may run", "was complete", "called different layers")
+        return errors[rank].is_syncnorm_error and any(text in errors[rank].text for text in texts)
 
     def models(self, job: Job) -> list[Net]:
         return super().models(job) + super().models(job)
@@ -136,13 +136,13 @@ class Thread(Kind):
             else:
                 ended.put(None)
 
-        job.happens()
+        job.mark_fault()
         threads = [threading.Thread(target=run, args=(trainer,)) for trainer in trainers]
         for thread in threads:
             thread.start()
-            if job.fault.how == "in turn":
+            if job.fault.variant == "in turn":
                 thread.join()
-            time.sleep(0.05 * job.fault.delay * (job.fault.how == "shifted"))
+            time.sleep(0.05 * job.fault.delay * (job.fault.variant == "shifted"))
         errors = [ended.get() for _ in threads]
         for error in errors:
             if error is not None:
@@ -151,20 +151,20 @@ class Thread(Kind):
             trainer.update()
 
 
-class Version(Kind):
-    what = "one rank has other frames"
-    hows = ("version", "header")
+class Version(FaultKind):
+    description = "one rank has a different wire format"
+    variants = ("version", "header")
     steps, layers = range(1), LAYERS[:1]
     outcomes = frozenset({"layer error"})
 
-    def clear(self, fault: Fault, rank: int, told: dict[int, Told]) -> bool:
-        says = ("do not understand each other", f"rank {fault.rank}: frames of version")
-        return told[rank].ours and all(text in told[rank].text for text in says)
+    def is_clear(self, fault: Fault, rank: int, errors: dict[int, ErrorReport]) -> bool:
+        texts = ("incompatible versions of syncnorm", f"rank {fault.rank}: frames of version")
+        return errors[rank].is_syncnorm_error and all(text in errors[rank].text for text in texts)
 
     def in_layer(self, job: Job, norm: nn.Module, x: Tensor) -> Tensor:
-        if job.fault.how == "version":
+        if job.fault.variant == "version":
             frames._VERSION += 1
         else:
             frames._HEADER = struct.Struct("<6q")
-        job.happens()
+        job.mark_fault()
         return norm(x)

@@ -1,4 +1,4 @@
-"""Faults of a rank, or of another process of the job, that is interrupted, ends or cannot go on."""
+"""Faults in which a rank, or another process of the job, is interrupted, ends or cannot continue."""
 
 import builtins
 import os
@@ -13,97 +13,97 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from fault_jobs import LAYERS, STEPS, Fault, Job, LeftOut, Trainer, note
-from fault_kinds import Kind, Told
+from fault_jobs import LAYERS, STEPS, Fault, Job, LeftOut, Trainer, write_note
+from fault_kinds import ErrorReport, FaultKind
 from torch import Tensor, nn
 
 from syncnorm.comm import exchange, failure_flags
 from syncnorm.layer.kernels import cpu
 
 
-class Kill(Kind):
-    what = "SIGKILL at a random moment, or while the others wait in a layer"
-    hows = ("timer", "timer", "asleep")
+class Kill(FaultKind):
+    description = "SIGKILL at a random moment, or while the others wait in a layer"
+    variants = ("timer", "timer", "asleep")
     outcomes = frozenset({"layer error", "DDP error", "equal"})
-    lost = True
+    dies = True
 
     def step(self, job: Job, trainers: list[Trainer], x: Tensor, classes: Tensor) -> None:
-        if job.fault.how == "timer":
+        if job.fault.variant == "timer":
             threading.Thread(target=self.killed, args=(job, 0.06 * job.fault.delay), daemon=True).start()
         super().step(job, trainers, x, classes)
 
     def in_layer(self, job: Job, norm: nn.Module, x: Tensor) -> Tensor:
-        if job.fault.how == "asleep":
+        if job.fault.variant == "asleep":
             self.killed(job, 2.5 * job.fault.delay)
         return norm(x)
 
     def killed(self, job: Job, seconds: float) -> None:
         time.sleep(seconds)
-        job.happens()
+        job.mark_fault()
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-class Interrupt(Kind):
-    what = "SIGINT on a rank that waits in a layer; its training loop catches that and goes on"
-    hows = ("forward", "backward")
-    steps = range(STEPS - 1)  # after the last one nothing would go on
+class Interrupt(FaultKind):
+    description = "SIGINT on a rank that waits in a layer; its training loop catches it and continues"
+    variants = ("forward", "backward")
+    steps = range(STEPS - 1)  # after the last step nothing would continue
 
-    def clear(self, fault: Fault, rank: int, told: dict[int, Told]) -> bool:
-        return super().clear(fault, rank, told) and f"rank {fault.rank}" in told[rank].text
+    def is_clear(self, fault: Fault, rank: int, errors: dict[int, ErrorReport]) -> bool:
+        return super().is_clear(fault, rank, errors) and f"rank {fault.rank}" in errors[rank].text
 
-    def goes_on(self, fault: Fault, error: BaseException) -> bool:
+    def continues_after(self, fault: Fault, error: BaseException) -> bool:
         return isinstance(error, KeyboardInterrupt)
 
     def in_layer(self, job: Job, norm: nn.Module, x: Tensor) -> Tensor:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         timer = threading.Thread(target=self.interrupted, args=(job,), daemon=True)
-        return before(job.fault.how, timer.start, norm, x)
+        return before(job.fault.variant, timer.start, norm, x)
 
     def others_in_layer(self, job: Job, norm: nn.Module, x: Tensor) -> Tensor:
-        return before(job.fault.how, lambda: time.sleep(1.5), norm, x)
+        return before(job.fault.variant, lambda: time.sleep(1.5), norm, x)
 
     def interrupted(self, job: Job) -> None:
         time.sleep(0.05 + job.fault.delay)
-        job.happens()
+        job.mark_fault()
         os.kill(os.getpid(), signal.SIGINT)
 
 
-# What fails: before the exchange of the forward, before that of the backward, and while the latter is under way.
+# The kernel that fails: before the exchange of the forward, before that of the backward, and during the latter.
 PASSES = {"forward": "local_moments", "backward": "reduce_grad", "under way": "begin_grad"}
 
 
-class Memory(Kind):
-    what = "memory runs out on one rank; its training loop skips such a batch"
-    hows = tuple(f"{when}, {error.__name__}" for when in PASSES for error in (RuntimeError, MemoryError))
+class Memory(FaultKind):
+    description = "memory runs out on one rank; its training loop skips the batch"
+    variants = tuple(f"{when}, {error.__name__}" for when in PASSES for error in (RuntimeError, MemoryError))
     steps = range(STEPS - 1)
 
-    def clear(self, fault: Fault, rank: int, told: dict[int, Told]) -> bool:
-        return super().clear(fault, rank, told) and f"rank {fault.rank}" in told[rank].text
+    def is_clear(self, fault: Fault, rank: int, errors: dict[int, ErrorReport]) -> bool:
+        return super().is_clear(fault, rank, errors) and f"rank {fault.rank}" in errors[rank].text
 
-    def right(self, fault: Fault, rank: int) -> frozenset[str]:
-        if "under way" in fault.how:
+    def expected(self, fault: Fault, rank: int) -> frozenset[str]:
+        if "under way" in fault.variant:
             return self.outcomes
-        # DDP refuses the forward after a backward that ended early, on all ranks.
-        return frozenset({"DDP error"} if fault.ddp and "backward" in fault.how else {"equal"})
+        # After an incomplete backward DDP raises in the next forward, on all ranks.
+        return frozenset({"DDP error"} if fault.ddp and "backward" in fault.variant else {"equal"})
 
-    def goes_on(self, fault: Fault, error: BaseException) -> bool:
+    def continues_after(self, fault: Fault, error: BaseException) -> bool:
         return "not enough memory" in str(error)
 
     def in_layer(self, job: Job, norm: nn.Module, x: Tensor) -> Tensor:
-        when, error = job.fault.how.split(", ")
+        when, error = job.fault.variant.split(", ")
         name = PASSES[when]
         real = getattr(cpu, name)
 
         def full(*args: Any) -> None:
             setattr(cpu, name, real)
-            job.happens()
+            job.mark_fault()
             raise getattr(builtins, error)("DefaultCPUAllocator: not enough memory: you tried to allocate")
 
         direction = "forward" if when == "forward" else "backward"
         return before(direction, lambda: setattr(cpu, name, full), norm, x)
 
-    def alone(self, fault: Fault, norm: nn.Module, x: Tensor) -> Tensor:
-        return before(fault.how.split(", ")[0], leave_out, norm, x)
+    def in_reference(self, fault: Fault, norm: nn.Module, x: Tensor) -> Tensor:
+        return before(fault.variant.split(", ")[0], leave_out, norm, x)
 
 
 def leave_out() -> None:
@@ -111,46 +111,50 @@ def leave_out() -> None:
 
 
 def before(direction: str, act: Callable[[], object], norm: nn.Module, x: Tensor) -> Tensor:
-    """``norm(x)``, before whose forward or backward ``act`` is called."""
+    """``norm(x)``, with a call of ``act`` before its forward or its backward."""
     if direction == "forward":
         act()
     y = norm(x)
     if direction == "backward":
-        y.register_hook(lambda _: act() and None)  # a hook that returns something changes the gradient
+        y.register_hook(lambda _: act() and None)  # the result of a hook would replace the gradient
     return y
 
 
-class Connect(Kind):
-    what = "a rank dies, is stopped or fails before, or midway through, the connecting of the first layer"
-    hows = (
+class Connect(FaultKind):
+    description = "a rank is killed, is stopped or raises before, or during, the connecting in the first layer"
+    variants = (
         *(f"{where}, {how}" for where in ("before", "announced", "midway") for how in ("SIGKILL", "SIGSTOP")),
         "announced, raises",
         "midway, raises",
     )
     steps, layers = range(1), LAYERS[:1]
-    lost = True
+    dies = True
 
-    def waits(self, fault: Fault) -> bool:
-        return "raises" not in fault.how
+    def waits_for_timeout(self, fault: Fault) -> bool:
+        return "raises" not in fault.variant
 
-    def right(self, fault: Fault, rank: int) -> frozenset[str]:
+    def expected(self, fault: Fault, rank: int) -> frozenset[str]:
         return frozenset({"layer error"})
 
-    def clear(self, fault: Fault, rank: int, told: dict[int, Told]) -> bool:
+    def is_clear(self, fault: Fault, rank: int, errors: dict[int, ErrorReport]) -> bool:
         if rank == fault.rank:
-            return told[rank].text == "of its own"
-        says = (f"waiting for ranks [{fault.rank}]", f"waiting for rank {fault.rank}, which", "of its own")
-        return super().clear(fault, rank, told) and any(text in told[rank].text for text in says)
+            return errors[rank].text == "raised by the fault"
+        texts = (
+            f"waiting for ranks [{fault.rank}]",
+            f"waiting for rank {fault.rank}, which",
+            "look for the first error",
+        )
+        return super().is_clear(fault, rank, errors) and any(text in errors[rank].text for text in texts)
 
     def in_layer(self, job: Job, norm: nn.Module, x: Tensor) -> Tensor:
-        where, how = job.fault.how.split(", ")
-        post, connect = failure_flags.Notices.post, exchange._connect
+        where, how = job.fault.variant.split(", ")
+        post, connect = failure_flags.FailureFlags.post, exchange._connect
 
         def end() -> None:
-            job.happens()
+            job.mark_fault()
             if how == "raises":
-                raise ValueError("of its own")
-            note(job.notes / f"lost{job.rank}", how)
+                raise ValueError("raised by the fault")
+            write_note(job.notes / f"lost{job.rank}", how)
             os.kill(os.getpid(), getattr(signal, how))
 
         def announce(*args: Any) -> None:
@@ -163,13 +167,13 @@ class Connect(Kind):
                 self.real = real
 
             def set(self, *args: Any) -> None:
-                self.real.set(*args)  # its address
+                self.real.set(*args)  # the address of this rank
                 end()
 
         if where == "before":
             end()
         elif where == "announced":
-            failure_flags.Notices.post = announce
+            failure_flags.FailureFlags.post = announce
         else:
             exchange._connect = lambda store, *args: connect(Ends(store), *args)
         return norm(x)
@@ -193,7 +197,7 @@ def inference(x: Tensor) -> Tensor:
 
 
 NORMS: dict[str, type[nn.Module]] = {"BatchNorm2d": nn.BatchNorm2d, "Rectified": Rectified, "Picky": Picky}
-# What a layer refuses, made of what it takes, and a word of the reason.
+# Inputs that a layer rejects, computed from a valid one, and a word of the error message.
 ODD: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "dims": (lambda x: x[0, 0], "2D"),
     "channels": (lambda x: torch.cat([x, x[:, :1]], 1), "channels"),
@@ -206,42 +210,45 @@ ODD: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 }
 
 
-class Refused(Kind):
-    what = "a layer refuses the batch of one rank: an error of all ranks, with its reason; some catch that and go on"
-    hows = tuple(
+class Refused(FaultKind):
+    description = "a layer rejects the batch of one rank: an error on all ranks; some jobs catch it and continue"
+    variants = tuple(
         f"{odd}, {norm}{end}"
         for odd in ODD
         for norm in (("Picky", "Picky") if odd == "narrow" else ("BatchNorm2d", "Rectified"))
         for end in ("", ", caught")
     )
 
-    def right(self, fault: Fault, rank: int) -> frozenset[str]:
-        return frozenset({"equal" if "caught" in fault.how else "layer error"})
+    def expected(self, fault: Fault, rank: int) -> frozenset[str]:
+        return frozenset({"equal" if "caught" in fault.variant else "layer error"})
 
-    def clear(self, fault: Fault, rank: int, told: dict[int, Told]) -> bool:
-        if fault.rank not in told:
+    def is_clear(self, fault: Fault, rank: int, errors: dict[int, ErrorReport]) -> bool:
+        if fault.rank not in errors:
             return False
-        reason = told[fault.rank].text
-        word = ODD[fault.how.split(", ")[0]][1]
-        return word in reason and reason[:200] in told[rank].text and (rank == fault.rank or told[rank].ours)
+        reason = errors[fault.rank].text
+        word = ODD[fault.variant.split(", ")[0]][1]
+        known = rank == fault.rank or errors[rank].is_syncnorm_error
+        return known and word in reason and reason[:200] in errors[rank].text
 
     def norm(self, fault: Fault) -> type[nn.Module]:
-        return NORMS[fault.how.split(", ")[1]]
+        return NORMS[fault.variant.split(", ")[1]]
 
-    def goes_on(self, fault: Fault, error: BaseException) -> bool:
-        return "caught" in fault.how and isinstance(error, Exception)
+    def continues_after(self, fault: Fault, error: BaseException) -> bool:
+        return "caught" in fault.variant and isinstance(error, Exception)
 
     def in_layer(self, job: Job, norm: nn.Module, x: Tensor) -> Tensor:
-        made_odd = ODD[job.fault.how.split(", ")[0]][0]
-        job.happens()
+        made_odd = ODD[job.fault.variant.split(", ")[0]][0]
+        job.mark_fault()
         return norm(made_odd(x))
 
-    def alone(self, fault: Fault, norm: nn.Module, x: Tensor) -> Tensor:
+    def in_reference(self, fault: Fault, norm: nn.Module, x: Tensor) -> Tensor:
         raise LeftOut
 
 
-class Store(Kind):
-    what = "the process that keeps the job's store, no rank of the group, ends; one rank comes late to a layer"
+class Store(FaultKind):
+    description = (
+        "the process that hosts the job's store, not a rank of the group, ends; one rank comes late to a layer"
+    )
     steps = range(1, STEPS)  # connecting needs the store
     outcomes = frozenset({"equal"})
     helpers = 1
@@ -255,16 +262,16 @@ class Store(Kind):
             "localhost", 0 if keeper else int(port.read_text()), is_master=keeper, wait_for_workers=False
         )
         if keeper:
-            note(port, str(store.port))
+            write_note(port, str(store.port))
         return store
 
     def help(self, job: Job) -> None:
         appears(job.notes / "midway")
 
     def in_layer(self, job: Job, norm: nn.Module, x: Tensor) -> Tensor:
-        note(job.notes / "midway", "")
+        write_note(job.notes / "midway", "")
         appears(job.notes / f"status{len(job.fault.rows)}")
-        job.happens()
+        job.mark_fault()
         time.sleep(2.5 * job.fault.delay)
         return norm(x)
 
@@ -274,22 +281,24 @@ def appears(path: Path) -> None:
         time.sleep(0.02)
 
 
-class Fork(Kind):
-    what = "a forked child of a rank makes a training forward: an error there and at once, and nothing else"
-    hows = ("model", "layer")
+class Fork(FaultKind):
+    description = (
+        "a forked child of a rank runs a training forward: an immediate error in the child, and no effect elsewhere"
+    )
+    variants = ("model", "layer")
     outcomes = frozenset({"equal"})
 
     def step(self, job: Job, trainers: list[Trainer], x: Tensor, classes: Tensor) -> None:
         model = trainers[0].model
-        job.happens()
-        told = in_child(lambda: (model if job.fault.how == "model" else getattr(model, job.fault.layer))(x))
-        if "was forked from a rank" not in told:
-            raise AssertionError(f"the child: {told}")
+        job.mark_fault()
+        message = in_child(lambda: (model if job.fault.variant == "model" else getattr(model, job.fault.layer))(x))
+        if "was forked from a rank" not in message:
+            raise AssertionError(f"the child: {message}")
         super().step(job, trainers, x, classes)
 
 
 def in_child(call: Callable[[], object], seconds: float = 5) -> str:
-    """What a forked child says of ``call``."""
+    """The error of ``call`` in a forked child, as text."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:

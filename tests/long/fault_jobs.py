@@ -1,6 +1,6 @@
-"""The training job in which a fault happens: what one rank runs, and the same in a single process without the fault.
+"""The training job in which a fault happens, as one rank runs it, and the same training in one process without it.
 
-What goes wrong is up to a ``Kind`` of ``fault_kinds``.
+The fault itself is defined by a ``FaultKind`` of ``fault_kinds``.
 """
 
 import json
@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 import syncnorm
 
 if TYPE_CHECKING:
-    from fault_kinds import Kind
+    from fault_kinds import FaultKind
 
 STEPS, CHANNELS = 4, 8
 LAYERS = ("norm1", "norm2", "norm3")
@@ -33,34 +33,34 @@ LAYERS = ("norm1", "norm2", "norm3")
 
 @dataclass(frozen=True)
 class Fault:
-    """One job and what goes wrong in it."""
+    """A job and its fault."""
 
     kind: str
     seed: int
-    rows: tuple[int, ...]  # of each rank
+    rows: tuple[int, ...]  # samples of each rank
     rank: int
     step: int
     layer: str
-    other: str  # to change places with
-    how: str  # one of the kind's variants
-    delay: float  # 0 to 1; what that is in seconds is up to the kind
-    ddp: bool  # or gradients are averaged by one all_reduce
+    other: str  # the layer to swap it with
+    variant: str  # one of the variants of the kind
+    delay: float  # 0 to 1, which each kind scales to seconds
+    ddp: bool  # otherwise gradients are averaged by one all_reduce
     broadcast_buffers: bool  # DDP's option
 
     @classmethod
-    def draw(cls, name: str, kind: "Kind", seed: int) -> "Fault":
-        """A fault of ``kind``; the rest by chance."""
+    def draw(cls, name: str, kind: "FaultKind", seed: int) -> "Fault":
+        """A random fault of ``kind``."""
         rng = random.Random(f"{name} {seed}")
         rows = tuple(rng.randint(1, 4) for _ in range(rng.choice((2, 3))))
         layer = rng.choice(kind.layers)
         other = rng.choice([name for name in LAYERS if name != layer])
         return cls(
-            name, seed, rows, rng.randrange(len(rows)), rng.choice(kind.steps), layer, other, rng.choice(kind.hows),
-            rng.random(), rng.choice(kind.ddp), rng.random() < 0.5,
+            name, seed, rows, rng.randrange(len(rows)), rng.choice(kind.steps), layer, other,
+            rng.choice(kind.variants), rng.random(), rng.choice(kind.ddp), rng.random() < 0.5,
         )  # fmt: skip
 
     def batch(self, step: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Images and classes by rank."""
+        """Images and classes of each rank."""
         generator = torch.Generator().manual_seed(self.seed * STEPS + step)
         x = torch.randn(sum(self.rows), CHANNELS, 6, 6, generator=generator, dtype=torch.float64)
         classes = torch.randint(0, 5, (sum(self.rows),), generator=generator)
@@ -68,7 +68,7 @@ class Fault:
 
 
 class Net(nn.Module):
-    """Three norms of one width, the first of them on the images themselves."""
+    """Three norms of one width; the first one normalizes the images themselves."""
 
     def __init__(self, norm: type[nn.Module] = nn.BatchNorm2d) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Net(nn.Module):
         self.conv2 = nn.Conv2d(CHANNELS, CHANNELS, 3)
         self.norm3 = norm(CHANNELS)
         self.head = nn.Linear(CHANNELS, 5)
-        self.at: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {}  # what runs the norm of that name instead
+        self.at: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {}  # called instead of the norm of that name
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(self.norm("norm1", x))
@@ -90,18 +90,18 @@ class Net(nn.Module):
         return self.at[name](norm, x) if name in self.at else norm(x)
 
 
-_seeding = threading.Lock()  # torch's generator is one for all threads, and jobs are judged in several
+_seeding = threading.Lock()  # all threads share torch's generator, and several threads judge jobs
 
 
 def build(fault: Fault, norm: type[nn.Module] = nn.BatchNorm2d) -> Net:
-    """The same weights whenever it is called."""
+    """A net with the same initial weights at each call."""
     with _seeding, torch.random.fork_rng():
         torch.manual_seed(fault.seed)
         return Net(norm).double()
 
 
 class Trainer:
-    """A model and its optimizer; without a group, of the whole batch in one process."""
+    """A model and its optimizer. Without a group it trains on the whole batch in one process."""
 
     def __init__(self, fault: Fault, model: Net, group: dist.ProcessGroup | None, updates: bool) -> None:
         self.fault, self.model, self.group, self.updates = fault, model, group, updates
@@ -115,7 +115,7 @@ class Trainer:
     def step(self, x: Tensor, classes: Tensor) -> None:
         if self.updates:
             self.optimizer.zero_grad()
-        logits = self.net(x.requires_grad_())  # so that the first norm has a whole backward
+        logits = self.net(x.requires_grad_())  # so that the first norm computes a complete backward
         loss = F.cross_entropy(logits, classes, reduction="sum") / sum(self.fault.rows)
         (loss * (self.group.size() if self.group else 1)).backward()  # gradients are averaged over the ranks
         if self.updates:
@@ -137,21 +137,21 @@ class Trainer:
 
 
 class Job:
-    """One rank's view of it."""
+    """A job as one rank runs it."""
 
-    def __init__(self, fault: Fault, kind: "Kind", rank: int, notes: Path, timeout: float) -> None:
+    def __init__(self, fault: Fault, kind: "FaultKind", rank: int, notes: Path, timeout: float) -> None:
         self.fault, self.kind, self.rank, self.notes, self.timeout = fault, kind, rank, notes, timeout
         self.group: dist.ProcessGroup | None = None
 
     @property
     def at_fault(self) -> bool:
-        """Whether it is this rank that does something wrong."""
+        """Whether the fault happens on this rank."""
         return self.rank == self.fault.rank
 
-    def happens(self) -> None:
-        """Tells the parent when the fault happened; its clock is the same."""
+    def mark_fault(self) -> None:
+        """Records when the fault happened. The parent process has the same clock."""
         if not (self.notes / "happened").exists():
-            note(self.notes / "happened", str(time.monotonic()))
+            write_note(self.notes / "happened", str(time.monotonic()))
 
     def connect(self) -> None:
         ranks = len(self.fault.rows)
@@ -161,7 +161,7 @@ class Job:
         self.group = dist.new_group(range(ranks)) if self.kind.helpers else dist.group.WORLD
 
     def train(self) -> list[dict[str, Any]]:
-        """What each model ended with."""
+        """Trains, and returns the result of each model."""
         self.connect()
         if self.rank == len(self.fault.rows):
             self.kind.help(self)
@@ -171,7 +171,7 @@ class Job:
         return [trainer.result() for trainer in trainers]
 
     def loop(self, trainers: list[Trainer]) -> None:
-        """Trains as users do."""
+        """The training loop."""
         kind, fault = self.kind, self.fault
         in_layer = kind.in_layer if self.at_fault else kind.others_in_layer
         for step in range(STEPS):
@@ -186,19 +186,19 @@ class Job:
                     for trainer in trainers:
                         trainer.step(x, classes)
             except BaseException as error:
-                if not kind.goes_on(fault, error):
+                if not kind.continues_after(fault, error):
                     raise
 
 
 class LeftOut(Exception):
-    """The rest of a step is left out."""
+    """Raised to skip the rest of a step."""
 
 
-def undisturbed(kind: "Kind", fault: Fault) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """What a single process gives: the last step's logits by rank, and the state after it."""
+def reference(kind: "FaultKind", fault: Fault) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The result of a single process: the logits of the last step by rank, and the state after it."""
     trainer = Trainer(fault, build(fault, kind.norm(fault)), None, kind.updates)
     for step in range(STEPS):
-        trainer.model.at = {fault.layer: partial(kind.alone, fault)} if step == fault.step else {}
+        trainer.model.at = {fault.layer: partial(kind.in_reference, fault)} if step == fault.step else {}
         with suppress(LeftOut):
             trainer.step(*(torch.cat(part) for part in kind.batch(fault, step)))
     if not kind.updates:
@@ -208,27 +208,28 @@ def undisturbed(kind: "Kind", fault: Fault) -> tuple[list[Tensor], dict[str, Ten
 
 
 def rank_process(job: Job) -> None:
-    """The program of one rank. An error ends it as it would end a user's script: with a traceback."""
+    """The program of one rank. An error ends it as it ends a user's script, with a traceback."""
     torch.set_num_threads(1)
     try:
         result = job.train()
     except (Exception, KeyboardInterrupt) as error:
         files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
-        told = {
+        report = {
             "at": time.monotonic(),
-            "ours": isinstance(error, syncnorm.SyncNormError),
-            "from_us": any(Path(syncnorm.__file__).parent in file.parents for file in files),
+            "is_syncnorm_error": isinstance(error, syncnorm.SyncNormError),
+            "raised_in_syncnorm": any(Path(syncnorm.__file__).parent in file.parents for file in files),
             "text": str(error),
         }
-        note(job.notes / f"error{job.rank}", json.dumps(told))
+        write_note(job.notes / f"error{job.rank}", json.dumps(report))
         raise
-    torch.save(result, job.notes / f"saving{job.rank}")  # a timer may kill it meanwhile
+    torch.save(result, job.notes / f"saving{job.rank}")  # a timer may kill this process meanwhile
     (job.notes / f"saving{job.rank}").rename(job.notes / f"result{job.rank}")
     dist.destroy_process_group()
 
 
-def note(path: Path, text: str) -> None:
-    """Writes a file that nobody sees half written."""
-    new = path.with_suffix(f".{time.monotonic_ns()}.{threading.get_ident()}")  # two ranks may note the same at once
+def write_note(path: Path, text: str) -> None:
+    """Writes a file atomically."""
+    # Two ranks may write the same file at once.
+    new = path.with_suffix(f".{time.monotonic_ns()}.{threading.get_ident()}")
     new.write_text(text)
     new.rename(path)

@@ -1,6 +1,6 @@
-"""What a fault may change of a training job, and what has to become of the job's ranks then.
+"""What a fault may change in a training job, and the outcomes that are correct for the ranks of that job.
 
-``fault_disagreements`` and ``fault_interruptions`` have the kinds: each is a subclass of :class:`Kind`.
+``fault_disagreements`` and ``fault_interruptions`` define the kinds, each as a subclass of :class:`FaultKind`.
 """
 
 from dataclasses import dataclass
@@ -11,59 +11,59 @@ from torch import Tensor, nn
 
 import syncnorm
 
-KINDS: dict[str, "Kind"] = {}  # by the names of their classes
+KINDS: dict[str, "FaultKind"] = {}  # by the lowercase names of their classes
 
 
 @dataclass
-class Told:
+class ErrorReport:
     """The error that ended a rank."""
 
-    at: float  # time.monotonic()
-    ours: bool  # a SyncNormError
-    from_us: bool  # raised inside of the package
+    at: float  # by time.monotonic
+    is_syncnorm_error: bool
+    raised_in_syncnorm: bool  # from a function of the package
     text: str
 
 
-class Kind:
-    """Nothing goes wrong. Subclasses change a part of that, most of them on one rank, in one step, at one layer."""
+class FaultKind:
+    """A job without a fault. Most subclasses change what one rank does in one step at one layer."""
 
-    what = ""  # for the reader
-    hows: tuple[str, ...] = ("",)  # variants
+    description = ""  # for the help text
+    variants: tuple[str, ...] = ("",)
     steps, layers, ddp = range(STEPS), LAYERS, (True, False)  # to draw from
-    outcomes = frozenset({"layer error", "DDP error"})  # that are right for a rank that survives
-    lost = False  # the rank at fault does not survive
-    helpers = 0  # processes beside those that train
-    updates = True  # after each step; otherwise once, after all of them
+    outcomes = frozenset({"layer error", "DDP error"})  # correct ones for a rank that survives
+    dies = False  # whether the rank at fault is killed or stopped
+    helpers = 0  # additional processes that do not train
+    updates = True  # whether the optimizer steps after each step, or once after all of them
 
     def __init_subclass__(cls) -> None:
         KINDS[cls.__name__.lower()] = cls()
 
-    def right(self, fault: Fault, rank: int) -> frozenset[str]:
-        """The outcomes that are right."""
+    def expected(self, fault: Fault, rank: int) -> frozenset[str]:
+        """The outcomes that are correct for ``rank``."""
         return self.outcomes
 
-    def waits(self, fault: Fault) -> bool:
-        """Whether the others cannot know before the group's timeout is over."""
+    def waits_for_timeout(self, fault: Fault) -> bool:
+        """Whether the other ranks can notice the fault only when the timeout of the group has passed."""
         return False
 
-    def clear(self, fault: Fault, rank: int, told: dict[int, Told]) -> bool:
-        """Whether an error of the layer says what it has to."""
-        return told[rank].ours and any(layer in told[rank].text for layer in LAYERS)
+    def is_clear(self, fault: Fault, rank: int, errors: dict[int, ErrorReport]) -> bool:
+        """Whether the error of ``rank`` is one of the layer with a sufficient message."""
+        return errors[rank].is_syncnorm_error and any(layer in errors[rank].text for layer in LAYERS)
 
-    # On all ranks, in this order.
+    # Called on all ranks, in this order.
     def store(self, job: Job) -> dist.Store:
         port = int((job.notes / "port").read_text())
         return dist.TCPStore("localhost", port, is_master=False, wait_for_workers=False)
 
     def help(self, job: Job) -> None:
-        """What a helper does."""
+        """The program of a helper."""
 
     def norm(self, fault: Fault) -> type[nn.Module]:
         """The class of the norms."""
         return nn.BatchNorm2d
 
     def models(self, job: Job) -> list[Net]:
-        """To be trained in turn; the group is given only where it is not the default one."""
+        """The models to train in turn. Their group is passed only if it is not the default one."""
         group = job.group if self.helpers else None
         return [syncnorm.convert(build(job.fault, self.norm(job.fault)), process_group=group)]
 
@@ -71,14 +71,15 @@ class Kind:
         job.loop(trainers)
 
     def batch(self, fault: Fault, step: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Images and classes by rank."""
+        """Images and classes of each rank."""
         return fault.batch(step)
 
-    def goes_on(self, fault: Fault, error: BaseException) -> bool:
-        """Whether the training loop catches ``error`` and goes on with the next batch."""
+    def continues_after(self, fault: Fault, error: BaseException) -> bool:
+        """Whether the training loop catches ``error`` and continues with the next batch."""
         return False
 
-    # In the step of the fault: on its rank, there in its layer, in that layer on the others, and undisturbed.
+    # Called in the step of the fault: for the step and in the layer on the rank at fault, in the layer on the other
+    # ranks, and in the layer of the reference.
     def step(self, job: Job, trainers: list[Trainer], x: Tensor, classes: Tensor) -> None:
         for trainer in trainers:
             trainer.step(x, classes)
@@ -89,5 +90,5 @@ class Kind:
     def others_in_layer(self, job: Job, norm: nn.Module, x: Tensor) -> Tensor:
         return norm(x)
 
-    def alone(self, fault: Fault, norm: nn.Module, x: Tensor) -> Tensor:
+    def in_reference(self, fault: Fault, norm: nn.Module, x: Tensor) -> Tensor:
         return norm(x)

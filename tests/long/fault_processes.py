@@ -1,4 +1,4 @@
-"""Starts the processes of a job, forked from one that has imported torch, and waits for them to end."""
+"""Starts the processes of a job by forking a process that has imported torch, and waits for them to end."""
 
 import json
 import os
@@ -11,20 +11,20 @@ import traceback
 from dataclasses import asdict
 from pathlib import Path
 
-import fault_disagreements  # noqa: F401  # for its kinds
+import fault_disagreements  # noqa: F401  # registers its kinds
 import fault_interruptions  # noqa: F401
-from fault_jobs import Fault, Job, note, rank_process
+from fault_jobs import Fault, Job, rank_process, write_note
 from fault_kinds import KINDS
 
 import syncnorm
 
 MARGIN = 15.0  # seconds in which a rank must have raised or finished, on a busy machine
-EXITING = 60.0  # seconds for the interpreter to end after that
+EXITING = 60.0  # seconds for the interpreter to exit after that
 STARTING = 90.0  # seconds for a job in which the fault has not happened yet
 
 
 class Ranks:
-    """Starts rank processes by fork: importing torch anew takes seconds of a core."""
+    """Starts rank processes by forking, because importing torch again takes seconds of CPU time."""
 
     def __init__(self, timeout: float) -> None:
         command = [sys.executable, "-X", "faulthandler", __file__, str(timeout)]
@@ -33,7 +33,7 @@ class Ranks:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self._server = subprocess.Popen(command, env=environ, text=True, **pipes)
         assert self._server.stdout is not None
-        self._server.stdout.readline()  # its imports take their time on a busy machine, and none of a job's
+        self._server.stdout.readline()  # imports are slow on a busy machine and must not count as a job's time
         self._asking = threading.Lock()
 
     def __enter__(self) -> "Ranks":
@@ -51,13 +51,13 @@ class Ranks:
 
 
 def processes(fault: Fault) -> range:
-    """Their numbers: those of the ranks, then those of helpers."""
+    """The numbers of the processes: the ranks, then the helpers."""
     return range(len(fault.rows) + KINDS[fault.kind].helpers)
 
 
 def serve(timeout: float) -> None:
-    """Reads jobs and forks their ranks. Those of every fifth end like any Python program, which takes seconds."""
-    import torch._dynamo  # noqa: F401  # as DDP and the optimizer would, each for seconds
+    """Reads jobs and forks their ranks. Those of every fifth job exit as Python programs do, which is slow."""
+    import torch._dynamo  # noqa: F401  # DDP and the optimizer would import it, which takes seconds in each rank
 
     print("ready", flush=True)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -81,7 +81,7 @@ def serve(timeout: float) -> None:
 
 
 def watch(notes: Path, rank: int) -> bool:
-    """Forks a rank; notes its id and how it ended. False in the rank."""
+    """Forks a rank and records its process id and exit status. Returns False in the rank."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     pid = os.fork()
     if pid == 0:
@@ -90,16 +90,16 @@ def watch(notes: Path, rank: int) -> bool:
             os.dup2(stderr, theirs)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         return False
-    note(notes / f"pid{rank}", str(pid))
+    write_note(notes / f"pid{rank}", str(pid))
     _, status = os.waitpid(pid, 0)
-    note(notes / f"status{rank}", str(os.waitstatus_to_exitcode(status)))
+    write_note(notes / f"status{rank}", str(os.waitstatus_to_exitcode(status)))
     return True
 
 
 def wait(fault: Fault, notes: Path, timeout: float) -> set[int]:
-    """Waits for the ranks to end; those that did not in time are killed, and returned."""
+    """Waits for the ranks to end. Kills and returns those that do not end in time."""
     deadline = time.monotonic() + STARTING
-    allowed = MARGIN + (timeout if KINDS[fault.kind].waits(fault) else 0)
+    allowed = MARGIN + (timeout if KINDS[fault.kind].waits_for_timeout(fault) else 0)
     alive = set(processes(fault))
     hanging: set[int] = set()
     while alive:
@@ -111,7 +111,8 @@ def wait(fault: Fault, notes: Path, timeout: float) -> set[int]:
         for rank in alive - hanging - lost:
             ending = (notes / f"error{rank}").exists() or (notes / f"result{rank}").exists()
             if time.monotonic() > deadline + ending * EXITING:
-                os.kill(int((notes / f"pid{rank}").read_text()), signal.SIGABRT)  # writes its stacks
+                # faulthandler prints the stacks
+                os.kill(int((notes / f"pid{rank}").read_text()), signal.SIGABRT)
                 hanging.add(rank)
         if alive == lost:  # a rank that is stopped keeps its connections until the others have ended
             for rank in lost:

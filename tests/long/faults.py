@@ -1,14 +1,13 @@
-"""Many training jobs, one fault in each: does every rank that survives end in time, and with a clear error?
+"""Runs many training jobs with one fault in each: does every rank that survives end in time and with a clear error?
 
     python tests/long/faults.py --faults 200
 
 Each job is two or three processes that train a small net with three synced norms, in DDP or with an all_reduce of
-the gradients. At a random step, on a random rank, one thing goes wrong. What became of the ranks is judged from
-outside, by their exit statuses and by what an undisturbed run would have given: a single process on the whole batch,
-in fp64.
+the gradients. At a random step, on a random rank, one fault happens. The outcome of each rank is judged from outside,
+by its exit status, its error, and the result of a reference run: a single process on the whole batch, in fp64.
 
-``fault_jobs`` has what a rank runs, ``fault_kinds`` what may go wrong, ``fault_disagreements`` and
-``fault_interruptions`` what does, ``fault_processes`` what starts and ends the ranks.
+``fault_jobs`` defines what a rank runs, ``fault_kinds`` the interface of faults, ``fault_disagreements`` and
+``fault_interruptions`` the faults. ``fault_processes`` starts and ends the ranks.
 """
 
 import argparse
@@ -25,12 +24,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import fault_disagreements  # noqa: F401  # for its kinds
+import fault_disagreements  # noqa: F401  # registers its kinds
 import fault_interruptions  # noqa: F401
 import torch
 import torch.distributed as dist
-from fault_jobs import Fault, note, undisturbed
-from fault_kinds import KINDS, Told
+from fault_jobs import Fault, reference, write_note
+from fault_kinds import KINDS, ErrorReport
 from fault_processes import Ranks, wait
 
 BAD = ("hang", "abort", "silent", "unclear")
@@ -39,32 +38,33 @@ OUTCOMES = ("layer error", "DDP error", "equal", *BAD)
 
 @dataclass
 class Verdict:
-    """What became of the ranks of one job."""
+    """The outcomes of the ranks of one job."""
 
     fault: Fault
     outcomes: Counter[str] = field(default_factory=Counter)
     seconds: list[float] = field(default_factory=list)  # from the fault to each error
-    told: list[str] = field(default_factory=list)  # of what should not be
+    failures: list[str] = field(default_factory=list)  # descriptions of bad outcomes
 
 
 def judge(fault: Fault, timeout: float, ranks: Ranks) -> Verdict:
-    """Runs the job to its end."""
+    """Runs the job and judges its ranks."""
     verdict = Verdict(fault)
     kind = KINDS[fault.kind]
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         notes = Path(folder)
-        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent keeps it
-        note(notes / "port", str(store.port))
+        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent hosts it
+        write_note(notes / "port", str(store.port))
         ranks.start(fault, notes)
         hanging = wait(fault, notes, timeout)
         happened = notes / "happened"
         at = float(happened.read_text()) if happened.exists() else None
         all_ranks = range(len(fault.rows))
         results = {r: torch.load(p) for r in all_ranks if (p := notes / f"result{r}").exists()}
-        errors = {r: Told(**json.loads(p.read_text())) for r in all_ranks if (p := notes / f"error{r}").exists()}
+        reports = {r: p.read_text() for r in all_ranks if (p := notes / f"error{r}").exists()}
+        errors = {r: ErrorReport(**json.loads(text)) for r, text in reports.items()}
         for rank in all_ranks:
             code = int((notes / f"status{rank}").read_text())
-            if kind.lost and rank == fault.rank and code == -signal.SIGKILL and rank not in hanging:
+            if kind.dies and rank == fault.rank and code == -signal.SIGKILL and rank not in hanging:
                 continue
             if rank in hanging:
                 outcome = "hang"
@@ -72,32 +72,32 @@ def judge(fault: Fault, timeout: float, ranks: Ranks) -> Verdict:
                 outcome = "abort"
             else:
                 outcome = ended(fault, rank, results, errors)
-                if at is None and not kind.lost:
+                if at is None and not kind.dies:
                     outcome = "unclear"  # the fault did not happen
             if rank in errors:
                 verdict.seconds.append(errors[rank].at - (at or errors[rank].at))
             verdict.outcomes[outcome] += 1
             if outcome in BAD:
                 stderr = (notes / f"stderr{rank}").read_text(errors="replace")
-                verdict.told.append(f"rank {rank}: {outcome}, exit status {code}\n{stderr[-3000:]}")
+                verdict.failures.append(f"rank {rank}: {outcome}, exit status {code}\n{stderr[-3000:]}")
     return verdict
 
 
-def ended(fault: Fault, rank: int, results: dict[int, Any], errors: dict[int, Told]) -> str:
-    """The outcome of a rank that ended by itself."""
+def ended(fault: Fault, rank: int, results: dict[int, Any], errors: dict[int, ErrorReport]) -> str:
+    """The outcome of a rank that was not killed."""
     kind = KINDS[fault.kind]
     if rank not in errors:
-        right = "equal" in kind.right(fault, rank) and equal(fault, rank, results)
-        return "equal" if right else "silent"
+        correct = "equal" in kind.expected(fault, rank) and equal(fault, rank, results)
+        return "equal" if correct else "silent"
     error = errors[rank]
-    elsewhere = not error.ours and not error.from_us and error.text
-    outcome = "layer error" if kind.clear(fault, rank, errors) else "DDP error" if elsewhere else "unclear"
-    return outcome if outcome in kind.right(fault, rank) else "unclear"
+    elsewhere = not error.is_syncnorm_error and not error.raised_in_syncnorm and error.text
+    outcome = "layer error" if kind.is_clear(fault, rank, errors) else "DDP error" if elsewhere else "unclear"
+    return outcome if outcome in kind.expected(fault, rank) else "unclear"
 
 
 def equal(fault: Fault, rank: int, results: dict[int, Any]) -> bool:
-    """Whether this rank ended as if nothing had gone wrong."""
-    logits, state = undisturbed(KINDS[fault.kind], fault)
+    """Whether the result of this rank equals that of the reference."""
+    logits, state = reference(KINDS[fault.kind], fault)
     try:
         for number, result in enumerate(results[rank]):
             torch.testing.assert_close(result["logits"], logits[rank], rtol=1e-8, atol=1e-8, equal_nan=True)
@@ -112,7 +112,7 @@ def equal(fault: Fault, rank: int, results: dict[int, Any]) -> bool:
 def run(
     faults: int, seed: int, timeout: float, jobs: int, show: bool = True, kinds: Collection[str] = tuple(KINDS)
 ) -> list[Verdict]:
-    """Judges ``faults`` faults, of each of ``kinds`` in turn."""
+    """Judges that many faults, taking the ``kinds`` in turn."""
     torch.set_num_threads(1)
     names = list(kinds)
     drawn = [Fault.draw(name, KINDS[name], seed + i) for i in range(faults) for name in [names[i % len(names)]]]
@@ -122,19 +122,19 @@ def run(
             verdicts.append(verdict)
             if show:
                 print(f"{len(verdicts):4}", line(verdict), flush=True)
-                print(*verdict.told, sep="\n", end="\n" if verdict.told else "", flush=True)
+                print(*verdict.failures, sep="\n", end="\n" if verdict.failures else "", flush=True)
     return verdicts
 
 
 def line(verdict: Verdict) -> str:
     fault = verdict.fault
     slowest = f"{max(verdict.seconds):.1f} s" if verdict.seconds else "-"
-    what = f"{fault.kind} {fault.how} rank {fault.rank} of {len(fault.rows)} step {fault.step} {fault.layer}"
+    what = f"{fault.kind} {fault.variant} rank {fault.rank} of {len(fault.rows)} step {fault.step} {fault.layer}"
     return f"{what + ' DDP' * fault.ddp:64} {dict(verdict.outcomes)} {slowest}"
 
 
 def table(verdicts: list[Verdict]) -> str:
-    """Surviving ranks by kind of fault and outcome; seconds from the fault to their errors."""
+    """A table of the surviving ranks by kind of fault and outcome, with the seconds until their errors."""
     head = ["kind", "faults", "ranks", *OUTCOMES, "median s", "max s"]
     rows = [head]
     for kind in (*dict.fromkeys(v.fault.kind for v in verdicts), "total"):
@@ -152,7 +152,7 @@ def failed(verdicts: list[Verdict]) -> bool:
 
 
 def main() -> None:
-    kinds = "\n".join(f"  {name:10} {kind.what}" for name, kind in KINDS.items())
+    kinds = "\n".join(f"  {name:10} {kind.description}" for name, kind in KINDS.items())
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         epilog=f"kinds:\n{kinds}",
@@ -160,14 +160,14 @@ def main() -> None:
     )
     parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--timeout", type=float, default=20.0, help="seconds, of the process group")
-    parser.add_argument("--jobs", type=int, default=2, help="training jobs at a time")
+    parser.add_argument("--timeout", type=float, default=20.0, help="of the process group, in seconds")
+    parser.add_argument("--jobs", type=int, default=2, help="number of training jobs at a time")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND")
     options = parser.parse_args()
     started = time.monotonic()
     verdicts = run(options.faults, options.seed, options.timeout, options.jobs, kinds=options.kinds)
-    print(f"\nSurviving ranks by what became of them; torch {torch.__version__}, gloo, seed {options.seed}, ", end="")
-    print(f"timeout {options.timeout:g} s, {time.monotonic() - started:.0f} s in all.\n\n{table(verdicts)}")
+    print(f"\nSurviving ranks by outcome; torch {torch.__version__}, gloo, seed {options.seed}, ", end="")
+    print(f"timeout {options.timeout:g} s, {time.monotonic() - started:.0f} s in total.\n\n{table(verdicts)}")
     sys.exit(failed(verdicts))
 
 

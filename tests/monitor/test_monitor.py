@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import syncnorm
 from syncnorm.__main__ import main
-from syncnorm.comm.observers import observers
+from syncnorm.comm.call import observers
 from syncnorm.errors import InputError, SyncNormError
 from syncnorm.monitor import monitor
 from syncnorm.monitor.findings import Findings, straggler

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from syncnorm.__main__ import main
-from syncnorm.comm.observers import observers
+from syncnorm.comm.call import observers
 from syncnorm.testing import assert_close, batch_norm_oracle, run_ranks
 from syncnorm.tools.bench import Benchmark, LayerWait, Memory, ModelResult, RankProfile, Row, Settings
 from syncnorm.tools.bench.gpu_targets import gpu_figures

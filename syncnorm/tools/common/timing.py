@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from syncnorm.comm import Call, Kind
-from syncnorm.comm.observers import observers
+from syncnorm.comm.call import observers
 
 
 def synchronize(device: torch.device) -> None:

@@ -1,0 +1,241 @@
+"""The collectives of a synced layer: one gather in the forward, one sum in the backward, and a report of errors.
+
+Each goes over the group's exchange of frames where there is one, and otherwise over its native collectives.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from syncnorm.comm import native
+from syncnorm.comm.call import Call, Kind
+from syncnorm.comm.exchange import Exchange, failure_flags_of
+from syncnorm.comm.layer_names import ModelNumbers
+from syncnorm.comm.process_groups import alive, check_not_inherited
+from syncnorm.errors import REFUSED, InputError, SyncNormError, is_known_everywhere, known_everywhere
+
+
+@dataclass
+class Peers:
+    """What this process stores for a process group.
+
+    Attributes:
+        calls: number of forwards of all layers without an exchange; an exchange counts its own.
+        compared: the layers whose names ranks have compared, by kind of call.
+        exchange: the open exchange of frames, if there is one.
+        attempt: how often the ranks have connected or tried to.
+        closed: earlier exchanges; kept because gloo may still write to their buffers.
+        models: numbers models that have layers of the same names.
+        staged: whether tensors of GPUs are exchanged in frames too, so that a rank that has joined can answer.
+    """
+
+    calls: int = 0
+    compared: set[tuple[Kind, str]] = field(default_factory=set)
+    exchange: Exchange | None = None
+    attempt: int = 0
+    closed: list[Exchange] = field(default_factory=list)
+    models: ModelNumbers = field(default_factory=ModelNumbers)
+    staged: bool = False
+
+    def is_first(self, call: Call) -> bool:
+        """Whether the layer makes a call of this kind for the first time."""
+        known = (call.kind, call.layer) in self.compared
+        self.compared.add((call.kind, call.layer))
+        return not known
+
+
+class Gathered(NamedTuple):
+    """What :func:`gather_moments` returns."""
+
+    moments: Tensor  # (W, 2C): each rank's mean and then its invstd
+    counts: Sequence[int] | Tensor  # W numbers, or (W, 1) if only the device knows them
+    number: int  # of the call
+
+
+_creating = threading.Lock()  # two threads at their first layers must get the same exchange, which then raises
+_peers: "weakref.WeakKeyDictionary[dist.ProcessGroup, Peers]" = weakref.WeakKeyDictionary()
+
+
+def peers_of(group: dist.ProcessGroup) -> Peers:
+    """What this process stores for ``group``."""
+    return _peers.get(group) or _peers.setdefault(group, Peers())
+
+
+def exchange_of(group: dist.ProcessGroup, device: torch.device) -> Exchange | None:
+    """The exchange for tensors on ``device``; None if they are sent by the group's native collectives.
+
+    Raises:
+        SyncNormError: this process was forked from a rank.
+    """
+    check_not_inherited(group)
+    peers = peers_of(group)
+    if peers.exchange is not None and (device.type == "cpu" or peers.staged):
+        return peers.exchange
+    on_gloo = device.type == "cpu" and "cpu:gloo" in dist.get_backend_config(group)
+    if not on_gloo and not peers.staged:
+        return None
+    with _creating:
+        if peers.exchange is None:
+            peers.exchange = Exchange(group, peers.attempt)
+        return peers.exchange
+
+
+def reopen(group: dist.ProcessGroup | None) -> None:
+    """Lets the ranks of ``group`` connect again if their exchange was closed by an interrupt or by a failed rank.
+
+    Collective: communicates nothing, but the next call connects only if all ranks have called this.
+    """
+    group = dist.group.WORLD if group is None and dist.is_initialized() else group
+    # For a rank outside of a new group torch returns a number instead of a group.
+    if group is None or not isinstance(group, dist.ProcessGroup) or not alive(group):
+        return
+    peers = peers_of(group)
+    if peers.exchange is not None and not peers.exchange.closed:
+        return
+    # A rank that comes late may have missed several attempts of the other ranks.
+    while failure_flags_of(group, peers.attempt).any_failure():
+        peers.attempt += 1
+    if peers.exchange is not None:
+        peers.closed.append(peers.exchange)
+        peers.exchange = None
+
+
+def gather_moments(
+    mean: Tensor, invstd: Tensor, count: int | Tensor, eps: float, group: dist.ProcessGroup | None, layer_name: str
+) -> Gathered:
+    """Gathers the moments of every rank, packed as ``[mean (C), invstd (C), count (1)]``.
+
+    Args:
+        mean: (C), of this rank.
+        invstd: (C), of this rank, of the same dtype.
+        count: values per channel on this rank; may be 0 and may differ between ranks; a tensor () if a mask on the
+            device determines it.
+        eps: the eps inside ``invstd``; ranks compare it.
+        group: the process group; None means this process alone.
+        layer_name: the name of the layer, which ranks compare and errors mention.
+
+    Returns:
+        The moments of each rank in rank order, with the same bits on every rank.
+
+    Raises:
+        SyncNormError: the ranks made different calls, or the collective failed.
+
+    Collective: all ranks of ``group`` must call; one gather.
+    """
+    channels = mean.numel()
+    if group is None:
+        counts = count.view(1, 1) if isinstance(count, Tensor) else [count]
+        return Gathered(torch.cat([mean, invstd]).unsqueeze(0), counts, 0)
+    peers = peers_of(group)
+    exchange = exchange_of(group, mean.device)
+    number = 1 + (peers.calls if exchange is None else exchange.calls)
+    call = Call(Kind.FORWARD, layer_name, number, channels, mean.dtype, eps, peers.models.built(layer_name))
+    if exchange is None:
+        peers.calls += 1
+        # full() and not tensor(): a fill is a kernel, while a copy of host memory would synchronize with a GPU.
+        packed = count.view(1).to(mean.dtype) if isinstance(count, Tensor) else mean.new_full((1,), count)
+        gathered = native.gather([mean, invstd, packed], group, call, peers.is_first(call))
+        return Gathered(gathered[:, :-1], gathered[:, -1:], call.number)
+    _check_has_data(mean)
+    headers, received = exchange(call, (mean, invstd), int(count))
+    for row, header in enumerate(headers):
+        if header.kind == Kind.JOINED:
+            received[row, channels:] = 1  # the invstd of an empty rank must be finite
+    return Gathered(received.to(mean.device), [h.values for h in headers], call.number)
+
+
+@contextmanager
+def reduce_sums(
+    sums: Sequence[Tensor], group: dist.ProcessGroup | None, layer_name: str, number: int, kind: Kind = Kind.BACKWARD
+) -> Iterator[Callable[[], Sequence[Tensor]]]:
+    """Sums each of ``sums`` over all ranks, in one collective that is in progress while the block runs.
+
+    In the backward these are ``[sum_dy (C), sum_dy_xmu (C)]``. Over gloo every rank receives the sums of the others
+    and adds them up: for a few KiB that takes less time than gloo's all_reduce.
+
+    Args:
+        sums: vectors of one length and dtype, equally many on all ranks.
+        group: the process group; None means this process alone.
+        layer_name: as for :func:`gather_moments`.
+        number: the number that :func:`gather_moments` returned in the forward.
+        kind: what the sums belong to.
+
+    Yields:
+        A function that waits for the sums and returns them. No other collective of the group may start before.
+
+    Raises:
+        SyncNormError: at the start or in that function: the ranks made different calls, or the collective failed.
+
+    Collective: all ranks of ``group`` must call; one sum.
+    """
+    if group is None:
+        yield lambda: sums
+        return
+    first = sums[0]
+    call = Call(kind, layer_name, number, first.numel(), first.dtype, built=peers_of(group).models.built(layer_name))
+    exchange = exchange_of(group, first.device)
+    if exchange is None:
+        yield native.reduce(sums, group, call, peers_of(group).is_first(call))
+        return
+    _check_has_data(first)
+    pending = exchange.start(call, sums)
+    try:
+        yield lambda: pending().payloads.sum(0).to(first.device).chunk(len(sums))
+    except BaseException as error:
+        pending.abandon(error)
+        raise
+
+
+def _check_has_data(vector: Tensor) -> None:
+    if type(vector) is not Tensor:
+        raise InputError(
+            f"rank {dist.get_rank()}: expected tensors with data, got a {type(vector).__name__}, whose values cannot "
+            f"be sent to other ranks. Trace the model, or run it on fake tensors, under "
+            f"`with syncnorm.no_sync_stats():`"
+        )
+
+
+_reported_while_tracing: set[str] = set()
+
+
+def abort_peers(
+    cause: str, message: str, group: dist.ProcessGroup, device: torch.device, tracing: bool = False
+) -> None:
+    """Makes the other ranks raise ``cause: message`` where they wait for this rank.
+
+    Does nothing where ranks exchange no frames, and nothing if the same was reported while tracing: after a failed
+    trace torch.compile may run the same code again in eager mode.
+    """
+    if tracing:
+        _reported_while_tracing.add(message)
+    elif message in _reported_while_tracing:
+        return _reported_while_tracing.remove(message)
+    with suppress(SyncNormError):  # this rank's own error says more than one about peers that are gone
+        exchange = exchange_of(group, device)
+        if exchange is not None:
+            exchange.abort_peers(f"{cause}: {message}")
+
+
+def abort_peers_with(error: BaseException, group: dist.ProcessGroup | None, device: torch.device) -> None:
+    """Makes the other ranks raise because this rank is about to raise ``error``; once per error."""
+    if group is not None and not is_known_everywhere(error):
+        cause = REFUSED if isinstance(error, InputError) else f"it raised {type(error).__name__}"
+        abort_peers(cause, str(error), group, device)
+        known_everywhere(error)
+
+
+@contextmanager
+def aborting_peers(group: dist.ProcessGroup | None, device: torch.device) -> Iterator[None]:
+    """Calls :func:`abort_peers_with` for any error that the block raises."""
+    try:
+        yield
+    except BaseException as error:
+        abort_peers_with(error, group, device)
+        raise
