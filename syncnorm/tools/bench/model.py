@@ -27,13 +27,18 @@ from syncnorm.tools.common.ranks import Ranks
 from syncnorm.tools.common.timing import ExchangeTimes, record_exchanges, synchronize
 
 MODEL_STAGES = 3  # labels that `measure_model` reports
-# Names in files; the second one is local batch norm and bare collectives.
+# Names in files.
 DDP, DDP_AND_COLLECTIVES, SYNCED, COMPILED = "ddp", "ddp+floor", "ddp+syncnorm", "ddp+syncnorm compiled"
 _STEPS_PER_BLOCK = 1
 _LR, _MOMENTUM = 0.01, 0.9
 _PROFILED_STEPS = 3
 # The first steps under a profiler pay for its start.
 _PROFILER_WARM_UP = 1
+
+
+def arm_label(name: str) -> str:
+    """The name of an arm in tables."""
+    return "ddp+collectives" if name == DDP_AND_COLLECTIVES else name
 
 
 @dataclass

@@ -17,6 +17,8 @@ from syncnorm.tools.common.nets import RESNET_WIDTH
 from syncnorm.tools.common.provenance import Hardware
 from syncnorm.tools.common.records import Record
 
+# `BenchSettings.what` of the scaling benchmark, in files.
+SCALING = "growth"
 DEFAULT_REPETITIONS = 15
 DEFAULT_BATCH_PER_RANK = 8
 

@@ -18,7 +18,7 @@ from syncnorm.errors import InputError
 from syncnorm.modules import SyncBatchNorm2d
 from syncnorm.tools.bench.layers import LayerStep, make_inputs
 from syncnorm.tools.bench.measure import WARM_UP, ContenderKey, Step, timed_in_blocks
-from syncnorm.tools.bench.records import Benchmark, BenchSettings
+from syncnorm.tools.bench.records import SCALING, Benchmark, BenchSettings
 from syncnorm.tools.bench.runner import RunOptions, settings_for
 from syncnorm.tools.bench.scaling_records import Cost, Scaling
 from syncnorm.tools.bench.shapes import SCALING_PLACES, scaling_shape
@@ -62,7 +62,7 @@ def run_scaling(
     """
     started, command = time.perf_counter(), command_line()
     settings = settings_for(
-        "growth",  # as JSON files call it
+        SCALING,
         options,
         world_size=_largest_world(options.ranks, simulated_ranks, parameters),
         device="cpu",
@@ -217,8 +217,8 @@ class _ExchangeStep:
 class _WakeUp:
     """Wakes the ranks up, and makes contenders independent of the size of each other's frames.
 
-    The size of a frame is predicted from the exchange that last followed the previous one. With a small exchange
-    before every contender, only that one follows the exchanges of other contenders.
+    The size of a frame is predicted from what followed the previous exchange the last time. With a small exchange
+    before every contender, the prediction does not depend on the order of the contenders.
     """
 
     exchange: _ExchangeStep

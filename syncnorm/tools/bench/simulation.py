@@ -1,8 +1,6 @@
 """The cost model with its parameters: the host's are measured, the network's fitted or given.
 
-A rank's own work in a large world is measured without that world, on torch's ``fake`` group. Its collectives return
-at once and fill the row of each rank with this rank's own, so that the layer merges as many rows as the world has
-ranks.
+A rank's own work in a large world is measured without that world, on torch's ``fake`` group (see ``single_process``).
 """
 
 from __future__ import annotations

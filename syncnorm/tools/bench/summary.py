@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import geometric_mean
 
 from syncnorm.tools.bench.contenders import LOCAL_AND_COLLECTIVES, MEAN_OF_SQUARES, TORCH
-from syncnorm.tools.bench.model import COMPILED, DDP, SYNCED
+from syncnorm.tools.bench.model import COMPILED, DDP, SYNCED, arm_label
 from syncnorm.tools.bench.records import LayerRow, MemorySpeed, ModelResult, SummaryLine
 
 # Upper bounds of ratios. On CPUs in fp32: the layer (mean and maximum over the rows), and the training step.
@@ -71,11 +71,6 @@ def _model_ratios(model: ModelResult, cpu: bool) -> list[SummaryLine]:
             elif arm.name == COMPILED and baseline == SYNCED:
                 lines.append(SummaryLine(f"model, {SYNCED} compiled / eager", ratio, _COMPILED_LIMIT))
     return lines
-
-
-def arm_label(name: str) -> str:
-    """The name of an arm in tables."""
-    return name.replace("floor", "collectives")
 
 
 def gpu_summary(rows: Sequence[LayerRow], memory: MemorySpeed | None, device: str) -> list[SummaryLine]:

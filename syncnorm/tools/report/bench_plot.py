@@ -8,7 +8,7 @@ from statistics import geometric_mean
 from typing import Any
 
 from syncnorm.tools.bench.contenders import LOCAL, LOCAL_AND_COLLECTIVES, MEAN_OF_SQUARES, SYNCNORM, TORCH
-from syncnorm.tools.bench.records import Benchmark, LayerRow
+from syncnorm.tools.bench.records import SCALING, Benchmark, LayerRow
 from syncnorm.tools.bench.scaling_records import Scaling, Simulation
 from syncnorm.tools.report.figures import png
 
@@ -37,7 +37,7 @@ def write_plot(benchmark: Benchmark, path: Path) -> None:
 
     Shows fp32, or the first dtype if fp32 was not measured. Of scaling: the cost by the number of ranks.
     """
-    if benchmark.settings.what == "growth":
+    if benchmark.settings.what == SCALING:
         _write_scaling(benchmark, path)
     else:
         _write_layers(benchmark, path)

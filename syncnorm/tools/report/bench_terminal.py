@@ -16,7 +16,9 @@ from syncnorm.tools.bench.contenders import (
     Contender,
 )
 from syncnorm.tools.bench.layers import PASSES
+from syncnorm.tools.bench.model import arm_label
 from syncnorm.tools.bench.records import (
+    SCALING,
     Benchmark,
     BenchSettings,
     LayerRow,
@@ -25,7 +27,6 @@ from syncnorm.tools.bench.records import (
     SummaryLine,
     Timing,
 )
-from syncnorm.tools.bench.summary import arm_label
 from syncnorm.tools.report.consoles import PlainTable, for_tables
 from syncnorm.tools.report.scaling_terminal import render_scaling, render_simulation
 
@@ -68,7 +69,7 @@ def _render(benchmark: Benchmark) -> RenderableType:
 
 def _headline(benchmark: Benchmark) -> Text:
     settings, hardware = benchmark.settings, benchmark.hardware
-    ranks = _scaling_ranks(benchmark) if settings.what == "growth" else _ranks(settings)
+    ranks = _scaling_ranks(benchmark) if settings.what == SCALING else _ranks(settings)
     return Text(
         f"{ranks}, {settings.repetitions} repetitions in turn; times per step, on the slowest rank.\n"
         f"{hardware.device_name}, {hardware.cpu_count} cores, {hardware.threads_per_rank} thread(s) per rank, "

@@ -170,7 +170,7 @@ def _conclusions(simulation: Simulation) -> list[str]:
 def _grouped_conclusions(simulation: Simulation) -> list[str]:
     size, last = simulation.group_size, simulation.worlds[-1]
     if simulation.pays_from.grouped is None:
-        return [f"None of these worlds is larger than a group of {size}."]
+        return [f"None of these worlds can be split into several groups of {size}."]
     lines = [
         f"Groups of {size} cost less from {simulation.pays_from.grouped} ranks on, if {size} divides the world size: "
         "their cost no longer grows. But only the ranks of a group share statistics: choose the smallest group whose "
