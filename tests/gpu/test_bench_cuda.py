@@ -1,4 +1,4 @@
-"""`syncnorm bench --device cuda` in each of its worlds; without a card everything here is skipped."""
+"""`syncnorm bench layer --device cuda` in each of its worlds; without a GPU everything here is skipped."""
 
 import csv
 import json
@@ -8,24 +8,30 @@ import pytest
 import torch
 
 from syncnorm.__main__ import main
-from syncnorm.tools.bench.layers import LayerStep, make_inputs
-from syncnorm.tools.bench.lone import fake_world
+from syncnorm.tools.bench.contenders import SYNCNORM, TORCH
+from syncnorm.tools.bench.layers import (
+    CACHE_MULTIPLE,
+    MAX_SETS,
+    LayerStep,
+    cache_size,
+    cache_to_outgrow,
+    make_inputs,
+)
 from syncnorm.tools.bench.measure import interleaved
-from syncnorm.tools.bench.memory import MAX_SETS, OUTGROWN, cache_size, cache_to_outgrow
-from syncnorm.tools.bench.peers import SYNCNORM, TORCH
 from syncnorm.tools.bench.shapes import CUDA_SHAPES
+from syncnorm.tools.bench.single_process import fake_world
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-PEERS = ["local", "floor", "E[x^2]", "syncnorm", "torch"]
-# Beyond the cache and inside it.
+CONTENDERS = ["local", "floor", "E[x^2]", "syncnorm", "torch"]
+# Larger than the cache, and smaller.
 SHAPES = "64,256,56,56;8,64,7,7"
 
 
 @pytest.mark.parametrize("world", [["fake", "--world", "8"], ["nccl"], ["gloo"]], ids=lambda world: world[0])
 def test_a_small_run_has_all_columns(world, monkeypatch, capsys, tmp_path):
     files = {name: tmp_path / f"out.{name}" for name in ("json", "csv")}
-    arguments = ["--device", "cuda", "--backend", *world, "--what", "layer", "--quick", "--shapes", SHAPES]
+    arguments = ["layer", "--device", "cuda", "--backend", *world, "--quick", "--shapes", SHAPES]
     arguments += ["--json", str(files["json"]), "--csv", str(files["csv"])]
     monkeypatch.setattr(sys, "argv", ["syncnorm", "bench", *arguments])
     assert main() == 0
@@ -39,26 +45,26 @@ def test_a_small_run_has_all_columns(world, monkeypatch, capsys, tmp_path):
     assert found["memory"]["copy_bandwidth"] > 1e10
     assert len(found["rows"]) == 2 * 2 * 2  # shapes, memory formats, dtypes
     for row in found["rows"]:
-        assert [peer["name"] for peer in row["peers"]] == PEERS
+        assert [peer["name"] for peer in row["peers"]] == CONTENDERS
         assert all(min(peer["seconds"]) > 0 for peer in row["peers"])
         assert row["peers"][3]["ratio_to"]["torch"] > 0
-        assert sorted(row["bandwidth_shares"]) == sorted(PEERS)
+        assert sorted(row["bandwidth_shares"]) == sorted(CONTENDERS)
         assert 0 < row["bandwidth_shares"]["syncnorm"] < 1.5
-        outgrown = 2 * row["num_bytes"] * row["input_sets"] >= OUTGROWN * found["memory"]["cache_bytes"]
+        outgrown = 2 * row["num_bytes"] * row["input_sets"] >= CACHE_MULTIPLE * found["memory"]["cache_bytes"]
         assert outgrown or row["input_sets"] == MAX_SETS
     lines = list(csv.DictReader(files["csv"].read_text().splitlines()))
-    assert [line["peer"] for line in lines] == PEERS * 8
+    assert [line["peer"] for line in lines] == CONTENDERS * 8
     empty = {"not_run"} | {f"ratio_to_{name}" for name in ("floor", "mean_of_squares", "torch")}
     assert all(value for line in lines for name, value in line.items() if name not in empty)
 
 
-def test_torch_tells_the_size_of_the_cache():
+def test_torch_reports_the_size_of_the_cache():
     assert cache_size(torch.device("cuda")) == cache_to_outgrow(torch.device("cuda")) >= 2**20
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # a prototype, torch says
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # torch calls it a prototype
 def test_nothing_waits_for_the_device_inside_a_block():
-    """The synced layer's own steps, and what the benchmark does between them, in a block of four."""
+    """The steps of the synchronized layer, and what the benchmark does between them, in a block of four."""
     device = torch.device("cuda", torch.cuda.current_device())
     with fake_world(8, device) as ranks:
         inputs = make_inputs((4, 8, 5, 5), "channels_last", "bf16", device, seed=0)[:3]
@@ -77,7 +83,7 @@ def test_nothing_waits_for_the_device_inside_a_block():
     assert 0 < seconds < 1
 
 
-def test_a_group_of_one_reaches_torchs_synced_kernels():
+def test_a_group_of_one_reaches_the_synchronized_kernels_of_torch():
     device = torch.device("cuda", torch.cuda.current_device())
     with fake_world(1, device):
         layer = TORCH.build(4, 3).to(device)
@@ -88,13 +94,13 @@ def test_a_group_of_one_reaches_torchs_synced_kernels():
 
 
 def test_the_largest_row_fits():
-    """Of the default table: the largest tensors of all peers, one set of inputs."""
+    """Of the default table: the largest tensors of all contenders, with one set of inputs."""
     largest = max(CUDA_SHAPES, key=lambda shape: torch.Size(shape).numel())
     if torch.cuda.get_device_properties(0).total_memory < 12 * 4 * torch.Size(largest).numel():
-        pytest.skip("a small card")
+        pytest.skip("not enough GPU memory")
     device = torch.device("cuda", torch.cuda.current_device())
     with fake_world(8, device):
         inputs = make_inputs(largest, "channels_last", "fp32", device, seed=0)
-        for peer in (SYNCNORM, TORCH):
-            LayerStep(peer.build(4, largest[1]).to(device), inputs)()
+        for contender in (SYNCNORM, TORCH):
+            LayerStep(contender.build(4, largest[1]).to(device), inputs)()
     assert len(inputs) == 1

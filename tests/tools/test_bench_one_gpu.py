@@ -1,4 +1,4 @@
-"""What `syncnorm bench` does to be fair on one GPU, as far as a CPU can show it."""
+"""What makes `syncnorm bench` fair on one GPU, as far as a CPU can test it."""
 
 import csv
 import importlib
@@ -13,13 +13,20 @@ from torch import nn
 from syncnorm.__main__ import main
 from syncnorm.comm import peers_of, process_groups
 from syncnorm.testing import assert_close, batch_norm_oracle
-from syncnorm.tools.bench import Memory, Row
-from syncnorm.tools.bench.gpu_targets import gpu_figures
-from syncnorm.tools.bench.layers import LayerStep, make_inputs
-from syncnorm.tools.bench.lone import fake_world, world_of_one
-from syncnorm.tools.bench.memory import COPIED_BYTES, cache_size, cache_to_outgrow, input_sets, measure_memory
-from syncnorm.tools.bench.peers import BASELINES, SYNCNORM, TORCH, TorchSyncedAlone
-from syncnorm.tools.bench.statistics import timings
+from syncnorm.tools.bench import LayerRow, MemorySpeed
+from syncnorm.tools.bench.contenders import BASELINES, SYNCNORM, TORCH, TorchSyncedInWorldOfOne
+from syncnorm.tools.bench.layers import (
+    COPIED_BYTES,
+    LayerStep,
+    cache_size,
+    cache_to_outgrow,
+    make_inputs,
+    measure_memory,
+    num_input_sets,
+)
+from syncnorm.tools.bench.measure import timings
+from syncnorm.tools.bench.single_process import fake_world, world_of_one
+from syncnorm.tools.bench.summary import gpu_summary
 
 CPU = torch.device("cpu")
 
@@ -29,28 +36,27 @@ CPU = torch.device("cpu")
 def test_input_sets_outgrow_the_cache():
     cache = 50 * 2**20
     for set_bytes in (2**20, 2 * 10**7, 10**9):
-        sets = input_sets(set_bytes, cache)
+        sets = num_input_sets(set_bytes, cache)
         assert sets * set_bytes >= 4 * cache
-        assert sets == 1 or (sets - 1) * set_bytes < 4 * cache  # no more than it takes
-    assert input_sets(8, cache) == 1024
-    assert input_sets(8, cache_to_outgrow(CPU)) == 1
+        assert sets == 1 or (sets - 1) * set_bytes < 4 * cache  # no more than needed
+    assert num_input_sets(8, cache) == 1024
+    assert num_input_sets(8, cache_to_outgrow(CPU)) == 1
 
 
-def test_steps_take_the_sets_in_turns_and_keep_one_gradient(monkeypatch):
-    memory = importlib.import_module("syncnorm.tools.bench.layers")
-    monkeypatch.setattr(memory, "cache_to_outgrow", lambda device: 600)
+def test_steps_cycle_through_the_sets_and_keep_one_gradient(monkeypatch):
+    monkeypatch.setattr("syncnorm.tools.bench.layers.cache_to_outgrow", lambda device: 600)
     inputs = make_inputs((2, 3, 4, 5), "channels_last", "fp32", CPU, seed=0)
     assert len(inputs) == 3  # of 960 bytes each
     assert len({x.data_ptr() for pair in inputs for x in pair}) == 6
     step = LayerStep(nn.BatchNorm2d(3), inputs)
-    other = LayerStep(nn.BatchNorm2d(3), inputs)  # peers share the inputs
+    other = LayerStep(nn.BatchNorm2d(3), inputs)  # contenders share the inputs
     for turn in range(7):
         step()
         has_gradient = [x.grad is not None for x, _ in inputs]
         assert has_gradient == [n == turn % 3 for n in range(3)]
     want = inputs[0][0].grad.clone()
     other()
-    assert torch.equal(inputs[0][0].grad, want)  # this step's, not the sum of both
+    assert torch.equal(inputs[0][0].grad, want)  # of this step, not the sum of both
 
 
 def test_bandwidth_of_a_copy(monkeypatch):
@@ -65,20 +71,20 @@ def test_bandwidth_of_a_copy(monkeypatch):
 # --- worlds of one process
 
 
-def stepped(layer):
+def step_once(layer):
     x, dy = make_inputs((3, 4, 5, 6), "contiguous", "fp32", CPU, seed=1)[0]
     LayerStep(layer, [(x, dy)])()
     return x, dy
 
 
-def test_a_group_of_one_syncs_with_itself_only_when_asked_to():
+def test_a_group_of_one_synchronizes_with_itself_only_on_request():
     layer = SYNCNORM.build(4, 4)
     with world_of_one("gloo", CPU):
-        stepped(layer)
+        step_once(layer)
         assert peers_of(dist.group.WORLD).exchange is None
         with process_groups.sync_in_world_of_one():
             layer = SYNCNORM.build(4, 4)
-            x, dy = stepped(layer)
+            x, dy = step_once(layer)
         assert peers_of(dist.group.WORLD).exchange.calls == 2  # forward and backward
         assert process_groups.synced_group(None) is None
     zeros, ones = torch.zeros(4), torch.ones(4)
@@ -88,7 +94,7 @@ def test_a_group_of_one_syncs_with_itself_only_when_asked_to():
     assert_close(layer.running_var, want.running_var, torch.float32)
 
 
-@pytest.mark.parametrize(("world_size", "kind"), [(1, TorchSyncedAlone), (8, nn.SyncBatchNorm)])
+@pytest.mark.parametrize(("world_size", "kind"), [(1, TorchSyncedInWorldOfOne), (8, nn.SyncBatchNorm)])
 def test_torchs_layer_syncs_in_a_world_of_one_too(world_size, kind):
     with fake_world(world_size, CPU):
         layer = TORCH.build(4, 3)
@@ -97,17 +103,17 @@ def test_torchs_layer_syncs_in_a_world_of_one_too(world_size, kind):
             layer(torch.randn(2, 3, 4, 4))
 
 
-# --- what is to be reached
+# --- targets
 
 
 def made_up_row(ours, torchs, num_bytes=2**20, share=0.5):
     seconds = {"syncnorm": [ours] * 2} | ({} if torchs is None else {"torch": [torchs] * 2})
     timed = timings(seconds, BASELINES, {} if torchs else {"torch": "no GPU"})
-    return Row((2, 3), "contiguous", "fp32", num_bytes, 9, timed, 1, {"syncnorm": share})
+    return LayerRow((2, 3), "contiguous", "fp32", num_bytes, 9, timed, 1, {"syncnorm": share})
 
 
 def judged(rows, device="cuda", cache_bytes=50 * 2**20):
-    return [(f.value, f.met, f.where) for f in gpu_figures(rows, Memory(1e12, cache_bytes), device)]
+    return [(f.value, f.met, f.where) for f in gpu_summary(rows, MemorySpeed(1e12, cache_bytes), device)]
 
 
 def test_targets_of_one_gpu():
@@ -139,11 +145,11 @@ def test_what_was_not_measured_is_not_judged():
 
 
 @pytest.mark.parametrize("world_size", [1, 8])
-def test_a_made_up_world_in_one_process(world_size, monkeypatch, capsys, tmp_path):
+def test_a_fake_world_in_one_process(world_size, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(COPIED_BYTES, "cpu", 2**22)
     files = {name: tmp_path / f"out.{name}" for name in ("json", "csv")}
-    arguments = ["--backend", "fake", "--world", str(world_size), "--device", "cpu", "--quick", "--dtypes", "fp32"]
-    arguments += ["--shapes", "4,8,5,5", "--json", str(files["json"]), "--csv", str(files["csv"])]
+    arguments = ["layer", "--backend", "fake", "--world", str(world_size), "--device", "cpu", "--quick"]
+    arguments += ["--dtypes", "fp32", "--shapes", "4,8,5,5", "--json", str(files["json"]), "--csv", str(files["csv"])]
     monkeypatch.setattr(sys, "argv", ["syncnorm", "bench", *arguments])
     gathered = []
     native = importlib.import_module("syncnorm.comm.native")
@@ -156,9 +162,9 @@ def test_a_made_up_world_in_one_process(world_size, monkeypatch, capsys, tmp_pat
     assert not dist.is_initialized()
     out, err = capsys.readouterr()
     assert err == "" or err.startswith("1/2 ")
-    assert f"Rank 0 of {world_size}, the others made up" in out
+    assert f"Rank 0 of {world_size}, without the other ranks" in out
     assert out.count("not measured, torch's layer did not run") == 3
-    assert "met" not in out.split()  # targets over the floor are for ranks that wait for each other
+    assert "met" not in out.split()  # the CPU targets are for ranks that wait for each other
     found = json.loads(files["json"].read_text())
     assert (found["hardware"]["backend"], found["settings"]["world_size"]) == ("fake", world_size)
     assert len(found["rows"]) == 2
@@ -168,8 +174,8 @@ def test_a_made_up_world_in_one_process(world_size, monkeypatch, capsys, tmp_pat
     assert float(lines[3]["bandwidth_share"]) == pytest.approx(share, abs=1e-4)
 
 
-def test_a_lone_world_needs_a_process_without_a_group(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["syncnorm", "bench", "--backend", "fake", "--device", "cpu"])
+def test_a_single_process_world_needs_a_process_without_a_group(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["syncnorm", "bench", "layer", "--backend", "fake", "--device", "cpu"])
     with fake_world(2, CPU):
         assert main() == 2
     assert "fake needs a process group of its own, and this process has one" in capsys.readouterr().err

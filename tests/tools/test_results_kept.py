@@ -20,7 +20,6 @@ import torch.distributed as dist
 from rich.console import Console
 
 import syncnorm.tools.bench.runner as bench_runner
-import syncnorm.tools.bench.session as bench_session
 import syncnorm.tools.study.runner as study_runner
 from syncnorm.__main__ import main
 from syncnorm.monitor.findings import Findings
@@ -105,7 +104,7 @@ class Record:
 FINDINGS = Findings(2, 4, 2, (1.0, 1.0), None, None, None, None, ())
 COMMANDS = [
     (("compare",), {"sweep": lambda *arguments, **named: iter([Record()])}, "print_comparison"),
-    (("bench",), {"run": lambda *arguments, **named: Record()}, "print_benchmark"),
+    (("bench",), {"run_layer_and_model": lambda *arguments, **named: Record()}, "print_benchmark"),
     (("study", "fold"), {"run": lambda *arguments, **named: Record()}, "print_study"),
     (("selftest",), {"run_selftest": lambda *arguments: Record()}, "print_selftest"),
     (("diagnose",), {"run_diagnose": lambda *arguments: FINDINGS}, "say"),
@@ -279,7 +278,7 @@ def _sizes(file):
 
 def test_rows_that_were_measured_before_a_rank_was_killed(call, monkeypatch, tmp_path):
     monkeypatch.setattr(bench_runner, "measure_on_rank", killed_in_the_second_row)
-    given = ("--what", "layer", "--quick", "--device", "cpu", "--dtypes", "fp32", "--shapes", "2,3;2,4")
+    given = ("layer", "--quick", "--device", "cpu", "--dtypes", "fp32", "--shapes", "2,3;2,4")
     code, out, err = call("bench", *given, "--json", "out.json", "--csv", "out.csv")
     assert code == 1
     assert "rank 1 (world size 2) failed first: was ended by SIGKILL" in err
@@ -289,15 +288,15 @@ def test_rows_that_were_measured_before_a_rank_was_killed(call, monkeypatch, tmp
     assert "2x3" in (tmp_path / "out.csv").read_text()
 
 
-BENCH_RANK, MEASURE_ROW = bench_runner.measure_on_rank, bench_session.measure_row
+BENCH_RANK, MEASURE_ROW = bench_runner.measure_on_rank, bench_runner.measure_row
 
 
 def killed_in_the_second_row(*arguments):
-    bench_session.measure_row = _deadly_row
+    bench_runner.measure_row = _deadly_row
     try:
         return BENCH_RANK(*arguments)
     finally:
-        bench_session.measure_row = MEASURE_ROW
+        bench_runner.measure_row = MEASURE_ROW
 
 
 def _deadly_row(shape, *how):

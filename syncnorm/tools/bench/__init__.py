@@ -1,32 +1,37 @@
-"""The speed of the synced layer against its peers, always as ratios inside one run."""
+"""The speed of the synchronized layer compared with other implementations, always as ratios within one run."""
 
-from syncnorm.tools.bench.growth_records import Growth, Simulation
 from syncnorm.tools.bench.records import (
     Benchmark,
-    Figure,
+    BenchSettings,
+    LayerRow,
     LayerWait,
-    Memory,
+    MemorySpeed,
     ModelResult,
     RankProfile,
-    Row,
-    Settings,
+    SummaryLine,
     Timing,
 )
-from syncnorm.tools.bench.runner import run
+from syncnorm.tools.bench.runner import RunOptions, run_layer, run_layer_and_model, run_model
+from syncnorm.tools.bench.scaling import run_scaling
+from syncnorm.tools.bench.scaling_records import Scaling, Simulation
 from syncnorm.tools.bench.simulation import Parameters
 
 __all__ = [
+    "BenchSettings",
     "Benchmark",
-    "Figure",
-    "Growth",
+    "LayerRow",
     "LayerWait",
-    "Memory",
+    "MemorySpeed",
     "ModelResult",
     "Parameters",
     "RankProfile",
-    "Row",
-    "Settings",
+    "RunOptions",
+    "Scaling",
     "Simulation",
+    "SummaryLine",
     "Timing",
-    "run",
+    "run_layer",
+    "run_layer_and_model",
+    "run_model",
+    "run_scaling",
 ]

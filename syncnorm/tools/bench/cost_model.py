@@ -1,7 +1,8 @@
-"""What synchronising costs in worlds that nobody has at hand: arithmetic on a few parameters, nothing measured.
+"""The cost of synchronization in worlds too large to measure: arithmetic on a few parameters, without measuring.
 
-W = ranks, C = channels. A layer's step is a forward and a backward: two exchanges over gloo, an all_gather and an
-all_reduce over NCCL. Times are seconds; layers come one after the other, so a model costs their sum.
+W = number of ranks, C = channels. A step of a layer is a forward and a backward: two exchanges over gloo, an
+all_gather and an all_reduce over NCCL. Times are seconds. Layers run one after the other, so the cost of a model is
+their sum.
 """
 
 from __future__ import annotations
@@ -16,19 +17,21 @@ import torch
 
 from syncnorm.comm.frames import capacity_for
 
-FP32 = 4
-# (W, C) -> seconds of a layer's step that a lone rank would not spend.
+_FP32_BYTES = 4
+# (W, C) -> seconds per step of a layer that a single rank would not spend.
 LayerCost = Callable[[int, int], float]
+# W -> seconds per step of some layers, likewise.
+StepCost = Callable[[int], float]
 
 
 @dataclass(frozen=True)
 class Network:
-    """Connections over which each rank sends its frame to each other one, as gloo's alltoall does.
+    """Connections over which each rank sends its frame to every other rank, as gloo's alltoall does.
 
     Attributes:
-        latency: of an exchange, whatever its size.
-        per_message: for each other rank.
-        per_byte: of a frame sent to one other rank: 1 / bandwidth.
+        latency: seconds per exchange, independent of its size.
+        per_message: seconds per other rank.
+        per_byte: seconds per byte of a frame sent to one other rank, 1 / bandwidth.
     """
 
     latency: float
@@ -36,7 +39,7 @@ class Network:
     per_byte: float
 
     def exchange(self, world_size: int, num_bytes: int) -> float:
-        """Frames of ``num_bytes``, from each rank to each other one."""
+        """Seconds for frames of ``num_bytes`` from each rank to every other rank."""
         if world_size == 1:
             return 0.0
         return self.latency + (world_size - 1) * (self.per_message + num_bytes * self.per_byte)
@@ -44,12 +47,12 @@ class Network:
 
 @dataclass(frozen=True)
 class Ring:
-    """NCCL's rings, over which each rank sends to the next.
+    """A ring of NCCL, in which each rank sends to the next.
 
     Attributes:
-        launch: of a collective, whatever its size.
-        hop: from a rank to the next.
-        per_byte: 1 / bandwidth.
+        launch: seconds per collective, independent of its size.
+        hop: seconds from one rank to the next.
+        per_byte: seconds per byte, 1 / bandwidth.
     """
 
     launch: float
@@ -57,13 +60,13 @@ class Ring:
     per_byte: float
 
     def all_gather(self, world_size: int, num_bytes: int) -> float:
-        """``num_bytes`` a rank, passed on W - 1 times."""
+        """Seconds for ``num_bytes`` per rank, forwarded W - 1 times."""
         if world_size == 1:
             return 0.0
         return self.launch + (world_size - 1) * (self.hop + num_bytes * self.per_byte)
 
     def all_reduce(self, world_size: int, num_bytes: int) -> float:
-        """Twice W - 1 hops, each of one of the W parts of ``num_bytes``."""
+        """Seconds for 2 (W - 1) hops, each with one of the W parts of ``num_bytes``."""
         if world_size == 1:
             return 0.0
         return self.launch + 2 * (world_size - 1) * (self.hop + num_bytes / world_size * self.per_byte)
@@ -71,13 +74,13 @@ class Ring:
 
 @dataclass(frozen=True)
 class Host:
-    """A rank's own work for a layer's step on a tiny input: what it does in any world, and the rows that it merges.
+    """A rank's own work for the step of a layer on a tiny input, including merging the rows of all ranks.
 
     Attributes:
-        base: launches and Python.
-        per_channel: of the input.
-        per_row: of a rank whose statistics are merged.
-        per_value: of a channel of such a row.
+        base: seconds for kernel launches and Python.
+        per_channel: seconds per channel of the input.
+        per_row: seconds per rank whose statistics are merged.
+        per_value: seconds per channel of such a row.
     """
 
     base: float
@@ -86,59 +89,59 @@ class Host:
     per_value: float
 
     def own(self, channels: int) -> float:
-        """What does not grow with the world."""
+        """Seconds that do not depend on the world size."""
         return self.base + self.per_channel * channels
 
     def merging(self, world_size: int, channels: int) -> float:
-        """What grows with the world: none of it where there is nothing to merge."""
+        """Seconds for merging, which grow with the world size; 0 in a world of one."""
         return 0.0 if world_size == 1 else world_size * (self.per_row + self.per_value * channels)
 
 
 def frame_bytes(channels: int) -> int:
-    """Of a frame of a layer with fp32 statistics, forward and backward alike: two vectors behind a header."""
-    return capacity_for(2 * channels * FP32)
+    """Size of a frame of a layer with fp32 statistics, forward or backward: a header and two vectors."""
+    return capacity_for(2 * channels * _FP32_BYTES)
 
 
 def bytes_received(world_size: int, channels: int) -> int:
-    """By each rank in a layer's step over gloo."""
+    """Bytes that each rank receives in a step of a layer over gloo."""
     return 2 * (world_size - 1) * frame_bytes(channels)
 
 
 def over_gloo(network: Network, host: Host) -> LayerCost:
-    """The layer's two exchanges, and merging what they bring."""
+    """The two exchanges of a layer, and merging the received rows."""
     return lambda world_size, channels: (
         2 * network.exchange(world_size, frame_bytes(channels)) + host.merging(world_size, channels)
     )
 
 
 def over_nccl(ring: Ring) -> LayerCost:
-    """The layer's two collectives alone: what a GPU takes to merge is not modelled.
+    """The two collectives of a layer; the time to merge on a GPU is not modeled.
 
-    Each carries one number beside those of the channels by which ranks that disagree are found; the gather the
-    count as well.
+    In addition to the values of the channels, each carries one number that detects ranks that disagree, and the
+    gather the count.
     """
 
     def seconds(world_size: int, channels: int) -> float:
-        gathered, summed = FP32 * (2 * channels + 2), FP32 * (2 * channels + 1)
+        gathered, summed = _FP32_BYTES * (2 * channels + 2), _FP32_BYTES * (2 * channels + 1)
         return ring.all_gather(world_size, gathered) + ring.all_reduce(world_size, summed)
 
     return seconds
 
 
-def flat(layer: LayerCost, channels: Iterable[int]) -> Callable[[int], float]:
-    """W -> seconds for layers of these widths, all W ranks in one group. Remembers what it has computed."""
+def flat(layer: LayerCost, channels: Iterable[int]) -> StepCost:
+    """The cost of layers of these widths if all W ranks are one group. Caches its results."""
     widths = Counter(channels)
     return lru_cache(maxsize=None)(lambda world_size: sum(n * layer(world_size, c) for c, n in widths.items()))
 
 
-def two_level(step: Callable[[int], float], world_size: int) -> tuple[int, float] | None:
-    """The best g for a gather among g ranks and then one among W / g, and its seconds.
+def two_level(step: StepCost, world_size: int) -> tuple[int, float] | None:
+    """The best g for a gather among g ranks followed by one among W / g, and its seconds.
 
-    Of exact statistics, for Chan's formula merges merged ones as well. g and W / g cost the same, so g is the
-    smaller. None where W is prime: there is only the flat arrangement.
+    The statistics are exact, because Chan's formula can merge statistics that are already merged. g and W / g cost
+    the same, so the smaller one is g. None if W is prime: then there is only the flat arrangement.
 
     Args:
-        step: W -> seconds of the flat arrangement.
+        step: cost of the flat arrangement.
         world_size: W.
     """
     candidates = itertools.takewhile(lambda g: g * g <= world_size, itertools.count(2))
@@ -149,11 +152,11 @@ def two_level(step: Callable[[int], float], world_size: int) -> tuple[int, float
     return group_size, seconds
 
 
-def pays_from(step: Callable[[int], float], largest: int) -> int | None:
-    """The smallest W from which on, up to ``largest``, two levels cost less than one wherever W can be split.
+def two_level_pays_from(step: StepCost, largest: int) -> int | None:
+    """The smallest W from which on, up to ``largest``, two levels cost less than one for every W that can be split.
 
-    With a cost of ``latency + (W - 1) * m`` that is, among the squares, beyond ``(1 + sqrt(latency / m))**2``, and
-    later where other sizes count, which split less well.
+    For a cost of ``latency + (W - 1) * m`` and W a square, that is above ``(1 + sqrt(latency / m))**2``; it is larger
+    if other W count too, which split less evenly.
     """
     found = None
     for world_size in range(largest, 3, -1):
@@ -183,13 +186,13 @@ def fit_network(
     per_message: float | None = None,
     per_byte: float | None = None,
 ) -> Network:
-    """The network that explains ``samples`` best, with the parameters that are given.
+    """The network that fits ``samples`` best.
 
     Args:
         samples: (W, bytes of a frame, seconds) of exchanges.
-        latency: given, or fitted where None; likewise the others.
-        per_message: see `Network`.
-        per_byte: see `Network`.
+        latency: of `Network` if given; None is fitted. Likewise the others.
+        per_message: see ``latency``.
+        per_byte: see ``latency``.
     """
     columns = [[1.0, float(w - 1), float((w - 1) * size)] for w, size, _ in samples]
     given = [latency, per_message, per_byte]
@@ -197,7 +200,7 @@ def fit_network(
 
 
 def fit_host(samples: Sequence[tuple[int, int, float]]) -> Host:
-    """The work that explains ``samples``, (W, C, seconds), best."""
+    """The host that fits ``samples``, (W, C, seconds), best."""
     columns = [[1.0, float(c), float(w), float(w * c)] for w, c, _ in samples]
     return Host(*_least_squares(columns, [seconds for *_, seconds in samples], [None] * 4))
 
@@ -205,10 +208,10 @@ def fit_host(samples: Sequence[tuple[int, int, float]]) -> Host:
 def _least_squares(
     columns: Sequence[Sequence[float]], target: Sequence[float], given: Sequence[float | None]
 ) -> list[float]:
-    """Coefficients, none negative, for the least sum of squared relative errors.
+    """The non-negative coefficients with the smallest sum of squared relative errors.
 
-    A time is positive and spans decades, so errors count in relation to it. Few coefficients: all sets of those that
-    are not zero are tried, which finds the constrained optimum for sure.
+    Errors are relative because the times span decades. There are few coefficients, so every subset of those that are
+    not zero is tried, which is certain to find the constrained optimum.
     """
     relative = torch.tensor(target, dtype=torch.float64).reciprocal().unsqueeze(1)
     a = torch.tensor(columns, dtype=torch.float64).view(-1, len(given)) * relative
@@ -218,7 +221,7 @@ def _least_squares(
     best, best_error = fixed, float(b.square().sum())
     for used in itertools.chain.from_iterable(itertools.combinations(free, n) for n in range(1, len(free) + 1)):
         part = a[:, list(used)]
-        scale = part.norm(dim=0)  # bytes against ones: columns many decades apart
+        scale = part.norm(dim=0)  # the columns of bytes and of ones differ by many decades
         found = torch.linalg.lstsq(part / scale, b, driver="gelsd").solution[:, 0] / scale
         error = float((part @ found.unsqueeze(1) - b).square().sum())
         if error < best_error and bool((found >= 0).all()):

@@ -1,4 +1,9 @@
-"""What a benchmark found, as plain frozen records that pickle, print and turn into JSON. Times are seconds a step."""
+"""The results of a benchmark, as plain frozen records that pickle, print and convert to JSON.
+
+Times are seconds per step. The names of fields are the keys of the JSON file, whose format is older than some names
+in the code: ``peers`` are the contenders of a row, ``growth`` is the scaling with the world size, and the contender
+"local + collectives" is called ``floor``.
+"""
 
 from __future__ import annotations
 
@@ -6,60 +11,68 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
-from syncnorm.tools.bench.growth_records import Growth, Simulation
+from syncnorm.tools.bench.scaling_records import Scaling, Simulation
+from syncnorm.tools.bench.shapes import DTYPES, Shape
+from syncnorm.tools.common.nets import RESNET_WIDTH
 from syncnorm.tools.common.provenance import Hardware
 from syncnorm.tools.common.records import Record
 
+# `BenchSettings.what` of the scaling benchmark, in files.
+SCALING = "growth"
+DEFAULT_REPETITIONS = 15
+DEFAULT_BATCH_PER_RANK = 8
 
-@dataclass(frozen=True)
-class Settings:
-    """What was asked for.
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSettings:
+    """What was requested.
 
     Attributes:
-        what: layer, model, all or growth.
-        world_size: ranks; of growth, those of the largest world, and 0 where none is measured.
+        what: layer, model, all (the two of them) or growth.
+        world_size: number of ranks. For growth, the largest measured world, and 0 if none is measured.
         device: cpu or cuda.
         dtypes: of the layer's input.
-        repetitions: blocks of each contender.
-        block_seconds: about how long a block of the slowest contender of a row takes.
-        shapes: of the layer's input, those given by hand; None is the table of the device.
-        batch_per_rank: images that a rank's model sees.
-        side: pixels of an image, both ways.
+        repetitions: blocks per contender.
+        block_seconds: approximate duration of a block of the slowest contender.
+        shapes: of the layer's input, if given by the user; None is the table of the device.
+        batch_per_rank: images per rank and step of the model.
+        side: height and width of an image in pixels.
         width: channels of the model's first stage.
         compiled: whether the compiled model was measured too.
         profile: folder of the traces, if any.
-        simulate: ranks of the largest simulated world, if any.
-        backend: gloo, nccl or fake where it was asked for.
+        simulate: number of ranks of the largest simulated world, if any.
+        backend: gloo, nccl or fake, if given by the user.
     """
 
     what: str
     world_size: int
     device: str
-    dtypes: tuple[str, ...]
-    repetitions: int
-    block_seconds: float
-    shapes: tuple[tuple[int, ...], ...] | None
-    batch_per_rank: int
-    side: int
-    width: int
-    compiled: bool
-    profile: str | None
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+    repetitions: int = DEFAULT_REPETITIONS
+    # Long compared with a clock's resolution and a barrier's jitter, short compared with other load on the machine.
+    block_seconds: float = 0.02
+    shapes: tuple[Shape, ...] | None = None
+    batch_per_rank: int = DEFAULT_BATCH_PER_RANK
+    side: int = 64
+    width: int = RESNET_WIDTH
+    compiled: bool = False
+    profile: str | None = None
     simulate: int | None = None
     backend: str | None = None
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One contender of a row, or one arm of the model; or the reason why it did not run, with nothing measured.
+    """One contender of a row or one arm of the model; or the reason why it did not run, without measurements.
 
     Attributes:
-        name: of the peer or the arm.
+        name: of the contender or the arm.
         not_run: why it did not run, else ``None``.
-        seconds: a step's time on the slowest rank, by repetition.
+        seconds: time of a step on the slowest rank, per repetition.
         median: of ``seconds``.
         p25: its lower quartile.
         p75: its upper quartile.
-        ratio_to: baseline -> median over the repetitions of this one's time / the baseline's in the same repetition.
+        ratio_to: baseline -> median over the repetitions of (time of this one / time of the baseline).
     """
 
     name: str
@@ -71,27 +84,28 @@ class Timing:
     ratio_to: dict[str, float] | None = None
 
     def ratio(self, baseline: str) -> float | None:
-        """``ratio_to[baseline]``; None where one of the two did not run."""
+        """``ratio_to[baseline]``; None if one of the two did not run."""
         return (self.ratio_to or {}).get(baseline)
 
 
 @dataclass(frozen=True)
-class Row:
-    """One input of the layer benchmark, and what each peer took for a forward and a backward.
+class LayerRow:
+    """One input of the layer benchmark, and the time that each contender needed for a forward and a backward.
 
     Attributes:
-        shape: of a rank's input.
+        shape: of the input of a rank.
         memory_format: contiguous or channels_last.
         dtype: of the input.
-        num_bytes: of a rank's input.
-        steps_per_block: of each peer.
-        peers: their times.
-        input_sets: pairs of input and gradient that the steps went through in turns.
-        bandwidth_shares: peer -> what its step reaches of the copy bandwidth, if it reads and writes the tensors
-            as often as a batch norm has to (``memory.PASSES``). Above 1 where tensors stay in the cache.
+        num_bytes: of the input of a rank.
+        steps_per_block: of each contender.
+        peers: the timings of the contenders.
+        input_sets: number of (input, gradient) pairs that the steps cycle through.
+        bandwidth_shares: contender -> fraction of the copy bandwidth that its step reaches, assuming that it reads
+            and writes the tensors as often as a batch norm has to (``layers.PASSES``). Above 1 if tensors stay in
+            the cache.
     """
 
-    shape: tuple[int, ...]
+    shape: Shape
     memory_format: str
     dtype: str
     num_bytes: int
@@ -102,22 +116,27 @@ class Row:
 
     @property
     def num_elements(self) -> int:
-        """Values of the input."""
+        """Number of elements of the input."""
         return math.prod(self.shape)
 
     @property
     def label(self) -> str:
-        """The row in a few words."""
-        return f"{'x'.join(map(str, self.shape))} {self.memory_format} {self.dtype}"
+        """Shape, memory format and dtype in one line."""
+        return row_label(self.shape, self.memory_format, self.dtype)
 
     def __getitem__(self, name: str) -> Timing:
-        """The timing of the peer called ``name``."""
+        """The timing of the contender called ``name``."""
         return _named(self.peers, name)
+
+
+def row_label(shape: Shape, memory_format: str, dtype: str) -> str:
+    """For example ``"64x512 contiguous fp32"``."""
+    return f"{'x'.join(map(str, shape))} {memory_format} {dtype}"
 
 
 @dataclass(frozen=True)
 class LayerWait:
-    """Milliseconds of a step that one synced layer spends in its exchanges."""
+    """Milliseconds per step that one synchronized layer spends in its exchanges."""
 
     layer: str
     forward_ms: float
@@ -126,16 +145,16 @@ class LayerWait:
 
 @dataclass(frozen=True)
 class RankProfile:
-    """Where the time of a profiled step went on one rank; means over the steps, in milliseconds.
+    """How the time of a profiled step is spent on one rank: means over the steps, in milliseconds.
 
     Attributes:
-        rank: whose.
-        steps: how many were profiled.
-        step_ms: the whole step. ``norm_ms``, ``compute_ms`` and ``rest_ms`` add up to it.
+        rank: the rank.
+        steps: number of profiled steps.
+        step_ms: the whole step, which is the sum of ``norm_ms``, ``compute_ms`` and ``rest_ms``.
         norm_ms: inside the exchanges of norm layers, mostly waiting for other ranks.
-        compute_ms: from the start of the step until the last gradient is there, less ``norm_ms``.
-        rest_ms: from then on: what DDP still waits for, and the optimiser.
-        layers: in the order in which the forward meets them.
+        compute_ms: from the start of the step until the last gradient is ready, without ``norm_ms``.
+        rest_ms: after the last gradient: the remaining wait of DDP, and the optimizer.
+        layers: in the order of the forward.
     """
 
     rank: int
@@ -149,7 +168,7 @@ class RankProfile:
 
 @dataclass(frozen=True)
 class ModelResult:
-    """The training step of a residual network, by arm."""
+    """The training step of a residual network, per arm."""
 
     name: str
     num_parameters: int
@@ -165,15 +184,15 @@ class ModelResult:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One line of the summary: a ratio, and the most that it should be where there is a target.
+class SummaryLine:
+    """One line of the summary: a figure, mostly a ratio, and its target if it has one.
 
     Attributes:
-        what: the ratio.
-        value: None where it was not measured; ``where`` then says why.
+        what: the figure.
+        value: None if it was not measured; ``where`` then says why.
         limit: the target.
-        where: which row, or how many.
-        at_least: the target is the least that it should be.
+        where: the row, or the number of rows.
+        at_least: whether the target is a lower bound; otherwise it is an upper bound.
     """
 
     what: str
@@ -184,20 +203,20 @@ class Figure:
 
     @property
     def met(self) -> bool | None:
-        """Whether the target is met; None where there is none, or nothing was measured."""
+        """Whether the target is met; None without a target or a measurement."""
         if self.limit is None or self.value is None:
             return None
         return self.value >= self.limit if self.at_least else self.value <= self.limit
 
 
 @dataclass(frozen=True)
-class Memory:
-    """The memory that the layer's tensors are in.
+class MemorySpeed:
+    """The memory that holds the tensors of the layer.
 
     Attributes:
-        copy_bandwidth: bytes a second that a copy of a large tensor reads and writes, on the slowest rank while all
-            ranks copy.
-        cache_bytes: of the largest cache before it; None where the system does not tell.
+        copy_bandwidth: bytes per second that a copy of a large tensor reads and writes, on the slowest rank while
+            all ranks copy.
+        cache_bytes: size of the largest cache in front of it; None if the system does not report it.
     """
 
     copy_bandwidth: float
@@ -206,33 +225,33 @@ class Memory:
 
 @dataclass(frozen=True)
 class Benchmark(Record):
-    """A whole run: what was asked, where and when it ran, a row for each input, the model, and the summary.
+    """A whole run: what was requested, where and when it ran, a row per input, the model, and the summary.
 
-    ``growth`` and ``simulation`` are there where they were asked for, and the others then empty. ``memory`` is there
-    where layers were measured.
+    ``growth`` and ``simulation`` are set by the scaling benchmark, which leaves the other results empty. ``memory``
+    is set if layers were measured.
     """
 
     schema: ClassVar[str] = "syncnorm.bench"
     schema_version: ClassVar[int] = 1
 
-    settings: Settings
+    settings: BenchSettings
     hardware: Hardware
     syncnorm_version: str
     torch_version: str
     python_version: str
     date: str
     command: str
-    rows: tuple[Row, ...]
+    rows: tuple[LayerRow, ...]
     model: ModelResult | None
-    summary: tuple[Figure, ...]
+    summary: tuple[SummaryLine, ...]
     wall_seconds: float
-    growth: Growth | None = None
+    growth: Scaling | None = None
     simulation: Simulation | None = None
-    memory: Memory | None = None
+    memory: MemorySpeed | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As of any `Record`; a figure of the summary says whether its target is met."""
-        return {**super().to_dict(), "summary": [{**asdict(figure), "met": figure.met} for figure in self.summary]}
+        """As for any `Record`; each line of the summary also says whether its target is met."""
+        return {**super().to_dict(), "summary": [{**asdict(line), "met": line.met} for line in self.summary]}
 
 
 def _named(timings: tuple[Timing, ...], name: str) -> Timing:

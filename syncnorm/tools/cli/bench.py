@@ -1,18 +1,28 @@
-"""``syncnorm bench``."""
+"""``syncnorm bench``, and a subcommand for each benchmark."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from syncnorm.tools.bench import Parameters, run
-from syncnorm.tools.bench.growth_runner import DEFAULT_LARGEST_WORLD
-from syncnorm.tools.bench.lone import FAKE_WORLD
-from syncnorm.tools.bench.runner import DEFAULT_BATCH_PER_RANK, DEFAULT_REPETITIONS, WHAT
+from syncnorm.tools.bench import (
+    Benchmark,
+    Parameters,
+    RunOptions,
+    run_layer,
+    run_layer_and_model,
+    run_model,
+    run_scaling,
+)
+from syncnorm.tools.bench.records import DEFAULT_BATCH_PER_RANK, DEFAULT_REPETITIONS
+from syncnorm.tools.bench.scaling import DEFAULT_LARGEST_WORLD
 from syncnorm.tools.bench.shapes import DTYPES, parse_shapes
+from syncnorm.tools.bench.single_process import DEFAULT_FAKE_RANKS
 from syncnorm.tools.cli.results import Results
 from syncnorm.tools.common.ranks import DEFAULT_RANKS
 from syncnorm.tools.common.records import write_json
@@ -21,145 +31,225 @@ from syncnorm.tools.report.bench_plot import write_plot
 from syncnorm.tools.report.bench_terminal import print_benchmark
 from syncnorm.tools.report.progress import counted_on_stderr
 
-RING = Parameters()
 _FILE = click.Path(dir_okay=False, path_type=Path)
+_RING = Parameters()
 
-
-@click.command(short_help="The synced layer's speed against its peers.")
-@click.option(
-    "--what",
-    metavar="WHAT",
-    help=f"One of {', '.join(WHAT)}; all, the first two, by default, layer with the fake backend.",
+_RANKS = click.option(
+    "--ranks", type=int, metavar="N", help=f"Ranks to start, {DEFAULT_RANKS} by default; not under a launcher."
 )
+_DEVICE = click.option("--device", metavar="DEVICE", help="cpu or cuda; by default cuda if there is a GPU.")
+_REPETITIONS = click.option(
+    "--repetitions", type=int, metavar="N", help=f"Blocks per contender, {DEFAULT_REPETITIONS} by default."
+)
+_QUICK = click.option(
+    "--quick", is_flag=True, help="A short run to see that everything works; its figures mean little."
+)
+_JSON = click.option("--json", "json_file", type=_FILE, metavar="FILE", help="Also write the result to FILE.")
+_CSV = click.option(
+    "--csv", "csv_file", type=_FILE, metavar="FILE", help="Write the rows of the layer to FILE, a line per contender."
+)
+_PLOT = click.option("--plot", "plot_file", type=_FILE, metavar="FILE.png", help="Plot the time by the input's size.")
+
+
+def _deliver(
+    run: Callable[[RunOptions], Benchmark],
+    json_file: Path | None,
+    csv_file: Path | None = None,
+    plot_file: Path | None = None,
+    **options: Any,
+) -> int:
+    """Runs a benchmark with the ``options`` of `RunOptions`, and prints and writes its record; the exit code."""
+    if plot_file is not None:
+        importlib.import_module("matplotlib")  # if it is missing, fail now and not after the measurement
+    files = ((json_file, write_json), (csv_file, write_csv), (plot_file, write_plot))
+    with Results(print_benchmark, *files) as results:
+        results.keep(run(RunOptions(**options, progress=counted_on_stderr, keep=results.keep)))
+    return results.exit_code
+
+
+@click.group(invoke_without_command=True, short_help="The speed of the layer compared with other implementations.")
+@_RANKS
+@_DEVICE
+@_REPETITIONS
+@_QUICK
+@_JSON
+@_CSV
+@_PLOT
+@click.pass_context
+def bench(context: click.Context, /, device: str | None, **options: Any) -> int:
+    """Time the synchronized layer compared with other implementations of batch norm.
+
+    Without a subcommand: layer and model with their defaults, in one result. Subcommands have more options.
+
+    Alone it starts gloo ranks on this machine, one thread each. Under a launcher it uses the launcher's ranks:
+
+    torchrun --nproc-per-node 2 -m syncnorm bench
+    """
+    if context.invoked_subcommand is None:
+        return _deliver(lambda run_options: run_layer_and_model(run_options, device=device), **options)
+    if any(context.get_parameter_source(name) == ParameterSource.COMMANDLINE for name in context.params):
+        raise click.UsageError(f"options go after the subcommand: syncnorm bench {context.invoked_subcommand} ...")
+    return 0
+
+
+@bench.command(short_help="A forward and a backward of the layer, by shape.")
 @click.option(
     "--ranks",
     "--world",
     "ranks",
     type=int,
     metavar="N",
-    help=f"Ranks to start, {DEFAULT_RANKS} by default; not under a launcher. Of growth: the largest world, "
-    f"{DEFAULT_LARGEST_WORLD} by default. Of the fake backend: {FAKE_WORLD} by default.",
+    help=f"Ranks to start, {DEFAULT_RANKS} by default; not under a launcher. Of the fake backend: the size of the "
+    f"world, {DEFAULT_FAKE_RANKS} by default.",
 )
 @click.option(
     "--backend",
     metavar="BACKEND",
-    help="gloo, by default: ranks of our own. fake: one process in a world without the others, which shows kernels "
-    "and launches without wires. nccl: one rank on a GPU that synchronises with itself.",
+    help="gloo, the default: starts ranks. fake: rank 0 of a world without the other ranks, which shows kernels and "
+    "launches without wires. nccl: one rank on a GPU that synchronizes with itself.",
 )
-@click.option("--device", metavar="DEVICE", help="cpu or cuda; cuda by default where there is one.")
+@_DEVICE
 @click.option(
     "--dtypes",
     metavar="A,B",
     default=",".join(DTYPES),
     show_default=True,
-    help="Of the layer's input; parameters stay fp32.",
+    help="Of the input; parameters stay fp32.",
 )
 @click.option(
     "--shapes",
     metavar="N,C,..;..",
-    help="Of the layer's input on a rank, or the name of a table, cpu or gpu; the device's by default.",
+    help="Of the input of a rank, or the name of a table, cpu or gpu; by default the table of the device.",
 )
+@_REPETITIONS
+@_QUICK
+@_JSON
+@_CSV
+@_PLOT
+def layer(backend: str | None, device: str | None, dtypes: str, shapes: str | None, **options: Any) -> int:
+    """Time a forward and a backward of the synchronized layer, by shape, memory format and dtype.
+
+    Contenders: local batch norm, local batch norm with two bare collectives, the common E[x^2] workaround, and
+    torch.nn.SyncBatchNorm where it runs.
+
+    On one GPU, in a world of eight ranks without wires:
+
+    syncnorm bench layer --device cuda --backend fake --world 8
+    """
+    return _deliver(
+        lambda run_options: run_layer(
+            run_options,
+            device=device,
+            backend=backend,
+            dtypes=[name.strip() for name in dtypes.split(",")],
+            shapes=None if shapes is None else parse_shapes(shapes),
+        ),
+        **options,
+    )
+
+
+@bench.command(short_help="A training step of a residual network, compared with plain DDP.")
+@_RANKS
 @click.option(
-    "--repetitions", type=int, metavar="N", help=f"Blocks of each contender, {DEFAULT_REPETITIONS} by default."
+    "--backend",
+    metavar="BACKEND",
+    help="gloo, the default: starts ranks. nccl: one rank on a GPU that synchronizes with itself.",
 )
-@click.option("--quick", is_flag=True, help="A short run that shows that it works; its figures mean little.")
+@_DEVICE
+@_REPETITIONS
+@_QUICK
 @click.option(
     "--batch-per-rank",
     type=int,
     default=DEFAULT_BATCH_PER_RANK,
     show_default=True,
     metavar="N",
-    help="Images that a rank's model sees a step.",
+    help="Images per rank and step.",
 )
 @click.option("--compile", "compiled", is_flag=True, help="Time the compiled model too.")
 @click.option(
     "--profile",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Write traces of the synced model's step to DIR, and show how long each norm layer waits.",
+    help="Write traces of the step of the synchronized model to DIR, and show how long each norm layer waits.",
 )
-@click.option("--json", "json_file", type=_FILE, metavar="FILE", help="Write the result to FILE as well.")
-@click.option("--csv", "csv_file", type=_FILE, metavar="FILE", help="Write the layers' rows to FILE, a line a peer.")
-@click.option("--plot", "plot_file", type=_FILE, metavar="FILE.png", help="Draw cost against size, or ranks.")
+@_JSON
+def model(
+    backend: str | None, device: str | None, batch_per_rank: int, compiled: bool, profile: Path | None, **options: Any
+) -> int:
+    """Time the training step of a residual network under DistributedDataParallel.
+
+    Arms: local batch norm, local batch norm with two bare collectives at each layer, and the same model converted.
+    """
+    return _deliver(
+        lambda run_options: run_model(
+            run_options,
+            device=device,
+            backend=backend,
+            batch_per_rank=batch_per_rank,
+            compiled=compiled,
+            profile=profile,
+        ),
+        **options,
+    )
+
+
+@bench.command(short_help="The cost by ranks, channels and layers; a cost model of larger worlds.")
 @click.option(
-    "--simulate",
-    type=int,
-    metavar="N",
-    help="What a cost model says of worlds of up to N ranks: --what growth, and what follows from it.",
+    "--ranks", type=int, metavar="N", help=f"Of the largest measured world, {DEFAULT_LARGEST_WORLD} by default."
 )
-@click.option("--latency-us", type=float, metavar="US", help="Simulated: of an exchange; fitted by default.")
-@click.option("--per-message-us", type=float, metavar="US", help="Simulated: for each other rank; fitted by default.")
-@click.option("--bandwidth-gb", type=float, metavar="GB", help="Simulated: GB/s of a rank; fitted by default.")
+@_REPETITIONS
+@_QUICK
+@click.option("--simulate", type=int, metavar="N", help="Predict the cost in worlds of up to N ranks.")
+@click.option("--latency-us", type=float, metavar="US", help="Simulated gloo: per exchange; fitted by default.")
+@click.option("--per-message-us", type=float, metavar="US", help="Simulated gloo: per other rank; fitted by default.")
+@click.option("--bandwidth-gb", type=float, metavar="GB", help="Simulated gloo: GB/s of a rank; fitted by default.")
 @click.option(
-    "--nccl-launch-us", type=float, metavar="US", default=RING.nccl_launch_us, show_default=True, help="Simulated."
+    "--nccl-launch-us",
+    type=float,
+    metavar="US",
+    default=_RING.nccl_launch_us,
+    show_default=True,
+    help="Simulated NCCL: per collective.",
 )
 @click.option(
-    "--nccl-hop-us", type=float, metavar="US", default=RING.nccl_hop_us, show_default=True, help="Simulated."
+    "--nccl-hop-us",
+    type=float,
+    metavar="US",
+    default=_RING.nccl_hop_us,
+    show_default=True,
+    help="Simulated NCCL: per hop of a ring.",
 )
 @click.option(
     "--nccl-bandwidth-gb",
     type=float,
     metavar="GB",
-    default=RING.nccl_bandwidth_gb,
+    default=_RING.nccl_bandwidth_gb,
     show_default=True,
-    help="Simulated.",
+    help="Simulated NCCL: GB/s of a rank.",
 )
-def bench(
-    what: str | None,
+@_JSON
+@click.option("--plot", "plot_file", type=_FILE, metavar="FILE.png", help="Plot the cost by the number of ranks.")
+def scaling(
+    simulate: int | None,
     ranks: int | None,
-    backend: str | None,
-    device: str | None,
-    dtypes: str,
-    shapes: str | None,
     repetitions: int | None,
     quick: bool,
-    batch_per_rank: int,
-    compiled: bool,
-    profile: Path | None,
     json_file: Path | None,
-    csv_file: Path | None,
     plot_file: Path | None,
-    simulate: int | None,
-    **network: Any,
+    **network: float,
 ) -> int:
-    """Time the synced layer against local batch norm, the bare collectives and the usual work-around.
+    """Time layers and exchanges in worlds of 1, 2, 3 and 4 gloo ranks on the CPU, in turn.
 
-    Alone it starts gloo ranks on this machine, one thread each. Under a launcher it uses the ranks that it is given:
+    With --simulate, a cost model that is fitted to these worlds predicts the cost in larger ones:
 
-    torchrun --nproc-per-node 2 -m syncnorm bench
-
-    On one GPU, beside torch.nn.SyncBatchNorm in a world of eight that has no wires:
-
-    syncnorm bench --device cuda --backend fake --world 8
-
-    How the cost grows with ranks, channels and layers, and what a cost model says of worlds that are not at hand:
-
-    syncnorm bench --simulate 1024
+    syncnorm bench scaling --simulate 1024
     """
-    if what is None:
-        what = "growth" if simulate is not None else "layer" if backend == "fake" else "all"
-    if what == "growth" and csv_file is not None:
-        raise click.UsageError("--csv has the layers' rows, and growth has none: take --json")
-    if plot_file is not None:
-        importlib.import_module("matplotlib")  # missing: told now, not after the measuring
-    files = ((json_file, write_json), (csv_file, write_csv), (plot_file, write_plot))
-    with Results(print_benchmark, *files) as results:
-        benchmark = run(
-            what,
-            ranks=ranks,
-            backend=backend,
-            device=device,
-            dtypes=[name.strip() for name in dtypes.split(",")],
-            shapes=None if shapes is None else parse_shapes(shapes),
-            repetitions=repetitions,
-            batch_per_rank=batch_per_rank,
-            quick=quick,
-            compiled=compiled,
-            profile=profile,
-            simulate=simulate,
-            parameters=Parameters(**network),
-            progress=counted_on_stderr,
-            keep=results.keep,
-        )
-        results.keep(benchmark)
-    return results.exit_code
+    return _deliver(
+        lambda run_options: run_scaling(run_options, simulated_ranks=simulate, parameters=Parameters(**network)),
+        json_file,
+        plot_file=plot_file,
+        ranks=ranks,
+        repetitions=repetitions,
+        quick=quick,
+    )

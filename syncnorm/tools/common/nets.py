@@ -1,4 +1,4 @@
-"""The model that every arm trains: a residual network small enough for 8x8 images and two CPU cores."""
+"""Residual networks: a small one for 8x8 images and two CPU cores, and one of the size of ResNet-18."""
 
 from __future__ import annotations
 
@@ -54,3 +54,39 @@ def build_residual_net() -> ResidualNet:
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.bias, -0.2, 0.2)
     return model
+
+
+RESNET_NAME = "a ResNet-18-like network"
+# Of the first stage; each later stage is twice as wide as the one before.
+RESNET_WIDTH = 64
+RESNET_CLASSES = 10
+_STRIDES = (1, 2, 2, 2)
+
+
+class ResNet18(nn.Module):
+    """ResNet-18's depth and widths for small images: a 3x3 stem, four stages of two residual blocks, mean, linear."""
+
+    def __init__(self, width: int = RESNET_WIDTH) -> None:
+        super().__init__()
+        widths = [width * 2**stage for stage in range(len(_STRIDES))]
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
+        self.stages = nn.Sequential(
+            *(
+                nn.Sequential(ResidualBlock(width_in, width_out, stride), ResidualBlock(width_out, width_out, 1))
+                for width_in, width_out, stride in zip((width, *widths[:-1]), widths, _STRIDES, strict=True)
+            )
+        )
+        self.classifier = nn.Linear(widths[-1], RESNET_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, RESNET_CLASSES)."""
+        features_NCHW = self.stages(torch.relu(self.stem(x)))
+        logits: Tensor = self.classifier(features_NCHW.mean((2, 3)))
+        return logits
+
+
+def build_resnet18(width: int = RESNET_WIDTH, seed: int = 0) -> ResNet18:
+    """The network with ``nn.BatchNorm2d`` layers; the same weights for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ResNet18(width)

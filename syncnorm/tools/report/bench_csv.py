@@ -1,4 +1,4 @@
-"""The rows of a benchmark as a CSV file: a line a peer, each with where and when it was measured."""
+"""The rows of a benchmark as a CSV file: one line per contender, with the hardware, versions and date."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
 
+from syncnorm.tools.bench.contenders import LOCAL_AND_COLLECTIVES, MEAN_OF_SQUARES, TORCH
 from syncnorm.tools.bench.records import Benchmark
 from syncnorm.tools.common.files import write_file
 
+# Stable like the keys of the JSON file: "peer" is the contender, "floor" is "local + collectives".
 COLUMNS = (
     "peer",
     "shape",
@@ -38,10 +40,11 @@ COLUMNS = (
     "syncnorm",
     "date",
 )
+_BASELINES = (LOCAL_AND_COLLECTIVES.name, MEAN_OF_SQUARES.name, TORCH.name)
 
 
 def write_csv(benchmark: Benchmark, path: Path) -> None:
-    """Writes ``path``, replacing what is there. Microseconds a step; empty where there is no figure."""
+    """Writes ``path``, replacing what is there. Times are microseconds per step; missing figures are empty."""
     text = StringIO()
     writer = csv.writer(text)
     writer.writerow(COLUMNS)
@@ -51,7 +54,7 @@ def write_csv(benchmark: Benchmark, path: Path) -> None:
 
 def _lines(benchmark: Benchmark) -> Iterator[tuple[object, ...]]:
     settings, hardware = benchmark.settings, benchmark.hardware
-    where = (
+    run = (
         hardware.device_name,
         hardware.cpu_count,
         hardware.threads_per_rank,
@@ -64,27 +67,27 @@ def _lines(benchmark: Benchmark) -> Iterator[tuple[object, ...]]:
     copy_bandwidth = "" if benchmark.memory is None else f"{benchmark.memory.copy_bandwidth / 1e9:.2f}"
     for row in benchmark.rows:
         shape = "x".join(map(str, row.shape))
-        for peer in row.peers:
+        for timing in row.peers:
             yield (
-                peer.name,
+                timing.name,
                 shape,
                 row.memory_format,
                 row.dtype,
                 row.num_bytes,
-                *(_micro(seconds) for seconds in (peer.median, peer.p25, peer.p75)),
-                *(_ratio(peer.ratio(name)) for name in ("floor", "E[x^2]", "torch")),
-                _ratio(row.bandwidth_shares.get(peer.name)),
+                *(_microseconds(seconds) for seconds in (timing.median, timing.p25, timing.p75)),
+                *(_ratio(timing.ratio(baseline)) for baseline in _BASELINES),
+                _ratio(row.bandwidth_shares.get(timing.name)),
                 copy_bandwidth,
                 row.input_sets,
-                peer.not_run or "",
+                timing.not_run or "",
                 settings.world_size,
                 settings.repetitions,
                 row.steps_per_block,
-                *where,
+                *run,
             )
 
 
-def _micro(seconds: float | None) -> str:
+def _microseconds(seconds: float | None) -> str:
     return "" if seconds is None else f"{seconds * 1e6:.2f}"
 
 

@@ -1,166 +1,283 @@
-"""A benchmark on a terminal: times, ratios inside the run, and which targets they meet."""
+"""A benchmark on a terminal: times, ratios within the run, and which targets they meet."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from syncnorm.tools.bench.records import Benchmark, Figure, ModelResult, Settings, Timing
-from syncnorm.tools.report.bench_rows import RATIO, as_ratio, rows_legend, rows_table
+from syncnorm.tools.bench.contenders import (
+    CONTENDERS,
+    LOCAL,
+    LOCAL_AND_COLLECTIVES,
+    MEAN_OF_SQUARES,
+    TORCH,
+    Contender,
+)
+from syncnorm.tools.bench.layers import PASSES
+from syncnorm.tools.bench.model import arm_label
+from syncnorm.tools.bench.records import (
+    SCALING,
+    Benchmark,
+    BenchSettings,
+    LayerRow,
+    MemorySpeed,
+    ModelResult,
+    SummaryLine,
+    Timing,
+)
 from syncnorm.tools.report.consoles import PlainTable, for_tables
-from syncnorm.tools.report.growth_terminal import render_growth, render_simulation
+from syncnorm.tools.report.scaling_terminal import render_scaling, render_simulation
 
-# What the table of rows needs.
-WIDTH = 100
+# Width of the table of rows.
+_WIDTH = 100
+# More decimals would be noise.
+_RATIO = ".2f"
 # Of the table of waits; files have all ranks.
-MAX_RANKS = 3
+_MAX_RANKS = 3
+# By memory format and number of dimensions.
+_LAYOUTS = {"contiguous": {2: "NC", 3: "NCL", 4: "NCHW", 5: "NCDHW"}, "channels_last": {4: "NHWC"}}
+# The label is too wide for a column.
+_HEADERS = {LOCAL_AND_COLLECTIVES.name: "local\n+ coll."}
 
 
 def print_benchmark(benchmark: Benchmark, console: Console | None = None) -> None:
-    """Prints tables, summary and legend, at most 100 columns wide; plain text where stdout is no terminal."""
-    (console or for_tables(WIDTH)).print(render(benchmark))
+    """Prints tables, summary and legend, at most 100 columns wide; plain text if stdout is not a terminal."""
+    (console or for_tables(_WIDTH)).print(_render(benchmark))
 
 
-def render(benchmark: Benchmark) -> RenderableType:
-    """Everything that there is to show, for any rich console."""
+def _render(benchmark: Benchmark) -> RenderableType:
     parts: list[RenderableType] = [_headline(benchmark)]
     if benchmark.rows:
-        parts += [_title("A layer's forward and backward, microseconds"), rows_table(benchmark)]
-        parts += [rows_legend(benchmark)]
+        parts += [_title("Forward and backward of a layer, microseconds"), _rows_table(benchmark.rows)]
+        parts += [_rows_legend(benchmark)]
     if benchmark.growth is not None:
-        parts += render_growth(benchmark.growth, benchmark.hardware.cpu_count)
+        parts += render_scaling(benchmark.growth, benchmark.hardware.cpu_count)
     if benchmark.simulation is not None:
         parts += render_simulation(benchmark.simulation, benchmark.hardware.cpu_count)
     model = benchmark.model
     if model is not None:
-        parts += [_title(_model_title(model)), _model_table(model), _model_legend(model)]
+        parts += [_title(_model_title(model)), _arms_table(model), _arms_legend(model)]
     if model is not None and model.profile:
-        parts += [_title("Where a profiled step of ddp+syncnorm goes, milliseconds"), _split_table(model)]
-        parts += [_split_legend(model), _title("Milliseconds in each norm layer's exchanges"), _waits_table(model)]
+        parts += [_title("Parts of a profiled step of ddp+syncnorm, milliseconds"), _profile_table(model)]
+        parts += [_profile_legend(model), _title("Exchanges of each norm layer, milliseconds"), _waits_table(model)]
     if benchmark.summary:
-        parts += [_title("Summary"), _summary_table(benchmark)]
+        parts += [_title("Summary"), _summary_table(benchmark.summary)]
     return Group(*parts)
 
 
 def _headline(benchmark: Benchmark) -> Text:
     settings, hardware = benchmark.settings, benchmark.hardware
-    who = _growing(benchmark) if settings.what == "growth" else _world(settings)
+    ranks = _scaling_ranks(benchmark) if settings.what == SCALING else _ranks(settings)
     return Text(
-        f"{who}, {settings.repetitions} repetitions in turns; times are a step's on the "
-        f"slowest rank.\n"
-        f"{hardware.device_name}, {hardware.cpu_count} cores, {hardware.threads_per_rank} thread(s) a rank, "
+        f"{ranks}, {settings.repetitions} repetitions in turn; times per step, on the slowest rank.\n"
+        f"{hardware.device_name}, {hardware.cpu_count} cores, {hardware.threads_per_rank} thread(s) per rank, "
         f"{hardware.backend}.\n"
         f"torch {benchmark.torch_version}, syncnorm {benchmark.syncnorm_version}, {benchmark.date}, "
         f"{benchmark.wall_seconds:.0f} s."
     )
 
 
-def _world(settings: Settings) -> str:
+def _ranks(settings: BenchSettings) -> str:
     if settings.backend == "fake":
-        return f"Rank 0 of {settings.world_size}, the others made up"
-    return "1 rank, which syncs with itself" if settings.world_size == 1 else f"{settings.world_size} ranks"
+        return f"Rank 0 of {settings.world_size}, without the other ranks"
+    if settings.world_size == 1:
+        return "1 rank, which synchronizes with itself"
+    return f"{settings.world_size} ranks"
 
 
-def _growing(benchmark: Benchmark) -> str:
+def _scaling_ranks(benchmark: Benchmark) -> str:
     if benchmark.growth is None:
-        return "No ranks, for the network is given"
+        return "No ranks, because the network is given"
     return f"Worlds of {', '.join(map(str, benchmark.growth.worlds))} ranks"
 
 
-def _title(text: str) -> Text:
-    # Not the table's own title, which would be broken where the table ends.
-    return Text(f"\n{text}", style="bold")
+# --- the layer
+
+
+def _rows_table(rows: Sequence[LayerRow]) -> PlainTable:
+    baselines = _shown_baselines(rows)
+    headers = [_HEADERS.get(baseline.name, f"\n{baseline.label}") for baseline in baselines]
+    table = PlainTable(gap=1)
+    for header in ("shape", "layout", "dtype"):
+        table.add_column(f"\n\n{header}", no_wrap=True)
+    for header in ("\nKiB", "\nlocal", *headers, "\nsyncnorm", "\np25-p75"):
+        table.add_column(f"\n{header}", justify="right", no_wrap=True)
+    table.add_column(f"ratio to\n{headers[0]}", justify="right", no_wrap=True)
+    table.add_column(f"\n{headers[1]}", justify="right", no_wrap=True)
+    table.add_column("\ncopy\nshare", justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*_row_cells(row, baselines))
+    return table
+
+
+def _shown_baselines(rows: Sequence[LayerRow]) -> tuple[Contender, Contender]:
+    """A line has space for two. Nobody needs the workaround where torch's layer runs."""
+    torch_ran = any(timing.name == TORCH.name and not timing.not_run for row in rows for timing in row.peers)
+    return LOCAL_AND_COLLECTIVES, TORCH if torch_ran else MEAN_OF_SQUARES
+
+
+def _row_cells(row: LayerRow, baselines: Sequence[Contender]) -> list[str]:
+    ours = row["syncnorm"]
+    return [
+        "x".join(map(str, row.shape)),
+        _LAYOUTS[row.memory_format][len(row.shape)],
+        row.dtype,
+        f"{row.num_bytes / 1024:,.0f}",
+        *(_microseconds(row[contender.name].median) for contender in (LOCAL, *baselines)),
+        _microseconds(ours.median),
+        f"{_microseconds(ours.p25)}-{_microseconds(ours.p75)}",
+        *(_ratio(ours.ratio(baseline.name)) for baseline in baselines),
+        _ratio(row.bandwidth_shares.get(ours.name)),
+    ]
+
+
+def _rows_legend(benchmark: Benchmark) -> Text:
+    reasons = {t.name: t.not_run for row in benchmark.rows for t in row.peers if t.not_run}
+    lines = [
+        f"{contender.label}: {contender.about}"
+        + (f" Not run: {reasons[contender.name]}" if contender.name in reasons else "")
+        for contender in CONTENDERS
+    ]
+    if MEAN_OF_SQUARES not in _shown_baselines(benchmark.rows):
+        lines.append("E[x²] is only in the summary and in files.")
+    lines.append(
+        "Medians over the repetitions; p25-p75 are the quartiles of syncnorm. Ratio: the time of syncnorm / the "
+        "other time in each repetition, then the median; below 1, syncnorm is faster. KiB: the input of a rank, in "
+        "this dtype; parameters are fp32."
+    )
+    if benchmark.memory is not None:
+        lines.append(_memory_legend(benchmark.memory))
+    if benchmark.hardware.backend == "fake":
+        lines.append(
+            "fake: collectives without wires or other ranks. The gather copies the row of this rank for every other "
+            "rank, for all contenders; the sum does nothing."
+        )
+    return _legend(lines)
+
+
+def _memory_legend(memory: MemorySpeed) -> str:
+    cache = "the size of the cache is not known"
+    if memory.cache_bytes is not None:
+        cache = f"the largest cache has {memory.cache_bytes / 2**20:,.0f} MiB"
+    return (
+        f"Copy share: {PASSES} times the bytes of the input, which a batch norm reads and writes, / the time of "
+        f"syncnorm, as a share of the {memory.copy_bandwidth / 1e9:,.1f} GB/s that a rank reads and writes while all "
+        f"ranks copy; {cache}."
+    )
+
+
+# --- the model
 
 
 def _model_title(model: ModelResult) -> str:
     shape = "x".join(map(str, model.input_shape))
     return (
         f"A training step of {model.name}, milliseconds: {model.num_parameters:,} parameters, "
-        f"{model.num_norm_layers} norm layers,\n{shape} a rank"
+        f"{model.num_norm_layers} norm layers,\n{shape} per rank"
     )
 
 
-def _model_table(model: ModelResult) -> PlainTable:
+def _arms_table(model: ModelResult) -> PlainTable:
     table = PlainTable(gap=1)
     table.add_column("arm", no_wrap=True)
     for header in ("ms", "p25-p75", "ratio to ddp"):
         table.add_column(header, justify="right", no_wrap=True)
     for arm in model.arms:
-        table.add_row(arm.name, *_arm_cells(arm))
+        table.add_row(arm_label(arm.name), *_arm_cells(arm))
     return table
 
 
 def _arm_cells(arm: Timing) -> tuple[str, ...]:
     if arm.not_run or arm.median is None or arm.p25 is None or arm.p75 is None:
         return ("not run", "-", "-")
-    return (f"{arm.median * 1e3:,.1f}", f"{arm.p25 * 1e3:,.1f}-{arm.p75 * 1e3:,.1f}", as_ratio(arm.ratio("ddp")))
+    return (f"{arm.median * 1e3:,.1f}", f"{arm.p25 * 1e3:,.1f}-{arm.p75 * 1e3:,.1f}", _ratio(arm.ratio("ddp")))
 
 
-def _model_legend(model: ModelResult) -> Text:
-    lines = [f"Not run: {arm.name}: {arm.not_run}" for arm in model.arms if arm.not_run]
+def _arms_legend(model: ModelResult) -> Text:
+    lines = [f"Not run: {arm_label(arm.name)}: {arm.not_run}" for arm in model.arms if arm.not_run]
     lines.append(
         "DistributedDataParallel, cross-entropy, SGD with momentum; the arms take turns, "
-        f"{model.steps_per_block} step(s) each. ddp has nn.BatchNorm2d, ddp+floor beside each of "
-        "them two bare collectives, ddp+syncnorm the same model converted."
+        f"{model.steps_per_block} step(s) each. ddp has nn.BatchNorm2d, ddp+collectives two bare collectives at each "
+        "of them as well, and ddp+syncnorm is the same model converted."
     )
-    return Text("\n".join(lines), style="dim")
+    return _legend(lines)
 
 
-def _split_table(model: ModelResult) -> PlainTable:
+def _profile_table(model: ModelResult) -> PlainTable:
     table = PlainTable(gap=1)
     for header in ("rank", "step", "compute", "norm, forward", "norm, backward", "rest"):
         table.add_column(header, justify="right", no_wrap=True)
     for rank in model.profile:
-        forward, backward = (sum(getattr(w, name) for w in rank.layers) for name in ("forward_ms", "backward_ms"))
+        forward = sum(wait.forward_ms for wait in rank.layers)
+        backward = sum(wait.backward_ms for wait in rank.layers)
         parts = (rank.step_ms, rank.compute_ms, forward, backward, rank.rest_ms)
-        table.add_row(str(rank.rank), *(_milli(part) for part in parts))
+        table.add_row(str(rank.rank), *(f"{part:,.2f}" for part in parts))
     return table
+
+
+def _profile_legend(model: ModelResult) -> Text:
+    return _legend(
+        [
+            f"Means of {model.profile[0].steps} steps under torch.profiler, which slows them down. Norm: inside "
+            "the exchanges of the norm layers, mostly waiting for the other ranks. Compute: until the last gradient "
+            "is ready, without norm. Rest: after that, the remaining wait of DDP, and the optimizer."
+        ]
+    )
 
 
 def _waits_table(model: ModelResult) -> PlainTable:
     table = PlainTable(gap=1)
     table.add_column("\nlayer", no_wrap=True)
-    shown = model.profile[:MAX_RANKS]
+    shown = model.profile[:_MAX_RANKS]
     for rank in shown:
         table.add_column(f"rank {rank.rank}\nforward", justify="right", no_wrap=True)
         table.add_column("\nbackward", justify="right", no_wrap=True)
     by_rank = [{wait.layer: wait for wait in rank.layers} for rank in shown]
     for layer in by_rank[0]:
         waits = [waits.get(layer) for waits in by_rank]
-        cells = [(_milli(w.forward_ms), _milli(w.backward_ms)) if w else ("-", "-") for w in waits]
+        cells = [(f"{w.forward_ms:,.2f}", f"{w.backward_ms:,.2f}") if w else ("-", "-") for w in waits]
         table.add_row(layer, *(cell for pair in cells for cell in pair))
     return table
 
 
-def _split_legend(model: ModelResult) -> Text:
-    return Text(
-        f"Means of {model.profile[0].steps} steps under torch.profiler, which slows them. Norm: inside the exchanges "
-        "of the norm layers, mostly waiting for the other ranks. Compute: until the last gradient is there, less "
-        "norm. Rest: from then on, what DDP still waits for and the optimiser.",
-        style="dim",
-    )
+# --- the summary
 
 
-def _milli(milliseconds: float) -> str:
-    return f"{milliseconds:,.2f}"
-
-
-def _summary_table(benchmark: Benchmark) -> PlainTable:
+def _summary_table(summary: Sequence[SummaryLine]) -> PlainTable:
     table = PlainTable(gap=1)
-    table.add_column("ratio", no_wrap=True)
+    table.add_column("ratio (means are geometric)", no_wrap=True)
     table.add_column("figure", justify="right", no_wrap=True)
     table.add_column("target", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    for figure in benchmark.summary:
-        target = "" if figure.limit is None else f"{'>=' if figure.at_least else '<='} {figure.limit:{RATIO}}"
-        table.add_row(figure.what, as_ratio(figure.value), target, _verdict(figure))
+    table.add_column("")
+    for line in summary:
+        target = "" if line.limit is None else f"{'>=' if line.at_least else '<='} {line.limit:{_RATIO}}"
+        table.add_row(line.what, _ratio(line.value), target, _verdict(line))
     return table
 
 
-def _verdict(figure: Figure) -> Text:
-    verdict = Text("not measured" if figure.value is None else "")
-    if figure.met is not None:
-        verdict.append("met" if figure.met else "not met", style="bold green" if figure.met else "bold red")
-    if figure.where:
-        verdict.append(f"{', ' if verdict else ''}{figure.where}")
+def _verdict(line: SummaryLine) -> Text:
+    verdict = Text("not measured" if line.value is None else "")
+    if line.met is not None:
+        verdict.append("met" if line.met else "not met", style="bold green" if line.met else "bold red")
+    if line.where:
+        verdict.append(f"{', ' if verdict else ''}{line.where}")
     return verdict
+
+
+def _title(text: str) -> Text:
+    # Not the title of the table, which would be wrapped at the width of the table.
+    return Text(f"\n{text}", style="bold")
+
+
+def _legend(lines: Sequence[str]) -> Text:
+    return Text("\n".join(lines), style="dim")
+
+
+def _microseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e6:,.0f}"
+
+
+def _ratio(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:{_RATIO}}"

@@ -1,8 +1,6 @@
 import io
 import itertools
-import json
 import math
-import sys
 
 import pytest
 import torch
@@ -11,10 +9,9 @@ from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncnorm
-from syncnorm.__main__ import main
 from syncnorm.comm.frames import capacity_for
 from syncnorm.testing import run_ranks
-from syncnorm.tools.bench import Parameters, run
+from syncnorm.tools.bench import Parameters
 from syncnorm.tools.bench.cost_model import (
     Host,
     Network,
@@ -26,15 +23,14 @@ from syncnorm.tools.bench.cost_model import (
     frame_bytes,
     over_gloo,
     over_nccl,
-    pays_from,
     two_level,
+    two_level_pays_from,
     worlds_up_to,
 )
-from syncnorm.tools.bench.growth import CHANNELS, growing_worlds
-from syncnorm.tools.bench.growth_records import Cost, Growth, HostSample
-from syncnorm.tools.bench.host_cost import measure_host
-from syncnorm.tools.bench.simulation import LARGEST, model_channels, simulate
-from syncnorm.tools.report.growth_terminal import render_growth, render_simulation
+from syncnorm.tools.bench.scaling import CHANNELS, measured_worlds
+from syncnorm.tools.bench.scaling_records import Cost, HostSample, Scaling
+from syncnorm.tools.bench.simulation import LARGEST, measure_host, model_channels, simulate
+from syncnorm.tools.report.scaling_terminal import render_scaling, render_simulation
 
 NETWORK = Network(latency=100e-6, per_message=10e-6, per_byte=1e-9)
 HOST = Host(base=1e-3, per_channel=1e-7, per_row=1e-6, per_value=1e-8)
@@ -50,7 +46,7 @@ def test_a_world_of_one_costs_nothing():
     assert bytes_received(1, 64) == 0
 
 
-def test_flat_grows_linearly_with_the_world_and_the_layers():
+def test_the_flat_cost_is_linear_in_ranks_and_layers():
     for cost in (over_gloo(NETWORK, HOST), over_nccl(Ring(5e-6, 2e-6, 0))):
         one, four = flat(cost, [64]), flat(cost, [64] * 4)
         steps = [one(w + 1) - one(w) for w in range(2, 50)]
@@ -84,7 +80,7 @@ def test_the_best_split_is_found_by_trying_all():
 @pytest.mark.parametrize("latency", [1.0, 5.0, 30.0, 1e9])
 def test_the_break_even_is_where_the_formula_says(latency):
     # latency + (W - 1) against 2 latency + g + W / g - 2: pays where W > latency + g + W / g - 1.
-    found = pays_from(lambda w: 0.0 if w == 1 else latency + w - 1, 2000)
+    found = two_level_pays_from(lambda w: 0.0 if w == 1 else latency + w - 1, 2000)
 
     def better(w, g):
         return w > latency + g + w // g - 1
@@ -102,7 +98,7 @@ def test_worlds():
     assert worlds_up_to(1024) == tuple(2**n for n in range(1, 11))
     assert worlds_up_to(12) == (2, 4, 8, 12)
     assert worlds_up_to(2) == (2,)
-    assert [growing_worlds(n) for n in (2, 3, 4, 6)] == [(1, 2), (1, 2, 3), (1, 2, 3, 4), (1, 2, 3, 4, 6)]
+    assert [measured_worlds(n) for n in (2, 3, 4, 6)] == [(1, 2), (1, 2, 3), (1, 2, 3, 4), (1, 2, 3, 4, 6)]
 
 
 # --- fits
@@ -131,7 +127,7 @@ def test_a_fit_has_no_negative_cost():
 # --- the simulation
 
 
-def made_up_growth(cores=4):
+def made_up_scaling(cores=4):
     """As `NETWORK` and `HOST` have it, but for a world of 4, which takes twice as long."""
 
     def cost(world_size, size, seconds):
@@ -142,18 +138,18 @@ def made_up_growth(cores=4):
     gloo = over_gloo(NETWORK, HOST)
     layers = [cost(w, c, gloo(w, c) + HOST.own(c)) for w in (1, 2, 3, 4) for c in CHANNELS]
     stacks = [cost(w, n, n * (gloo(w, 64) + HOST.own(64))) for w in (1, 2, 3, 4) for n in (1, 4)]
-    return Growth((1, 2, 3, 4), cores, 64, 64, tuple(layers), tuple(stacks), tuple(exchanges))
+    return Scaling((1, 2, 3, 4), cores, 64, 64, tuple(layers), tuple(stacks), tuple(exchanges))
 
 
-def made_up(largest=1024, growth=None, parameters=None):
+def made_up(largest=1024, scaling=None, parameters=None):
     host = [HostSample(w, c, HOST.own(c) + HOST.merging(w, c)) for w in (2, 64, 512, 1024) for c in (16, 256)]
     left_out = [s for s in host if s.world_size == 512]
     host = [s for s in host if s.world_size != 512]
-    return simulate(largest, parameters or Parameters(100.0, 10.0, 1.0), growth, host, left_out)
+    return simulate(largest, parameters or Parameters(100.0, 10.0, 1.0), scaling, host, left_out)
 
 
 def test_the_model_is_checked_against_what_it_was_not_fitted_to():
-    found = made_up(growth=made_up_growth(), parameters=Parameters())
+    found = made_up(scaling=made_up_scaling(), parameters=Parameters())
     assert vars(found.network) == pytest.approx(vars(NETWORK))
     assert found.given == ()
     ratios = {(c.what, c.world_size, c.size): c.ratio for c in found.checks}
@@ -165,7 +161,7 @@ def test_the_model_is_checked_against_what_it_was_not_fitted_to():
 def test_a_ranks_own_work_takes_longer_where_ranks_share_cores():
     found = {
         c.world_size: c
-        for c in made_up(growth=made_up_growth(cores=2), parameters=Parameters()).checks
+        for c in made_up(scaling=made_up_scaling(cores=2), parameters=Parameters()).checks
         if c.size == 16
     }
     exchanges = 2 * NETWORK.exchange(3, frame_bytes(16))
@@ -183,7 +179,7 @@ def test_worlds_of_a_simulation():
         assert world.model.flat == pytest.approx(step(world.world_size))
         assert world.model.grouped == (None if world.world_size < 8 else pytest.approx(step(8)))
     assert found.worlds[0].model.two_level is None
-    assert found.pays_from.two_level_model == pays_from(step, 1024)
+    assert found.pays_from.two_level_model == two_level_pays_from(step, 1024)
     assert made_up(12).pays_from.grouped is None
 
 
@@ -196,8 +192,8 @@ def shown(parts):
 
 
 def test_the_tables_fit_and_name_what_is_oversubscribed():
-    growth = made_up_growth()
-    text = shown(render_growth(growth, 2)) + shown(render_simulation(made_up(LARGEST, growth, Parameters()), 2))
+    scaling = made_up_scaling()
+    text = shown(render_scaling(scaling, 2)) + shown(render_simulation(made_up(LARGEST, scaling, Parameters()), 2))
     assert max(len(line) for line in text.splitlines()) <= 100
     assert "…" not in text
     lines = [" ".join(line.split()) for line in text.splitlines()]
@@ -206,12 +202,12 @@ def test_the_tables_fit_and_name_what_is_oversubscribed():
     assert any(line.startswith("*: oversubscribed: more ranks than the 2 cores") for line in lines)
     assert "two-level" in text
     assert "(model only)" in text
-    assert "Believe these only for ranks that share cores" in text
+    assert "These figures hold only for ranks that share cores" in text
     given = " ".join(shown(render_simulation(made_up(), 2)).split())
     assert f"would pay from {made_up().pays_from.two_level_layer} ranks on for a layer of 256 channels" in given
     assert "they cost less than two levels from 16 ranks on" in given
     assert "oversubscribed" not in given
-    assert "Believe these" not in given
+    assert "These figures hold only" not in given
     assert "would pay nowhere up to 4 ranks for a layer" in " ".join(shown(render_simulation(made_up(4), 2)).split())
 
 
@@ -229,7 +225,7 @@ class Sent(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def frames_of_a_step(channels):
+def _rank_frames_of_a_step(channels):
     layer = syncnorm.SyncBatchNorm2d(channels)
     x = torch.randn(4, channels, 4, 4, requires_grad=True)
     for _ in range(3):  # the first connects, and guesses the size
@@ -240,7 +236,7 @@ def frames_of_a_step(channels):
 
 @pytest.mark.parametrize("channels", [3, 64, 500])
 def test_the_models_bytes_are_those_that_travel(channels):
-    for sizes in run_ranks(frames_of_a_step, 2, (channels,)):
+    for sizes in run_ranks(_rank_frames_of_a_step, 2, (channels,)):
         assert sizes == [("alltoall_base_", 2 * frame_bytes(channels))] * 2
         # Of what is handed in, a rank's own part does not travel.
         assert sum(size for _, size in sizes) // 2 == bytes_received(2, channels)
@@ -252,96 +248,3 @@ def test_the_host_is_measured_in_fake_worlds_and_leaves_no_group_behind():
     assert {s.world_size for s in left_out} == {32}
     assert all(0 < s.seconds < 1 for s in (*fitted_to, *left_out))
     assert not dist.is_initialized()
-
-
-# --- the command
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    def call_main(*arguments):
-        monkeypatch.setattr(sys, "argv", ["syncnorm", "bench", *arguments])
-        code = main()
-        return code, *capsys.readouterr()
-
-    return call_main
-
-
-BAD = [
-    (["--simulate", "1"], f"simulate needs 2 to {LARGEST} ranks, got 1"),
-    (["--simulate", "1000000"], f"simulate needs 2 to {LARGEST} ranks, got 1000000"),
-    (["--simulate", "8", "--what", "layer"], "a simulation goes with growth, got 'layer'"),
-    (["--simulate", "8", "--ranks", "2"], "simulate needs at least 3 ranks, for it is fitted to worlds of 2 and 3"),
-    (["--simulate", "8", "--latency-us", "-1"], "latency_us must be at least 0 and finite, got -1"),
-    (["--simulate", "8", "--latency-us", "nan"], "latency_us must be at least 0 and finite, got nan"),
-    (["--simulate", "8", "--bandwidth-gb", "0"], "bandwidth_gb must be more than 0 and finite, got 0"),
-    (["--what", "growth", "--latency-us", "1"], "are the simulation's: ask for --simulate N"),
-    (["--latency-us", "1"], "a simulation goes with growth, got 'all'"),
-    (["--what", "growth", "--ranks", "1"], "growth needs at least 2 ranks, got 1"),
-    (["--what", "growth", "--device", "cuda"], "growth is measured over gloo on the CPU, got device 'cuda'"),
-    (["--what", "growth", "--shapes", "4,8"], "shapes are the layer's"),
-    (["--what", "growth", "--compile"], "profile and compile are the model's"),
-    (["--what", "growth", "--csv", "x.csv"], "--csv has the layers' rows, and growth has none"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda value: str(value)[:40])
-def test_bad_arguments_cost_one_line_and_exit_2(call, arguments, message):
-    code, out, err = call(*arguments)
-    assert (code, out) == (2, "")
-    assert err.startswith("syncnorm bench: ")
-    assert message in err
-    assert err.count("\n") == 1
-
-
-def test_under_a_launcher_growth_is_refused(call, monkeypatch):
-    launched = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
-    for name, value in launched.items():
-        monkeypatch.setenv(name, value)
-    code, _, err = call("--what", "growth")
-    assert (code, err.count("\n")) == (2, 1)
-    assert "run it without a launcher" in err
-
-
-def test_a_process_group_is_told_before_the_measuring(monkeypatch):
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    with pytest.raises(syncnorm.SyncNormError, match="simulate needs a process group of its own"):
-        run("growth", simulate=8)
-
-
-def test_a_quick_run_writes_what_it_measured_and_simulated(call, tmp_path):
-    files = {name: tmp_path / f"out.{name}" for name in ("json", "png")}
-    code, out, _ = call(
-        "--simulate", "12", "--quick", "--ranks", "3", "--repetitions", "1", "--bandwidth-gb", "1",
-        "--json", str(files["json"]), "--plot", str(files["png"]),
-    )  # fmt: skip
-    assert code == 0
-    assert "Worlds of 1, 2, 3 ranks" in out
-    found = json.loads(files["json"].read_text())
-    assert (found["settings"]["what"], found["settings"]["simulate"], found["rows"]) == ("growth", 12, [])
-    growth, simulation = found["growth"], found["simulation"]
-    assert growth["worlds"] == [1, 2, 3]
-    assert [(c["world_size"], c["size"]) for c in growth["layers"]] == [(w, c) for w in (1, 2, 3) for c in (16, 64)]
-    assert [(c["world_size"], c["size"]) for c in growth["stacks"]] == [(w, n) for w in (1, 2, 3) for n in (1, 2)]
-    assert {c["world_size"] for c in growth["exchanges"]} == {2, 3}
-    assert all(c["median"] > 0 and len(c["seconds"]) == 1 for c in growth["layers"])
-    assert {c["ratio_to_two"] for c in growth["layers"] if c["world_size"] == 2} == {1.0}
-    assert simulation["given"] == ["bandwidth_gb"]
-    assert simulation["network"]["per_byte"] == pytest.approx(1e-9)
-    assert [w["world_size"] for w in simulation["worlds"]] == [2, 4, 8, 12]
-    assert {c["what"] for c in simulation["checks"]} == {"layer", "host"}
-    assert {"two_level_layer", "grouped"} <= simulation["pays_from"].keys()
-    assert files["png"].read_bytes().startswith(b"\x89PNG")
-
-
-def test_with_the_network_given_only_the_host_is_measured(call, monkeypatch, tmp_path):
-    monkeypatch.setattr("syncnorm.tools.bench.growth_runner.ranks_for", lambda *args, **kwargs: pytest.fail("ranks"))
-    file = tmp_path / "out.json"
-    given = ["--latency-us", "30", "--per-message-us", "5", "--bandwidth-gb", "1.25"]
-    code, out, err = call("--simulate", "16", "--quick", "--repetitions", "1", *given, "--json", str(file))
-    assert code == 0
-    assert err == "1/1 host: torch's fake process group\n"
-    assert out.startswith("No ranks, for the network is given")
-    found = json.loads(file.read_text())
-    assert found["growth"] is None
-    assert found["simulation"]["network"] == pytest.approx({"latency": 3e-5, "per_message": 5e-6, "per_byte": 8e-10})
