@@ -40,7 +40,7 @@ def test_a_study_gives_a_well_formed_record(name, tmp_path):
     assert Study.from_dict(back) == study
 
 
-def test_another_schema_is_refused():
+def test_another_schema_is_rejected():
     with pytest.raises(ValueError, match=r"expected schema syncnorm\.study version 1, got syncnorm\.bench 1"):
         Study.from_dict({"schema": "syncnorm.bench", "schema_version": 1})
 
@@ -87,7 +87,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD)
-def test_bad_arguments_cost_one_line_and_exit_2(call, arguments, message):
+def test_bad_arguments_print_one_line_and_exit_with_2(call, arguments, message):
     code, out, err = call(*arguments)
     assert (code, out) == (2, "")
     assert err.startswith(message)
@@ -103,14 +103,14 @@ def test_under_a_launcher_rank_0_reports_first(call, monkeypatch):
     assert err.startswith("rank 1: syncnorm study placement: ")
 
 
-def test_a_missing_package_is_named(call, monkeypatch):
+def test_a_missing_package_is_reported(call, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlxtend", None)
     code, out, err = call("placement", "--quick")
     assert (code, out) == (2, "")
     assert err == 'syncnorm: needs mlxtend: pip install "syncnorm[compare]"\n'
 
 
-def test_an_unknown_study_names_the_studies():
+def test_the_error_for_an_unknown_study_lists_the_studies():
     with pytest.raises(ValueError, match="no study is called 'x': the studies are batch-size, "):
         run("x")
 

@@ -48,13 +48,13 @@ def _rank_batch_size_alone_and_together(norm):
 
 
 @pytest.mark.parametrize("norm", ["SyncBN", "GN"])
-def test_so_does_the_study(norm):
+def test_batch_size_trains_the_same_alone_and_together(norm):
     alone, together = run_ranks(_rank_batch_size_alone_and_together, 2, (norm,))[0]
     assert 0.2 < alone < 0.9  # trained, but not converged
     assert together == pytest.approx(alone, abs=0.006)  # three of the 500 images
 
 
-def test_local_batch_norm_trains_something_else():
+def test_local_batch_norm_trains_differently_on_two_ranks():
     alone, together = run_ranks(_rank_alone_and_together, 2, ("BN",))[0]
     assert not torch.allclose(alone["1.running_var"], together["1.running_var"], rtol=1e-3)
 
@@ -95,7 +95,7 @@ def test_distance_is_in_standard_deviations():
     assert dp_vs_ddp.distance(model, other) == pytest.approx(math.sqrt((1 + 4) / 2))
 
 
-def test_every_batch_size_sees_as_many_images():
+def test_every_batch_size_sees_the_same_number_of_images():
     settings = StudySettings("batch-size", 2, 3, 40)
     assert {batch_size._steps(settings, images) * images for images in batch_size.SIZES} == {40 * 32}
 

@@ -87,7 +87,7 @@ def train(trial: Trial, ranks: Ranks, together: bool) -> list[StudyRow]:
     return [row, StudyRow({**row.condition, "norm": RECALIBRATED}, row.seed, "accuracy", recalibrated)]
 
 
-def _shared_out(trials: Iterable[Trial]) -> Trials:
+def _trials(trials: Iterable[Trial]) -> Trials:
     together, alone = list[Trial](), list[Trial]()
     for trial in trials:
         (together if trial.condition["norm"] in BATCH_NORMS else alone).append(trial)
@@ -95,7 +95,7 @@ def _shared_out(trials: Iterable[Trial]) -> Trials:
 
 
 def _tuning(settings: StudySettings) -> Trials:
-    return _shared_out(
+    return _trials(
         Trial({"norm": norm, SIZE: size}, lr, FIRST_TUNING_SEED, _steps(settings, size), tuning=True)
         for size in ([max(TUNED)] if settings.quick else TUNED)
         for lr in TUNED[size]
@@ -107,7 +107,7 @@ def _measured(settings: StudySettings, rates: _Rates) -> Trials:
     def rate(norm: Value, size: int) -> float:
         return rates[min(rates) if size <= LARGEST_SMALL else max(rates)][norm]
 
-    return _shared_out(
+    return _trials(
         Trial({"norm": norm, SIZE: size}, rate(norm, size), seed, _steps(settings, size))
         for seed in range(settings.seeds)
         for size in (QUICK_SIZES if settings.quick else SIZES)
