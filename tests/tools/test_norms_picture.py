@@ -1,4 +1,4 @@
-"""The picture of the norms: its cells are what the layers do, on real ranks, and nothing else."""
+"""The picture of the norms: its cells are what the layers do on real ranks."""
 
 import io
 import itertools
@@ -13,18 +13,27 @@ import syncnorm
 from syncnorm.testing import run_ranks
 from syncnorm.tools.cli import syncnorm as command_line
 from syncnorm.tools.report.norms_plot import described, write_norms_plot
-from syncnorm.tools.study.footprints import CHANGED, CHANNELS, LAYERS, LENGTHS, POSITIONS, SAMPLES, Layer, footprint
+from syncnorm.tools.study.footprints import (
+    CHANGED,
+    CHANNELS,
+    LAYERS,
+    LENGTHS,
+    POSITIONS,
+    SAMPLES,
+    NormLayer,
+    footprint,
+)
 
 EVERYWHERE = list(itertools.product(range(2), range(SAMPLES), range(CHANNELS), range(POSITIONS)))
 RANK, SAMPLE, CHANNEL, _ = CHANGED
 
 
-def valid(place):
-    rank, sample, _, position = place
+def valid(index):
+    rank, sample, _, position = index
     return position < LENGTHS[rank][sample]
 
 
-# Written down from the papers' definitions, place by place.
+# Which values share statistics with the changed one, by the definitions in the papers.
 SHARES = {
     "bn": lambda r, n, c, p: (r, c) == (RANK, CHANNEL),
     "sync": lambda r, n, c, p: c == CHANNEL,
@@ -35,22 +44,22 @@ SHARES = {
 }
 
 
-def footprints(norms, changed=CHANGED):
+def _rank_footprints(norms, changed=CHANGED):
     return [footprint(norm, changed) for norm in norms]
 
 
 @pytest.fixture(scope="module")
 def found():
-    first, second = run_ranks(footprints, 2, (list(LAYERS),))
+    first, second = run_ranks(_rank_footprints, 2, (list(LAYERS),))
     assert first == second
     return {each.norm: each for each in first}
 
 
 @pytest.mark.parametrize("norm", LAYERS)
 def test_a_norms_footprint_is_that_of_its_definition(found, norm):
-    want = [place for place in EVERYWHERE if SHARES[norm](*place)]
+    want = [index for index in EVERYWHERE if SHARES[norm](*index)]
     assert list(found[norm].moved) == want
-    assert list(found[norm].padding) == [p for p in EVERYWHERE if norm == "masked" and not valid(p)]
+    assert list(found[norm].padding) == [index for index in EVERYWHERE if norm == "masked" and not valid(index)]
 
 
 def test_what_the_captions_say(found):
@@ -67,7 +76,7 @@ def test_what_the_captions_say(found):
 def test_changed_padding_moves_nothing():
     changed = (1, 2, 3, POSITIONS - 1)
     assert not valid(changed)
-    masked, unmasked = run_ranks(footprints, 2, (["masked", "sync"], changed))[0]
+    masked, unmasked = run_ranks(_rank_footprints, 2, (["masked", "sync"], changed))[0]
     assert masked.moved == ()
     assert len(unmasked.moved) == 2 * SAMPLES * POSITIONS
 
@@ -77,7 +86,7 @@ def test_group_norm_of_one_group_is_layer_norm_and_of_c_groups_instance_norm(mon
     def layer(bn):
         return syncnorm.convert(bn, to="group", num_groups=groups)
 
-    monkeypatch.setitem(LAYERS, "group", Layer("GN", layer))
+    monkeypatch.setitem(LAYERS, "group", NormLayer("GN", layer))
     assert footprint("group").moved == footprint(same_as).moved
     x = torch.randn(3, CHANNELS, 5, dtype=torch.float64)
     bn = nn.BatchNorm1d(CHANNELS, dtype=torch.float64)
@@ -99,7 +108,7 @@ def test_the_picture_shows_what_was_found(found):
     drawn, size = cells(list(found.values()))
     assert 800 < drawn.shape[1] < 1100
     assert size < 120_000
-    # A cell that moved is dark; one dark cell a panel is what is left when the others are dropped.
+    # A cell that changed is dark; the second picture has one such cell per panel.
     dark = (drawn[..., :3] < 0.5).all(-1).sum()
     fewer, _ = cells([replace(each, moved=each.moved[:1]) for each in found.values()])
     assert dark > 3 * (fewer[..., :3] < 0.5).all(-1).sum()
@@ -114,7 +123,7 @@ def test_the_command_prints_and_draws_it(tmp_path):
     assert file.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_file_that_cannot_be_written_is_told_first(tmp_path):
+def test_a_file_that_cannot_be_written_is_reported_first(tmp_path):
     result = CliRunner().invoke(command_line, ["study", "norms", "--plot", str(tmp_path / "no" / "norms.png")])
     assert result.exit_code == 2
     assert "cannot write" in result.output

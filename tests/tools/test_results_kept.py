@@ -28,8 +28,7 @@ from syncnorm.tools.cli.signals import Ended, raised_as_exceptions
 from syncnorm.tools.common.files import write_file
 from syncnorm.tools.report.consoles import PlainTable
 from syncnorm.tools.report.figures import png
-from syncnorm.tools.study.question import Outcome
-from syncnorm.tools.study.records import Row, View
+from syncnorm.tools.study.records import Outcome, StudyRow, View
 from syncnorm.tools.study.trials import Trials, run_trials
 
 ROOT = Path(__file__).parents[2]
@@ -335,9 +334,9 @@ def _deadly_study(settings, ranks, tell):
         if lr == 2 and ranks.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         ranks.wait()
-        return [Row({"norm": "BN", "lr": lr}, 0, "accuracy", 0.5)]
+        return [StudyRow({"norm": "BN", "lr": lr}, 0, "accuracy", 0.5)]
 
-    return Outcome(run_trials(Trials([1, 2]), work, ranks, lambda lr: tell(str(lr))), {})
+    return Outcome(run_trials(Trials([1, 2]), work, ranks, tell), {})
 
 
 class TestSignals:

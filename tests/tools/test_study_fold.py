@@ -1,15 +1,23 @@
-"""The study of folding: its networks fold wholly, its clock tells fast from slow, its findings follow from rows."""
+"""The study of folding: every norm of its networks folds, its timing is right, its findings follow from the rows."""
 
 import pytest
 import torch
-from click.testing import CliRunner
 from torch import nn
 
 import syncnorm
-from syncnorm.tools.cli import syncnorm as command_line
-from syncnorm.tools.study.fold import APART, BATCHES, FORMATS, LAYERS, LEFT, SAME, SPEEDUP, find, speedup
-from syncnorm.tools.study.fold_models import MODELS
-from syncnorm.tools.study.records import Row
+from syncnorm.tools.study.fold import (
+    BATCHES,
+    FORMATS,
+    LAYERS,
+    MAX_DIFFERENCE,
+    MODELS,
+    SAME,
+    SPEEDUP,
+    UNFOLDED,
+    find,
+    speedup,
+)
+from syncnorm.tools.study.records import StudyRow
 
 NORM = nn.modules.batchnorm._BatchNorm
 
@@ -39,7 +47,7 @@ def test_the_separable_network_is_separable():
 
 
 def test_speedup_is_slow_over_fast():
-    # 40 times the work, so that a busy machine cannot hide it; few values, for one thread's clock is looked at.
+    # 40 times the work, so that a busy machine cannot hide it; few values, since only one thread is timed.
     fast, slow = nn.Tanh(), nn.Sequential(*(nn.Tanh() for _ in range(40)))
     x = torch.randn(64, 256)
     assert speedup(slow, fast, x, 5) > 3
@@ -47,35 +55,33 @@ def test_speedup_is_slow_over_fast():
     assert 1 / 3 < speedup(slow, slow, x, 5) < 3
 
 
-def rows(speed=lambda model, name, batch, seed: 1.2 + seed / 100, apart=3e-7, same=1.0, left=0):
+def rows(speed=lambda model, name, batch, seed: 1.2 + seed / 100, difference=3e-7, same=1.0, unfolded=0):
     made = []
     for model in MODELS:
         for seed in range(3):
             condition = {"model": model}
-            for measure, value in ((APART, apart), (SAME, same), (LAYERS, 4), (LEFT, left)):
-                made.append(Row(condition, seed, measure, value))
+            for measure, value in ((MAX_DIFFERENCE, difference), (SAME, same), (LAYERS, 4), (UNFOLDED, unfolded)):
+                made.append(StudyRow(condition, seed, measure, value))
             for name in FORMATS:
                 for batch in BATCHES:
                     cell = condition | {"format": name, "batch": batch}
-                    made.append(Row(cell, seed, SPEEDUP, speed(model, name, batch, seed)))
+                    made.append(StudyRow(cell, seed, SPEEDUP, speed(model, name, batch, seed)))
     return made
 
 
 def test_findings_where_folding_is_faster_everywhere():
     found = find(rows())
-    assert (
-        found[0]
-        == "All batch norms are folded; outputs differ by 3e-07 of the largest at most, and every answer stays."
+    assert found[0] == (
+        "All batch norms are folded; outputs differ by at most 3e-07 of the largest, and all predictions stay the "
+        "same."
     )
-    assert (
-        found[1] == "plain, batch of 1, times as fast when folded: 1.21 ± 0.01 contiguous, 1.21 ± 0.01 channels last."
-    )
+    assert found[1] == "Speed-up by folding, plain, batch size 1: 1.21 ± 0.01 contiguous, 1.21 ± 0.01 channels last."
     assert found[-1].startswith(
-        "Folding is faster in 12 of 12 cases; most in this one: plain, batch of 1, contiguous (1.21)"
+        "Folding is faster in 12 of 12 cases; the largest speed-up is 1.21 (plain, batch size 1, contiguous)."
     )
 
 
-def test_findings_where_it_is_slower_or_open():
+def test_findings_where_it_is_slower_or_the_seeds_disagree():
     def speed(model, name, batch, seed):
         if model == "plain":
             return 0.8 + seed / 100
@@ -83,19 +89,13 @@ def test_findings_where_it_is_slower_or_open():
             1.5 + seed / 100 if (model, name, batch) == ("ResNet-18-like", "channels last", 32) else 0.9 + seed / 10
         )
 
-    found = find(rows(speed, same=0.75, left=1))
-    assert found[0].startswith("9 of 36 batch norms are left unfolded;")
-    assert found[0].endswith("in the worst network 75.0 % of the answers stay.")
+    found = find(rows(speed, same=0.75, unfolded=1))
+    assert found[0].startswith("9 of 36 batch norms are not folded;")
+    assert found[0].endswith("in the worst network 75.0 % of the predictions stay the same.")
     assert "0.81 ± 0.01 contiguous (slower)" in found[1]
     assert "(the seeds do not agree)" in found[3]
     assert found[-1] == (
-        "Folding is faster in 1 of 12 cases; most in this one: ResNet-18-like, batch of 32, channels last (1.51)."
+        "Folding is faster in 1 of 12 cases; the largest speed-up is 1.51 "
+        "(ResNet-18-like, batch size 32, channels last)."
     )
     assert find(rows(lambda *_: 1.0))[-1] == "In none of 12 cases do the seeds agree that folding is faster."
-
-
-def test_a_tiny_run():
-    result = CliRunner().invoke(command_line, ["study", "fold", "--quick", "--steps", "1"])
-    assert result.exit_code == 0, result.output
-    assert "Times as fast when folded, channels last" in result.output
-    assert "All batch norms are folded" in result.output

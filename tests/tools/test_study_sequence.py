@@ -1,16 +1,24 @@
-"""The study of padded sequences: its data, what padding does to each norm, and what it says of made-up rows."""
+"""The study of padded sequences: its data, the effect of padding on each norm, and the findings from rows."""
 
 import pytest
 import torch
-from click.testing import CliRunner
 
-import syncnorm
-from syncnorm.tools.cli import syncnorm as command_line
-from syncnorm.tools.study import sequence
-from syncnorm.tools.study.data import SIDE, load_images
-from syncnorm.tools.study.records import Row
-from syncnorm.tools.study.recurrent import build_reader, columns, mask_of, padded, padded_batches
-from syncnorm.tools.study.sequence import BN, LAYER, MASKED, NORMS, SYNC, find
+from syncnorm.tools.study.experiment import SIDE, load_images
+from syncnorm.tools.study.records import StudyRow, StudySettings
+from syncnorm.tools.study.sequence import (
+    BN,
+    LAYER,
+    MASKED,
+    NORMS,
+    SYNC,
+    build_reader,
+    columns,
+    find,
+    mask_of,
+    num_stages,
+    padded,
+    padded_batches,
+)
 
 
 def some_sequences():
@@ -34,7 +42,7 @@ def test_padding_is_what_the_mask_leaves_out():
         assert x.isnan().sum() == SIDE * (2 * length - 6)
 
 
-def test_ranks_share_the_batches_and_each_draws_its_own_lengths():
+def test_ranks_share_the_batches_and_draw_different_lengths():
     data = some_sequences()
     labels = torch.arange(len(data))
     lengths, seen = [], []
@@ -52,16 +60,13 @@ def test_ranks_share_the_batches_and_each_draws_its_own_lengths():
 
 def logits(norm, shortest):
     """In training, without a process group."""
-    model = build_reader(0, 8, masked=norm == MASKED)
-    if norm != BN:
-        syncnorm.convert(model, to="layer" if norm == LAYER else "sync")
-    return model(padded(some_sequences(), shortest))
+    return build_reader(0, 8, norm)(padded(some_sequences(), shortest))
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_padding_reaches_those_norms_alone_that_count_it(norm):
-    apart = (logits(norm, 0) - logits(norm, 24)).abs().max()
-    assert apart > 1e-2 if norm in (BN, SYNC) else apart < 1e-5
+def test_padding_affects_only_the_norms_that_include_it(norm):
+    difference = (logits(norm, 0) - logits(norm, 24)).abs().max()
+    assert difference > 1e-2 if norm in (BN, SYNC) else difference < 1e-5
 
 
 def rows(**accuracies):
@@ -72,52 +77,49 @@ def rows(**accuracies):
         found = accuracies.get(key, [[0.9] * 3] * 2)
         for padding, by_seed in zip(("to the longest", "to 24"), found, strict=True):
             condition = {"norm": norm, "padding": padding, "lr": 0.2}
-            made += [Row(condition, seed, "accuracy", value) for seed, value in enumerate(by_seed)]
-            made += [Row(condition, seed, "padding", 0.5) for seed in range(3)]
+            made += [StudyRow(condition, seed, "accuracy", value) for seed, value in enumerate(by_seed)]
+            made += [StudyRow(condition, seed, "padding", 0.5) for seed in range(3)]
     return made
 
 
 WORSE = [0.80, 0.81, 0.82]
 
 
-def test_findings_where_padding_costs_batch_norm_what_a_mask_brings_back():
+def test_findings_where_padding_costs_batch_norm_what_a_mask_restores():
     found = find(rows(bn=[[0.9] * 3, WORSE], sync=[[0.9] * 3, WORSE]))
-    assert "BN against LN, by padding, in points: worse at to 24 (-9.0 ± 0.6)" in found[0]
-    assert "Masked SyncBN against SyncBN, by padding, in points: better at to 24 (+9.0 ± 0.6)" in found[1]
-    assert found[2] == "BN padded to 24 reaches 81.0 % and to the longest 90.0 %: 9.0 ± 0.6 points worse."
+    assert 'BN compared with LN, by padding, in percentage points: worse at "to 24" (-9.0 ± 0.6)' in found[0]
+    assert (
+        'Masked SyncBN compared with SyncBN, by padding, in percentage points: better at "to 24" (+9.0 ± 0.6)'
+        in found[1]
+    )
+    assert found[2] == "BN padded to 24 reaches 81.0 % and padded to the longest 90.0 %: 9.0 ± 0.6 points worse."
     assert found[-1] == (
-        "Where the seeds agree, LN beats BN at 1 of 2 paddings, and BN beats LN at none; masking beats "
-        "SyncBN with padding in its statistics at 1 of 2 paddings, and loses to it at none."
+        "Where the seeds agree, out of 2 paddings: LN is better than BN at 1 and worse at 0; masked SyncBN is better "
+        "than SyncBN, whose statistics include the padding, at 1 and worse at 0."
     )
 
 
-def test_findings_where_it_comes_out_the_other_way():
+def test_findings_where_the_opposite_holds():
     found = find(rows(layer=[WORSE, WORSE[::-1]], masked=[WORSE, WORSE]))
-    assert "better at to the longest (+9.0 ± 0.6) and to 24 (+9.0 ± 0.6)" in found[0]
-    assert "worse at to the longest" in found[1]
+    assert 'better at "to the longest" (+9.0 ± 0.6) and "to 24" (+9.0 ± 0.6)' in found[0]
+    assert 'worse at "to the longest"' in found[1]
     assert found[-2] == (
-        "From padding to padding, a run with masked SyncBN changes by 0.0 points at most and one with LN changes by "
-        "2.0 points at most."
+        "Padding changes the accuracy of a run by at most 0.0 points with masked SyncBN "
+        "and by at most 2.0 points with LN."
     )
     assert found[-1] == (
-        "Where the seeds agree, LN beats BN at none, and BN beats LN at 2 of 2 paddings; masking beats "
-        "SyncBN with padding in its statistics at none, and loses to it at 2 of 2 paddings."
+        "Where the seeds agree, out of 2 paddings: LN is better than BN at 0 and worse at 2; masked SyncBN is better "
+        "than SyncBN, whose statistics include the padding, at 0 and worse at 2."
     )
 
 
 def test_seeds_that_do_not_agree_make_no_finding():
     split = [0.8, 0.95, 0.9]
     found = find(rows(bn=[split, split], masked=[split, split]))
-    assert "the seeds do not agree at to the longest and to 24" in found[0]
-    assert found[-1].count("at none") == 4
+    assert 'the seeds do not agree at "to the longest" and "to 24"' in found[0]
+    assert found[-1].count(" at 0") == 4
     assert "do not agree on a difference" in find(rows(bn=[[0.9] * 3, split]))[2]
 
 
-def test_a_tiny_run():
-    result = CliRunner().invoke(command_line, ["study", "sequence", "--quick", "--steps", "2"])
-    assert result.exit_code == 0, result.output
-    assert "norm \\ padding  to the longest" in result.output
-    assert "Where the seeds agree, LN beats BN" in result.output
-    for name in NORMS:
-        assert name in result.output
-    assert sequence.num_stages(syncnorm.tools.study.Settings("sequence", 2, 2, 2, quick=True)) == len(NORMS) * 2 * 2
+def test_a_quick_run_tunes_no_learning_rates():
+    assert num_stages(StudySettings("sequence", 2, 2, 2, quick=True)) == len(NORMS) * 2 * 2

@@ -1,31 +1,33 @@
-"""``syncnorm study``: a command for each question."""
+"""``syncnorm study``: a command per study, and ``norms``, which shows what each norm averages over."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
-from syncnorm.tools.cli.norms import norms
 from syncnorm.tools.cli.results import Results
 from syncnorm.tools.common.ranks import DEFAULT_RANKS
 from syncnorm.tools.common.records import write_json
+from syncnorm.tools.report.consoles import PlainTable, console
+from syncnorm.tools.report.norms_plot import described, write_norms_plot
 from syncnorm.tools.report.progress import counted_on_stderr
-from syncnorm.tools.report.study_markdown import write_markdown
 from syncnorm.tools.report.study_plot import write_plot
-from syncnorm.tools.report.study_terminal import print_study
+from syncnorm.tools.report.study_text import print_study, write_markdown
 from syncnorm.tools.study import STUDIES, run
-from syncnorm.tools.study.question import Question
+from syncnorm.tools.study.footprints import LAYERS, Footprint, footprints
+from syncnorm.tools.study.records import Question
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.group(short_help="Questions from the literature, answered on real data.")
 def study() -> None:
-    """Answer a question from the literature by training on real data, several seeds each.
+    """Answer a question from the literature by training on real data with several seeds.
 
-    Alone it starts gloo ranks on this machine, one thread each. Under a launcher it uses the ranks that it is given.
+    Under a launcher it uses the launched ranks; otherwise it starts gloo ranks on this machine, one thread each.
     """
 
 
@@ -39,8 +41,7 @@ def _command(question: Question) -> click.Command:
         plot_file: Path | None,
         markdown_file: Path | None,
     ) -> int:
-        if plot_file is not None:
-            importlib.import_module("matplotlib")  # missing: told now, not after the training
+        _require_matplotlib(plot_file)
         files = ((json_file, write_json), (plot_file, write_plot), (markdown_file, write_markdown))
         with Results(print_study, *files) as results:
             study = run(
@@ -58,16 +59,49 @@ def _command(question: Question) -> click.Command:
     options = (
         click.option("--ranks", type=int, metavar="N", help=f"Ranks to start, {DEFAULT_RANKS} by default."),
         click.option("--seeds", type=int, metavar="N", help=f"Runs of each condition, {question.seeds} by default."),
-        click.option("--steps", type=int, metavar="N", help=f"{question.steps_are}, {question.steps} by default."),
-        click.option("--quick", is_flag=True, help="A short run that shows that it works; its findings mean little."),
-        click.option("--json", "json_file", type=_FILE, metavar="FILE", help="Write the record to FILE as well."),
-        click.option("--plot", "plot_file", type=_FILE, metavar="FILE.png", help="Draw it."),
-        click.option("--markdown", "markdown_file", type=_FILE, metavar="FILE", help="Write it as Markdown."),
+        click.option("--steps", type=int, metavar="N", help=f"{question.steps_help}, {question.steps} by default."),
+        click.option("--quick", is_flag=True, help="A short run to check that it works; its findings mean little."),
+        click.option("--json", "json_file", type=_FILE, metavar="FILE", help="Also write the record to FILE."),
+        click.option("--plot", "plot_file", type=_FILE, metavar="FILE.png", help="Also plot it."),
+        click.option("--markdown", "markdown_file", type=_FILE, metavar="FILE", help="Also write it as Markdown."),
     )
     for option in reversed(options):
         call = option(call)
     text = f"{question.question}\n\n{question.claim.source}: {question.claim.text}"
     return click.command(question.name, short_help=question.about, help=text)(call)
+
+
+def _require_matplotlib(plot_file: Path | None) -> None:
+    """Raises ModuleNotFoundError before the work starts, not when the plot is drawn."""
+    if plot_file is not None:
+        importlib.import_module("matplotlib")
+
+
+@click.command(short_help="What each norm averages over, as a picture.")
+@click.option(
+    "--plot",
+    "plot_file",
+    type=_FILE,
+    metavar="FILE.png",
+    help="Plot it: the values of two ranks, and those that share their statistics with one of them.",
+)
+def norms(plot_file: Path | None) -> int:
+    """What does each norm average over?
+
+    Measured on the layers: one input value of two ranks is changed, and the outputs that change are those that share
+    its statistics. Takes a few seconds.
+    """
+    _require_matplotlib(plot_file)
+    with Results(_print_footprints, (plot_file, write_norms_plot)) as results:
+        results.keep(footprints())
+    return results.exit_code
+
+
+def _print_footprints(found: Sequence[Footprint]) -> None:
+    table = PlainTable(header=False)
+    for footprint in found:
+        table.add_row(LAYERS[footprint.norm].title, described(footprint))
+    console().print(table)
 
 
 for _question in STUDIES.values():

@@ -1,4 +1,4 @@
-"""The norms side by side: a tensor of two ranks a norm, and which of its values share statistics with one of them."""
+"""A picture of the norms: for each, a tensor over two ranks, and which of its values share statistics with one."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 from syncnorm.tools.report.figures import png
 from syncnorm.tools.study.footprints import LAYERS, Footprint
 
-# Told apart by lightness and hatching, not by colour.
+# Distinguished by lightness and hatching, not by color.
 _SHARED, _ALONE, _EDGE, _HATCH = "#3b4a5a", "#ffffff", "#9a9a9a", "#8a8a8a"
 _COLUMNS = 3
-# Between channels, and between ranks, in cells.
+# Between channels and between ranks, in cells.
 _GAP, _RANK_GAP = 0.6, 0.8
 _AXIS_NAMES = {"ranks": "ranks", "samples": "N", "channels": "C", "positions": "spatial"}
 
 
 def write_norms_plot(footprints: Sequence[Footprint], path: Path) -> None:
-    """Writes a PNG with a panel a norm: rows are samples, by rank; columns are spatial positions, by channel."""
+    """Writes a PNG with one panel per norm: rows are samples, by rank; columns are spatial positions, by channel."""
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     rows = -(-len(footprints) // _COLUMNS)
@@ -32,7 +32,7 @@ def write_norms_plot(footprints: Sequence[Footprint], path: Path) -> None:
 
 
 def described(footprint: Footprint) -> str:
-    """What the norm averages over, in a line: ``over ranks, N, spatial: 24 values``."""
+    """What the norm averages over, in one line: ``over ranks, N, spatial: 24 values``."""
     over = []
     for name, reach, length in zip(footprint.reduces_over, _reached(footprint), _lengths(footprint), strict=True):
         over.append(_AXIS_NAMES[name] if reach == length else f"{reach} of {length} {_AXIS_NAMES[name]}")
@@ -56,17 +56,17 @@ def _panel(ax: Any, footprint: Footprint) -> None:
     def corner(rank: int, sample: int, channel: int, position: int) -> tuple[float, float]:
         return channel * (positions + _GAP) + position, rank * (samples + _RANK_GAP) + sample
 
-    for place in (
+    for index in (
         (r, s, c, p) for r in range(ranks) for s in range(samples) for c in range(channels) for p in range(positions)
     ):
-        look: dict[str, Any] = {
-            "facecolor": _SHARED if place in moved else _ALONE,
+        style: dict[str, Any] = {
+            "facecolor": _SHARED if index in moved else _ALONE,
             "edgecolor": _EDGE,
             "linewidth": 0.5,
         }
-        if place in padding:
-            look |= {"hatch": "///////", "hatch_linewidth": 0.6, "edgecolor": _HATCH}
-        ax.add_patch(Rectangle(corner(*place), 1, 1, **look))
+        if index in padding:
+            style |= {"hatch": "///////", "hatch_linewidth": 0.6, "edgecolor": _HATCH}
+        ax.add_patch(Rectangle(corner(*index), 1, 1, **style))
     small: dict[str, Any] = {"fontsize": 7, "color": "#555555"}
     x, y = corner(*footprint.changed)
     ax.plot(x + 0.5, y + 0.5, marker="o", color="#ffffff", markersize=3.6)
@@ -97,7 +97,7 @@ def _legend() -> list[Any]:
     }
     return [
         Line2D([], [], linestyle="none", label="the value that was changed", **ring),
-        Patch(facecolor=_SHARED, edgecolor=_EDGE, label="output moves: shares its statistics"),
-        Patch(facecolor=_ALONE, edgecolor=_EDGE, label="output stays"),
+        Patch(facecolor=_SHARED, edgecolor=_EDGE, label="output changes: shares its statistics"),
+        Patch(facecolor=_ALONE, edgecolor=_EDGE, label="output does not change"),
         Patch(facecolor=_ALONE, edgecolor=_HATCH, hatch="///////", label="padding"),
     ]

@@ -1,4 +1,4 @@
-"""A study as a picture: a panel a view, a line a condition, the seeds as points."""
+"""A study as a plot: one panel per view, one line per condition, the seeds as points."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from statistics import fmean
 from typing import Any
 
 from syncnorm.tools.report.figures import png
-from syncnorm.tools.report.study_tables import sample, text
-from syncnorm.tools.study.records import Study, Value, View
-from syncnorm.tools.study.statistics import levels, spread
+from syncnorm.tools.report.study_text import sample
+from syncnorm.tools.study.findings import levels, std, text
+from syncnorm.tools.study.records import Study, StudyRow, Value, View
 
-# Marker, line style and grey differ too, so that a print in black and white still tells the lines apart.
+# Markers, line styles and lightness differ too, so that the lines can be distinguished in black and white.
 _STYLES = (
     ("o", "-", "#000000"),
     ("s", "--", "#d55e00"),
@@ -25,28 +25,28 @@ _STYLES = (
     ("*", (0, (3, 5)), "#8c510a"),
 )
 _COLUMNS = 3
-# Of the distance between two categories, that over which the lines' points are laid out.
-_ROOM = 0.6
+# Fraction of the distance between two categories over which the points of the lines are spread.
+_CATEGORY_WIDTH = 0.6
 
 
 def write_plot(study: Study, path: Path) -> None:
-    """Writes a PNG: mean of the seeds as a line, their standard deviation as bars, each of them as a small point."""
+    """Writes a PNG: the mean over the seeds as a line, their standard deviation as bars, each seed as a point."""
     columns = 2 if len(study.views) == 4 else min(len(study.views), _COLUMNS)
     rows = ceil(len(study.views) / columns)
     with png(path, (max(7.0, 4.6 * columns), 1.2 + 3.9 * rows)) as figure:
         axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-        # One look a name in all panels, also where a panel lacks some.
+        # A name has the same style in all panels, even if a panel lacks some names.
         names = list(dict.fromkeys(name for view in study.views for name in levels(_shown(study, view), view.lines)))
-        looks = {name: _STYLES[index % len(_STYLES)] for index, name in enumerate(names)}
+        styles = {name: _STYLES[index % len(_STYLES)] for index, name in enumerate(names)}
         for ax, view in zip(axes, study.views, strict=False):
-            _panel(ax, study, view, looks)
+            _panel(ax, study, view, styles)
         for ax in axes[len(study.views) :]:
             ax.set_visible(False)
         for measure in {view.measure for view in study.views}:
-            # What is measured alike is drawn to one scale.
-            alike = [ax for ax, view in zip(axes, study.views, strict=False) if view.measure == measure]
-            low, high = min(ax.get_ylim()[0] for ax in alike), max(ax.get_ylim()[1] for ax in alike)
-            for ax in alike:
+            # Panels of the same measure have the same y axis.
+            same = [ax for ax, view in zip(axes, study.views, strict=False) if view.measure == measure]
+            low, high = min(ax.get_ylim()[0] for ax in same), max(ax.get_ylim()[1] for ax in same)
+            for ax in same:
                 ax.set_ylim(low, high)
         handles = {
             label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
@@ -63,15 +63,15 @@ def write_plot(study: Study, path: Path) -> None:
 
 
 def _legend_columns(labels: list[str], width: float) -> int:
-    """As many as fit beside each other in ``width`` inches, a letter being some 0.1 of one and a marker 0.7."""
+    """How many fit next to each other in ``width`` inches: about 0.1 inches per letter and 0.7 per marker."""
     return max(1, min(len(labels), int(width / (0.7 + 0.1 * max(map(len, labels))))))
 
 
-def _shown(study: Study, view: View) -> list[Any]:
+def _shown(study: Study, view: View) -> list[StudyRow]:
     return [row for row in study.rows if view.shows(row)]
 
 
-def _panel(ax: Any, study: Study, view: View, looks: dict[Value, Any]) -> None:
+def _panel(ax: Any, study: Study, view: View, styles: dict[Value, Any]) -> None:
     rows = _shown(study, view)
     across, names = levels(rows, view.across), levels(rows, view.lines)
     ax.set_title("\n".join(textwrap.wrap(view.title, 48)), fontsize=10)
@@ -85,27 +85,27 @@ def _panel(ax: Any, study: Study, view: View, looks: dict[Value, Any]) -> None:
         ax.set_xticks([_x(view, across, column) for column in across], [text(column) for column in across])
         ax.minorticks_off()
     for index, name in enumerate(names):
-        marker, line, colour = looks[name]
+        marker, line, color = styles[name]
         points = [(column, values) for column in across if (values := sample(rows, view, name, column))]
-        # Categories have room beside them, and nothing between them that a line could go through.
-        shift = 0.0 if view.scale != "category" else _ROOM * ((index + 0.5) / len(names) - 0.5)
+        # The points of a category are spread around it, and no line connects categories.
+        shift = 0.0 if view.scale != "category" else _CATEGORY_WIDTH * ((index + 0.5) / len(names) - 0.5)
         x = [_x(view, across, column) + shift for column, _ in points]
         ax.errorbar(
             x,
             [fmean(values) for _, values in points],
-            yerr=[spread(values) for _, values in points],
+            yerr=[std(values) for _, values in points],
             label=text(name),
             marker=marker,
             linestyle="none" if view.scale == "category" else line,
-            color=colour,
-            markerfacecolor="white" if index else colour,
+            color=color,
+            markerfacecolor="white" if index else color,
             markersize=6,
             linewidth=1.5,
             capsize=2.5,
             elinewidth=0.8,
         )
         for at, (_, values) in zip(x, points, strict=True):
-            ax.plot([at] * len(values), values, ".", color=colour, markersize=2.5)
+            ax.plot([at] * len(values), values, ".", color=color, markersize=2.5)
     if view.unit == "number":
         ax.set_ylim(bottom=0)
 

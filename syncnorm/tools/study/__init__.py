@@ -1,7 +1,6 @@
-"""Questions about normalisation, each answered by many training runs on real data."""
+"""Questions about normalization, each answered by many training runs on real data."""
 
-from syncnorm.tools.study.records import Claim, Row, Settings, Study, View
-from syncnorm.tools.study.registry import STUDIES
-from syncnorm.tools.study.runner import run
+from syncnorm.tools.study.records import Claim, Study, StudyRow, StudySettings, View
+from syncnorm.tools.study.runner import STUDIES, run
 
-__all__ = ["STUDIES", "Claim", "Row", "Settings", "Study", "View", "run"]
+__all__ = ["STUDIES", "Claim", "Study", "StudyRow", "StudySettings", "View", "run"]

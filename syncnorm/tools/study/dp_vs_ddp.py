@@ -1,12 +1,10 @@
-"""Whose running statistics a checkpoint holds after DataParallel, DDP and synced batch norm, and what that costs."""
+"""Which rank's running statistics a checkpoint holds after DataParallel, DDP and synced batch norm, and the cost."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +14,31 @@ from syncnorm.comm.process_groups import no_sync_stats
 from syncnorm.tools.common.data_parallel import EmulatedDataParallel
 from syncnorm.tools.common.progress import Tell
 from syncnorm.tools.common.ranks import Ranks
-from syncnorm.tools.study.data import NOTE, Images, Split, batches, load_images, shares
-from syncnorm.tools.study.models import WIDTHS, build_net
-from syncnorm.tools.study.norms import with_norm
-from syncnorm.tools.study.question import Outcome, Question
-from syncnorm.tools.study.records import Claim, Row, Settings, Value, View
-from syncnorm.tools.study.sentences import by_level
-from syncnorm.tools.study.statistics import difference, levels, values
-from syncnorm.tools.study.training import Recipe, accuracy, fit
-from syncnorm.tools.study.trials import Trials, labelled, run_trials
-from syncnorm.tools.study.tuning import FIRST_SEED, MEASURE, best_rates, told
+from syncnorm.tools.study.experiment import (
+    COSINE_NOTE,
+    DATA_NOTE,
+    WIDTHS,
+    Images,
+    Recipe,
+    accuracy,
+    batches,
+    build_net,
+    fit,
+    load_images,
+    net_note,
+    with_norm,
+)
+from syncnorm.tools.study.findings import by_level, difference, levels, values
+from syncnorm.tools.study.records import Claim, Outcome, Question, StudyRow, StudySettings, Value, View
+from syncnorm.tools.study.trials import (
+    FIRST_TUNING_SEED,
+    VALIDATION_ACCURACY,
+    Trial,
+    Trials,
+    best_rates,
+    rates_text,
+    run_trials,
+)
 from syncnorm.training import merge_buffers, recalibrate
 from syncnorm.training.layers import running, tracking
 
@@ -40,207 +53,206 @@ DP, DDP, LAST, MERGED, RECALIBRATED, SYNC = (
     "DDP + recalibrate",
     "SyncBN",
 )
+# A run of DDP in which each rank keeps its buffers; it gives the rows of LAST, MERGED and RECALIBRATED.
+OWN_BUFFERS = "DDP, own buffers"
+# The findings compare the first of each pair with the second.
 PAIRS = ((DP, DDP), (DDP, SYNC), (MERGED, DDP), (RECALIBRATED, DDP), (MERGED, SYNC), (RECALIBRATED, SYNC))
-SPLITS: tuple[Split, ...] = ("shuffled", "by brightness", "by digit")
-# What buffers are compared with: statistics of these, computed anew for the weights at the end.
-WHOSE = ("rank 0", "the last rank", "all ranks")
-Arm = Literal["dp", "ddp", "own buffers", "sync"]
+# Condition "images" -> an order of the training images, of which each rank trains on a contiguous part.
+ORDERS: dict[Value, Callable[[Images], Tensor]] = {
+    "shuffled": lambda images: torch.randperm(len(images.train_y), generator=torch.Generator().manual_seed(0)),
+    "by brightness": lambda images: images.train_x.mean((1, 2, 3)).argsort(stable=True),
+    "by digit": lambda images: images.train_y.argsort(stable=True),
+}
+# The statistics that buffers are compared with.
+REFERENCES = ("rank 0", "the last rank", "all ranks")
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One training run."""
-
-    arm: Arm
-    split: Split
-    lr: float
-    seed: int
-    steps: int
-    tuning: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.arm}, images {self.split}, {'tuning' if self.tuning else f'seed {self.seed}'}"
-
-    @property
-    def norm(self) -> Literal["sync", "batch"]:
-        """What its batch norms are."""
-        return "sync" if self.arm == "sync" else "batch"
+def shares(images: Images, order: Value, world_size: int) -> list[Tensor]:
+    """Indices of each rank's training images: contiguous parts, of equal size, of ``order``, a key of `ORDERS`."""
+    size = len(images.train_y) // world_size
+    return list(torch.split(ORDERS[order](images)[: size * world_size], size))
 
 
-def train(trial: Trial, ranks: Ranks, together: bool) -> list[Row]:
-    """Trains one arm and tests what its checkpoint would hold; every trial runs on all ranks together.
+def train(trial: Trial, ranks: Ranks, together: bool) -> list[StudyRow]:
+    """Trains one arm and tests what its checkpoint would hold; all trials run on all ranks.
 
-    Collective: all ranks. DataParallel trains on rank 0 alone, which then gives its model to the others.
+    Collective: all ranks. DataParallel trains on rank 0 alone, which then shares its model.
     """
-    images = load_images()
-    model = with_norm(build_net(trial.seed), trial.norm)
+    images, arm = load_images(), trial.condition["arm"]
+    model = with_norm(build_net(trial.seed), _norm(arm))
     streams = [
         batches(images.train_x[share], images.train_y[share], BATCH, trial.seed)
-        for share in shares(images, trial.split, ranks.world_size)
+        for share in shares(images, trial.condition["images"], ranks.world_size)
     ]
     recipe = Recipe(trial.lr, trial.steps)
-    if trial.arm != "dp":
-        ddp = DistributedDataParallel(model, forward_sync_buffers=trial.arm != "own buffers")
+    if arm != DP:
+        ddp = DistributedDataParallel(model, forward_sync_buffers=arm != OWN_BUFFERS)
         fit(ddp, streams[ranks.rank], recipe)
     elif ranks.rank == 0:
-        fit(EmulatedDataParallel(model, ranks.world_size), _side_by_side(streams), recipe)
-    if trial.arm != "own buffers":
-        # DDP would hand rank 0's buffers on with the next forward, which does not come.
+        fit(EmulatedDataParallel(model, ranks.world_size), _concatenated(streams), recipe)
+    if arm != OWN_BUFFERS:
+        # DDP would broadcast rank 0's buffers in the next forward, but there is none.
         model.load_state_dict(ranks.share(model.state_dict() if ranks.rank == 0 else None))
     inputs = [x for x, _ in (next(streams[ranks.rank]) for _ in range(RECALIBRATION_BATCHES))]
-    return _tuned(trial, model, images, inputs) if trial.tuning else _measured(trial, model, images, inputs, ranks)
+    if trial.tuning:
+        recalibrate(model, inputs)
+        validated = accuracy(model, images.validation_x, images.validation_y)
+        return [StudyRow({"norm": _norm(arm), "lr": trial.lr}, trial.seed, VALIDATION_ACCURACY, validated)]
+    return _tested(trial, model, images, inputs, ranks)
 
 
-def _side_by_side(streams: Sequence[Iterator[tuple[Tensor, Tensor]]]) -> Iterator[tuple[Tensor, Tensor]]:
+def _norm(arm: Value) -> str:
+    return "SyncBN" if arm == SYNC else "BN"
+
+
+def _concatenated(streams: Sequence[Iterator[tuple[Tensor, Tensor]]]) -> Iterator[tuple[Tensor, Tensor]]:
     for parts in zip(*streams, strict=True):
         yield torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
 
 
-def _tuned(trial: Trial, model: nn.Module, images: Images, inputs: list[Tensor]) -> list[Row]:
-    recalibrate(model, inputs)
-    right = accuracy(model, images.validation_x, images.validation_y)
-    return [Row({"norm": trial.norm, "lr": trial.lr}, trial.seed, MEASURE, right)]
-
-
-def _measured(trial: Trial, model: nn.Module, images: Images, inputs: list[Tensor], ranks: Ranks) -> list[Row]:
-    def right(network: nn.Module) -> float:
+def _tested(trial: Trial, model: nn.Module, images: Images, inputs: list[Tensor], ranks: Ranks) -> list[StudyRow]:
+    def tested(network: nn.Module) -> float:
         return accuracy(network, images.test_x, images.test_y)
 
-    cured = copy.deepcopy(model)
-    recalibrate(cured, inputs)
-    if trial.arm == "own buffers":
+    def row(arm: Value, measure: str, value: float, **more: Value) -> StudyRow:
+        condition = {"arm": arm, "images": trial.condition["images"], **more}
+        return StudyRow(condition, trial.seed, measure, value)
+
+    arm = trial.condition["arm"]
+    recalibrated = copy.deepcopy(model)
+    recalibrate(recalibrated, inputs)
+    if arm == OWN_BUFFERS:
         merged = copy.deepcopy(model)
         merge_buffers(merged)
-        by_arm = {LAST: ranks.collect(right(model))[-1], MERGED: right(merged), RECALIBRATED: right(cured)}
-        distances = {}
-    else:
-        own = copy.deepcopy(model)
-        with no_sync_stats():
-            recalibrate(own, inputs)
-        here = distance(model, own)
-        by_rank = ranks.collect(here)
-        arm = {"dp": DP, "ddp": DDP, "sync": SYNC}[trial.arm]
-        by_arm = {arm: right(model)}
-        distances = dict(zip(WHOSE, (by_rank[0], by_rank[-1], distance(model, cured)), strict=True))
+        by_arm = {LAST: ranks.collect(tested(model))[-1], MERGED: tested(merged), RECALIBRATED: tested(recalibrated)}
+        return [row(name, "accuracy", value) for name, value in by_arm.items()]
+    of_this_rank = copy.deepcopy(model)
+    with no_sync_stats():
+        recalibrate(of_this_rank, inputs)
+    by_rank = ranks.collect(distance(model, of_this_rank))
+    distances = zip(REFERENCES, (by_rank[0], by_rank[-1], distance(model, recalibrated)), strict=True)
     return [
-        *(Row({"arm": name, "images": trial.split}, trial.seed, "accuracy", got) for name, got in by_arm.items()),
-        *(
-            Row({"arm": arm, "images": trial.split, "statistics of": whose}, trial.seed, "distance", far)
-            for whose, far in distances.items()
-        ),
+        row(arm, "accuracy", tested(model)),
+        *(row(arm, "distance", value, **{"statistics of": reference}) for reference, value in distances),
     ]
 
 
 def distance(model: nn.Module, reference: nn.Module) -> float:
-    """How far the running means lie from the reference's: root mean square over channels, in standard deviations."""
-    apart = []
-    for mine, theirs in zip(tracking(model).values(), tracking(reference).values(), strict=True):
-        mean, var = running(theirs)
-        apart.append((running(mine)[0] - mean) / (var + theirs.eps).sqrt())
-    return float(torch.cat(apart).double().square().mean().sqrt())
+    """Difference of the running means, in standard deviations of ``reference``: root mean square over channels."""
+    differences = []
+    for layer, reference_layer in zip(tracking(model).values(), tracking(reference).values(), strict=True):
+        mean, var = running(reference_layer)
+        differences.append((running(layer)[0] - mean) / (var + reference_layer.eps).sqrt())
+    return float(torch.cat(differences).double().square().mean().sqrt())
 
 
-def _tuning(settings: Settings) -> Trials[Trial]:
-    arms: tuple[Arm, ...] = ("ddp", "sync")
-    rates = RATES[1:2] if settings.quick else RATES
-    return Trials([Trial(arm, "shuffled", lr, FIRST_SEED, settings.steps, True) for arm in arms for lr in rates])
-
-
-def _trials(settings: Settings, local: float, synced: float) -> Trials[Trial]:
-    arms: dict[Arm, float] = {"dp": local, "ddp": local, "own buffers": local, "sync": synced}
+def _tuning(settings: StudySettings) -> Trials:
     return Trials(
         [
-            Trial(arm, split, lr, seed, settings.steps)
-            for seed in range(settings.seeds)
-            for split in (SPLITS[::2] if settings.quick else SPLITS)
-            for arm, lr in arms.items()
+            Trial({"arm": arm, "images": "shuffled"}, lr, FIRST_TUNING_SEED, settings.steps, tuning=True)
+            for arm in (DDP, SYNC)
+            for lr in (RATES[1:2] if settings.quick else RATES)
         ]
     )
 
 
-def num_stages(settings: Settings) -> int:
-    """Runs of rank 0."""
-    return sum(t.num_stages(settings.world_size) for t in (_tuning(settings), _trials(settings, 0.1, 0.1)))
+def _measured(settings: StudySettings, rates: Mapping[Value, float]) -> Trials:
+    return Trials(
+        [
+            Trial({"arm": arm, "images": order}, rates[_norm(arm)], seed, settings.steps)
+            for seed in range(settings.seeds)
+            for order in (list(ORDERS)[::2] if settings.quick else ORDERS)
+            for arm in (DP, DDP, OWN_BUFFERS, SYNC)
+        ]
+    )
 
 
-def run(settings: Settings, ranks: Ranks, tell: Tell) -> Outcome:
-    """Tunes two learning rates, then trains every arm on every split. Collective: all ranks."""
-    tuned = run_trials(_tuning(settings), train, ranks, labelled(tell))
+def num_stages(settings: StudySettings) -> int:
+    """Number of training runs of rank 0."""
+    some_rates: dict[Value, float] = {"BN": 0.1, "SyncBN": 0.1}
+    return sum(t.num_stages(settings.world_size) for t in (_tuning(settings), _measured(settings, some_rates)))
+
+
+def run(settings: StudySettings, ranks: Ranks, tell: Tell) -> Outcome:
+    """Tunes two learning rates, then trains every arm on every order of the images. Collective: all ranks."""
+    tuned = run_trials(_tuning(settings), train, ranks, tell)
     rates = best_rates(tuned, "norm")
-    rows = run_trials(_trials(settings, rates["batch"], rates["sync"]), train, ranks, labelled(tell))
+    rows = run_trials(_measured(settings, rates), train, ranks, tell)
     notes = {
-        "data": f"{NOTE} Each of the {settings.world_size} ranks trains on an equal share of its own: of the "
-        "shuffled images, of all images in order of brightness, or of digit. The test images are those of all.",
-        "model": f"{len(WIDTHS)} convolutions 3x3 of {', '.join(map(str, WIDTHS))} channels, a linear classifier; "
-        f"{settings.steps} steps of {BATCH} images a rank, SGD with momentum 0.9, a learning rate that falls along a "
-        "cosine.",
+        "data": f"{DATA_NOTE} Each of the {settings.world_size} ranks trains on its own equal share of the training "
+        "images, which are shuffled, or sorted by brightness or by digit. The test images are not split.",
+        "model": f"{net_note(WIDTHS)}; {settings.steps} steps of {BATCH} images per rank, {COSINE_NOTE}.",
         "arms": f"'{DP}' computes on one device what torch.nn.DataParallel computes on {settings.world_size} GPUs. "
-        f"'{DDP}' is torch's default, which gives rank 0's buffers to all ranks before each forward; with "
-        f"forward_sync_buffers=False each rank keeps its own: those of the last rank ('{LAST}'), all of them "
-        f"merged, or computed anew on {RECALIBRATION_BATCHES} batches of each rank. All of these have the "
-        "same weights.",
+        f"'{DDP}' is torch's default, which broadcasts rank 0's buffers before each forward. With "
+        f"forward_sync_buffers=False each rank keeps its own buffers: '{LAST}' are those of the last rank, "
+        f"'{MERGED}' all of them merged, '{RECALIBRATED}' recomputed from {RECALIBRATION_BATCHES} batches per rank. "
+        "The weights of all of these are the same.",
         "distance": "root mean square over all channels of (running mean - reference mean) / reference standard "
-        f"deviation; the reference is computed from {RECALIBRATION_BATCHES} batches of a rank, or of all, for the "
-        "weights at the end.",
-        "learning rates": f"for batch norm and for SyncBN the best of {', '.join(f'{rate:g}' for rate in RATES)} on "
-        "the validation images, with recalibrated statistics, on shuffled images, with a seed that is not measured: "
-        f"{told(rates)}.",
+        f"deviation; the reference is computed from {RECALIBRATION_BATCHES} batches of one rank, or of every rank, "
+        "with the final weights.",
+        "learning rates": f"for BN and for SyncBN the one of {rates_text(RATES)} with the best validation accuracy, "
+        "after recalibration, on shuffled images, with a seed that is not used for the results: "
+        f"{rates_text(rates)}.",
     }
     return Outcome([*tuned, *rows], notes)
 
 
-def find(rows: Sequence[Row]) -> list[str]:
-    """Whose statistics the buffers hold, what that does to accuracy, and what cures it."""
-    splits = levels(rows, "images")
+def find(rows: Sequence[StudyRow]) -> list[str]:
+    """Which statistics the buffers are closest to, how that affects accuracy, and what restores it."""
+    orders = levels(rows, "images")
 
-    def at(arm: str, split: Value) -> dict[int, float]:
-        return values(rows, "accuracy", arm=arm, images=split)
+    def at(arm: str, order: Value) -> dict[int, float]:
+        return values(rows, "accuracy", arm=arm, images=order)
 
     found = [
-        f"Images {split}, nearest to the buffers: {'; '.join(_whose(rows, arm, split) for arm in (DP, DDP, SYNC))}."
-        for split in splits
+        f"Images {order}, the statistics closest to the buffers (distances in standard deviations): "
+        f"{'; '.join(_closest(rows, arm, order) for arm in (DP, DDP, SYNC))}."
+        for order in orders
     ]
     found += [
-        by_level(arm, other, "images", {split: difference(at(arm, split), at(other, split)) for split in splits})
+        by_level(arm, other, "images", {order: difference(at(arm, order), at(other, order)) for order in orders})
         for arm, other in PAIRS
     ]
     return found
 
 
-def _whose(rows: Sequence[Row], arm: str, split: Value) -> str:
-    far = {whose: values(rows, "distance", arm=arm, images=split, **{"statistics of": whose}) for whose in WHOSE}
-    nearest = {min(WHOSE, key=lambda whose: far[whose][seed]) for seed in far[WHOSE[0]]}
-    verdict = f"those of {nearest.pop()} with every seed" if len(nearest) == 1 else "the seeds do not agree whose"
-    told = ", ".join(f"{whose} {fmean(by_seed.values()):.2f}" for whose, by_seed in far.items())
-    return f"in {arm} {verdict} ({told} standard deviations away)"
+def _closest(rows: Sequence[StudyRow], arm: str, order: Value) -> str:
+    distances = {
+        reference: values(rows, "distance", arm=arm, images=order, **{"statistics of": reference})
+        for reference in REFERENCES
+    }
+    closest = {min(REFERENCES, key=lambda name: distances[name][seed]) for seed in distances[REFERENCES[0]]}
+    verdict = f"those of {closest.pop()} for every seed" if len(closest) == 1 else "the seeds do not agree"
+    means = ", ".join(f"{name} {fmean(by_seed.values()):.2f}" for name, by_seed in distances.items())
+    return f"in {arm} {verdict} ({means})"
 
 
-def views(rows: Sequence[Row]) -> list[View]:
-    """Accuracy of each arm, and the distances of each that leaves one set of buffers."""
+def views(rows: Sequence[StudyRow]) -> list[View]:
+    """Accuracy of each arm, and the distances of each arm whose ranks share one set of buffers."""
     return [
         View("Test accuracy of what a checkpoint holds", "accuracy", "arm", "images", {}),
         *(
             View(
-                f"Distance of the buffers from each one's statistics, images {split}",
+                f"Distance between the buffers and the statistics of the ranks, images {order}",
                 "distance",
                 "arm",
                 "statistics of",
-                {"images": split},
+                {"images": order},
                 unit="number",
             )
-            for split in levels(rows, "images")
+            for order in levels(rows, "images")
         ),
     ]
 
 
 QUESTION = Question(
     name="dp-vs-ddp",
-    about="Whose running statistics DataParallel, DDP and SyncBN leave, and what that costs.",
-    question="Whose running statistics does a checkpoint hold, and what does that do to its accuracy?",
+    about="Which rank's running statistics DataParallel, DDP and SyncBN leave.",
+    question="Which rank's running statistics does a checkpoint hold, and how does that affect its accuracy?",
     claim=Claim(
         "DataParallel keeps the buffers of the module on the first device, DDP those of rank 0, which it "
-        "broadcasts before each forward; statistics that are not of the whole data make a network worse than it "
-        "is, and computing them anew from the whole data cures it",
+        "broadcasts before each forward; running statistics that do not represent the whole data lower the "
+        "accuracy, and recomputing them from the whole data restores it",
         "PyTorch's documentation of DataParallel and DistributedDataParallel; Wu and Johnson 2021, Rethinking "
         "'Batch' in BatchNorm, sections 3 and 5",
     ),

@@ -1,11 +1,11 @@
-"""What folding batch norm into the convolutions before it gains at inference, and whether the outputs stay."""
+"""How much folding batch norm into the preceding convolutions speeds up inference, and whether outputs are equal."""
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import fmean, median
 
 import torch
@@ -15,182 +15,224 @@ from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm.conversion.convert import convert, revert
 from syncnorm.conversion.fold import fold
+from syncnorm.tools.common.nets import ResidualNet
 from syncnorm.tools.common.progress import Tell
 from syncnorm.tools.common.ranks import Ranks
-from syncnorm.tools.study.data import NOTE, batches, load_images
-from syncnorm.tools.study.fold_models import MODELS, RESIDUAL
-from syncnorm.tools.study.question import Outcome, Question
-from syncnorm.tools.study.records import Claim, Row, Settings, Value, View
-from syncnorm.tools.study.sentences import percent
-from syncnorm.tools.study.statistics import difference, levels, values
-from syncnorm.tools.study.training import Recipe, accuracy, fit
-from syncnorm.tools.study.trials import Trials, labelled, run_trials
+from syncnorm.tools.study.experiment import DATA_NOTE, Recipe, accuracy, batches, build_net, fit, load_images
+from syncnorm.tools.study.findings import agreed_sign, difference, levels, percent, values
+from syncnorm.tools.study.records import Claim, Outcome, Question, StudyRow, StudySettings, Value, View
+from syncnorm.tools.study.trials import Trial, Trials, run_trials
 
-SPEEDUP, APART, SAME, LEFT, LAYERS = "speed-up", "relative difference", "same answer", "norms left", "norms"
+PLAIN_WIDTHS = (64, 64, 128, 128)
+# ResNet-18's depth and widths: two blocks per width, after a stem for small images.
+RESIDUAL_WIDTHS = (64, 64, 128, 128, 256, 256, 512, 512)
+SEPARABLE_WIDTHS = (64, 128, 128, 256, 256, 512)
+
+SPEEDUP, MAX_DIFFERENCE, SAME, UNFOLDED, LAYERS = (
+    "speed-up",
+    "relative difference",
+    "same answer",
+    "norms left",
+    "norms",
+)
 FORMATS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
 BATCHES = (1, 32)
 RANK_BATCH = 16
 LR = 0.05
-# Images whose outputs are compared.
+# Number of images whose outputs are compared.
 COMPARED = 256
 REPETITIONS, QUICK_REPETITIONS = 15, 3
-# What a clock's reading takes is nothing beside it, and a block is over before the machine's mood changes.
-BLOCK_SECONDS = 0.02
+# Long compared with reading the clock, short compared with changes in the load of the machine.
+BLOCK_S = 0.02
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One network, trained, folded and timed."""
-
-    model: str
-    seed: int
-    steps: int
-    repetitions: int
-
-    def __str__(self) -> str:
-        return f"{self.model}, seed {self.seed}"
+def plain(seed: int) -> nn.Module:
+    """3x3 convolutions, each with batch norm and ReLU: (N, 1, 14, 14) -> (N, 10)."""
+    return build_net(seed, PLAIN_WIDTHS)
 
 
-def _work(trial: Trial, ranks: Ranks, together: bool) -> list[Row]:
+def residual(seed: int) -> nn.Module:
+    """Residual blocks with the depth and the widths of ResNet-18: (N, 1, H, W) -> (N, 10)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ResidualNet(RESIDUAL_WIDTHS)
+
+
+def separable(seed: int) -> nn.Module:
+    """A stem, then a depthwise 3x3 and a pointwise 1x1 convolution per width: (N, 1, H, W) -> (N, 10).
+
+    Source: Howard et al., "MobileNets" (2017), figure 3: batch norm and ReLU after each of the two.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        width_in = SEPARABLE_WIDTHS[0] // 2
+        layers = _conv_bn_relu(nn.Conv2d(1, width_in, 3, padding=1, bias=False))
+        for before, width in zip((0, *SEPARABLE_WIDTHS), SEPARABLE_WIDTHS, strict=False):
+            stride = 2 if 0 < before < width else 1
+            depthwise = nn.Conv2d(width_in, width_in, 3, stride, padding=1, groups=width_in, bias=False)
+            layers += _conv_bn_relu(depthwise) + _conv_bn_relu(nn.Conv2d(width_in, width, 1, bias=False))
+            width_in = width
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width_in, 10))
+
+
+def _conv_bn_relu(conv: nn.Conv2d) -> list[nn.Module]:
+    return [conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU()]
+
+
+RESIDUAL = "ResNet-18-like"
+MODELS: dict[Value, Callable[[int], nn.Module]] = {
+    "plain": plain,
+    RESIDUAL: residual,
+    "depthwise separable": separable,
+}
+
+
+def _train(trial: Trial, ranks: Ranks, together: bool, repetitions: int) -> list[StudyRow]:
     images = load_images()
-    model = convert(MODELS[trial.model](trial.seed))
+    model = convert(MODELS[trial.condition["model"]](trial.seed))
     part = slice(ranks.rank * RANK_BATCH, (ranks.rank + 1) * RANK_BATCH)
     data = batches(images.train_x, images.train_y, RANK_BATCH * ranks.world_size, trial.seed, part)
-    fit(DistributedDataParallel(model), data, Recipe(LR, trial.steps))
-    rows = _measured(model, trial) if ranks.rank == 0 else []
+    fit(DistributedDataParallel(model), data, Recipe(trial.lr, trial.steps))
+    rows = _measured(model, trial, repetitions) if ranks.rank == 0 else []
     ranks.wait()  # the other ranks leave the cores to rank 0 while it measures
     return rows
 
 
 @torch.inference_mode()
-def _measured(model: nn.Module, trial: Trial) -> list[Row]:
+def _measured(model: nn.Module, trial: Trial, repetitions: int) -> list[StudyRow]:
     images = load_images()
     unfolded, folded = revert(copy.deepcopy(model)).eval(), fold(model)
     x, y = images.test_x[:COMPARED], images.test_y[:COMPARED]
 
-    def row(measure: str, value: float, **condition: Value) -> Row:
-        return Row({"model": trial.model, **condition}, trial.seed, measure, value)
+    def row(measure: str, value: float, **more: Value) -> StudyRow:
+        return StudyRow({**trial.condition, **more}, trial.seed, measure, value)
 
     want, got = unfolded(x), folded(x)
     rows = [
         row("accuracy", accuracy(unfolded, x, y)),
-        row(APART, float((got - want).abs().max() / want.abs().max())),
+        row(MAX_DIFFERENCE, float((got - want).abs().max() / want.abs().max())),
         row(SAME, float((got.argmax(dim=1) == want.argmax(dim=1)).double().mean())),
-        row(LAYERS, _norms(unfolded)),
-        row(LEFT, _norms(folded)),
+        row(LAYERS, _num_norms(unfolded)),
+        row(UNFOLDED, _num_norms(folded)),
     ]
     for name, memory_format in FORMATS.items():
         for module in (unfolded, folded):
             module.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch's stubs lack it
         for batch in BATCHES:
             sample = images.test_x[:batch].to(memory_format=memory_format)
-            rows.append(row(SPEEDUP, speedup(unfolded, folded, sample, trial.repetitions), format=name, batch=batch))
+            rows.append(row(SPEEDUP, speedup(unfolded, folded, sample, repetitions), format=name, batch=batch))
     return rows
 
 
-def _norms(model: nn.Module) -> int:
+def _num_norms(model: nn.Module) -> int:
     return sum(isinstance(module, _BatchNorm) for module in model.modules())
 
 
 def speedup(slow: nn.Module, fast: nn.Module, x: Tensor, repetitions: int) -> float:
-    """Median over the repetitions of ``slow``'s time / ``fast``'s: both are timed in each, in turns."""
-    calls = max(1, round(BLOCK_SECONDS / max(_seconds(fast, x, 1) for _ in range(3))))
+    """Median over the repetitions of ``slow``'s time / ``fast``'s; each times both, in alternating order."""
+    calls = max(1, round(BLOCK_S / max(_seconds(fast, x, 1) for _ in range(3))))
     _seconds(slow, x, 1)
     ratios = []
     for repetition in range(repetitions):
         order = (slow, fast) if repetition % 2 == 0 else (fast, slow)
-        taken = {module: _seconds(module, x, calls) for module in order}
-        ratios.append(taken[slow] / taken[fast])
+        seconds = {module: _seconds(module, x, calls) for module in order}
+        ratios.append(seconds[slow] / seconds[fast])
     return median(ratios)
 
 
 def _seconds(module: nn.Module, x: Tensor, calls: int) -> float:
-    # The thread's own clock stands still while another process has its core. All of the pass is in this one thread.
+    # The thread's CPU clock stops while another process has its core. The whole pass runs in this one thread.
     started = time.thread_time()
     for _ in range(calls):
         module(x)
     return time.thread_time() - started
 
 
-def _trials(settings: Settings) -> Trials[Trial]:
-    repetitions = QUICK_REPETITIONS if settings.quick else REPETITIONS
+def _trials(settings: StudySettings) -> Trials:
     models = [name for name in MODELS if name != RESIDUAL or not settings.quick]
     return Trials(
-        [Trial(model, seed, settings.steps, repetitions) for seed in range(settings.seeds) for model in models]
+        [Trial({"model": model}, LR, seed, settings.steps) for seed in range(settings.seeds) for model in models]
     )
 
 
-def num_stages(settings: Settings) -> int:
-    """Networks that are trained."""
+def num_stages(settings: StudySettings) -> int:
+    """Number of networks that are trained."""
     return _trials(settings).num_stages(settings.world_size)
 
 
-def run(settings: Settings, ranks: Ranks, tell: Tell) -> Outcome:
-    """Trains each network with each seed, synced; folds and times it on rank 0. Collective: all ranks."""
-    rows = run_trials(_trials(settings), _work, ranks, labelled(tell))
-    right = ", ".join(f"{name} {percent(values(rows, 'accuracy', model=name))}" for name in levels(rows, "model"))
+def run(settings: StudySettings, ranks: Ranks, tell: Tell) -> Outcome:
+    """Trains each network with each seed and SyncBN; folds and times it on rank 0. Collective: all ranks."""
+    repetitions = QUICK_REPETITIONS if settings.quick else REPETITIONS
+    rows = run_trials(_trials(settings), partial(_train, repetitions=repetitions), ranks, tell)
+    accuracies = ", ".join(
+        f"{name} {percent(values(rows, 'accuracy', model=name))}" for name in levels(rows, "model")
+    )
     notes = {
-        "data": NOTE,
-        "model": f"each trained synced, {ranks.world_size} ranks of {RANK_BATCH} images, {settings.steps} steps; of "
-        f"{COMPARED} test images they get right: {right}. Then syncnorm.revert (plain batch norms) against "
-        "syncnorm.fold.",
-        "timing": f"forward passes in fp32 under torch.inference_mode, one "
-        f"thread by that thread's clock, the other ranks asleep; both take turns in blocks of "
-        f"{1e3 * BLOCK_SECONDS:.0f} ms or one call, and each seed's value is the median of "
-        f"{_trials(settings).together[0].repetitions} ratios.",
+        "data": DATA_NOTE,
+        "model": f"each trained with SyncBN on {ranks.world_size} ranks of {RANK_BATCH} images for {settings.steps} "
+        f"steps; accuracy on {COMPARED} test images: {accuracies}. The result of syncnorm.fold is compared with that "
+        "of syncnorm.revert (plain batch norms).",
+        "timing": "forward passes in fp32 under torch.inference_mode on one thread, measured by the CPU clock of "
+        "that thread while the other ranks sleep; the two networks alternate in blocks of "
+        f"{1e3 * BLOCK_S:.0f} ms or one call, and the value of a seed is the median of {repetitions} ratios.",
     }
     return Outcome(rows, notes)
 
 
-def find(rows: Sequence[Row]) -> list[str]:
-    """Whether the folded networks say the same, and how much faster they are; then where folding pays most."""
-    models = [str(model) for model in levels(rows, "model")]
-    found = [_equal(rows)]
+def find(rows: Sequence[StudyRow]) -> list[str]:
+    """Whether the folded networks predict the same, how much faster they are, and where folding gains most."""
+    models = levels(rows, "model")
+    found = [_equality(rows)]
     gains: dict[str, float] = {}
     for model in models:
         for batch in levels(rows, "batch"):
             parts = []
             for name in levels(rows, "format"):
-                sample = values(rows, SPEEDUP, model=model, batch=batch, format=name)
-                apart = difference(sample, dict.fromkeys(sample, 1.0))
-                remark = {1: "", 0: " (the seeds do not agree)", -1: " (slower)"}[apart.agreed]
-                parts.append(f"{fmean(sample.values()):.2f} ± {apart.error:.2f} {name}{remark}")
-                if apart.agreed > 0:
-                    gains[f"{model}, batch of {batch}, {name}"] = fmean(sample.values())
-            found.append(f"{model}, batch of {batch}, times as fast when folded: {', '.join(parts)}.")
-    num_cells = len(models) * len(levels(rows, "batch")) * len(levels(rows, "format"))
+                speedups = values(rows, SPEEDUP, model=model, batch=batch, format=name)
+                gain = difference(speedups, dict.fromkeys(speedups, 1.0))
+                remark = {1: "", 0: " (the seeds do not agree)", -1: " (slower)"}[agreed_sign(gain)]
+                parts.append(f"{fmean(speedups.values()):.2f} ± {gain.std_error:.2f} {name}{remark}")
+                if agreed_sign(gain) > 0:
+                    gains[f"{model}, batch size {batch}, {name}"] = fmean(speedups.values())
+            found.append(f"Speed-up by folding, {model}, batch size {batch}: {', '.join(parts)}.")
+    num_cases = len(models) * len(levels(rows, "batch")) * len(levels(rows, "format"))
     if not gains:
-        return [*found, f"In none of {num_cells} cases do the seeds agree that folding is faster."]
+        return [*found, f"In none of {num_cases} cases do the seeds agree that folding is faster."]
     most = max(gains, key=lambda case: gains[case])
     return [
         *found,
-        f"Folding is faster in {len(gains)} of {num_cells} cases; most in this one: {most} ({gains[most]:.2f}).",
+        f"Folding is faster in {len(gains)} of {num_cases} cases; the largest speed-up is {gains[most]:.2f} "
+        f"({most}).",
     ]
 
 
-def _equal(rows: Sequence[Row]) -> str:
+def _equality(rows: Sequence[StudyRow]) -> str:
     def all_of(measure: str) -> list[float]:
         return [row.value for row in rows if row.measure == measure]
 
-    left, layers = sum(all_of(LEFT)), sum(all_of(LAYERS))
-    norms = "All batch norms are folded" if not left else f"{left:.0f} of {layers:.0f} batch norms are left unfolded"
+    unfolded, layers = sum(all_of(UNFOLDED)), sum(all_of(LAYERS))
+    norms = f"{unfolded:.0f} of {layers:.0f} batch norms are not folded" if unfolded else "All batch norms are folded"
     same = min(all_of(SAME))
-    answers = "every answer stays" if same == 1 else f"in the worst network {100 * same:.1f} % of the answers stay"
-    return f"{norms}; outputs differ by {max(all_of(APART)):.0e} of the largest at most, and {answers}."
+    predictions = (
+        "all predictions stay the same"
+        if same == 1
+        else f"in the worst network {100 * same:.1f} % of the predictions stay the same"
+    )
+    return f"{norms}; outputs differ by at most {max(all_of(MAX_DIFFERENCE)):.0e} of the largest, and {predictions}."
 
 
-def views(rows: Sequence[Row]) -> list[View]:
-    """Speed-up by model and batch, a view a memory format."""
+def views(rows: Sequence[StudyRow]) -> list[View]:
+    """Speed-up by model and batch size, one view per memory format."""
     return [
-        View(f"Times as fast when folded, {name}", SPEEDUP, "model", "batch", {"format": name}, unit="number")
+        View(f"Speed-up by folding, {name}", SPEEDUP, "model", "batch", {"format": name}, unit="number")
         for name in levels(rows, "format")
     ]
 
 
 QUESTION = Question(
     name="fold",
-    about="Folding batch norm into convolutions: speed at inference, equality.",
-    question="What does folding batch norm into the convolutions gain at inference, and do the outputs stay?",
+    about="Folding batch norm into convolutions: inference speed, equal outputs.",
+    question="How much faster is inference with batch norm folded into the convolutions, and are the outputs equal?",
     claim=Claim(
         "for inference batch norm belongs in the weights and biases of the convolution before it, where it costs "
         "nothing and the network computes the same",

@@ -3,124 +3,129 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import get_args
 
 from syncnorm.tools.common.progress import Tell
 from syncnorm.tools.common.ranks import Ranks
-from syncnorm.tools.study.data import NOTE, batches, load_images
-from syncnorm.tools.study.models import Place, build_net
-from syncnorm.tools.study.question import Outcome, Question
-from syncnorm.tools.study.records import Claim, Row, Settings, Value, View
-from syncnorm.tools.study.sentences import by_level, compared
-from syncnorm.tools.study.statistics import difference, levels, values
-from syncnorm.tools.study.training import Recipe, accuracy, fit
-from syncnorm.tools.study.trials import Trials, labelled, run_trials
-from syncnorm.tools.study.tuning import FIRST_SEED, MEASURE, best_rates, told
+from syncnorm.tools.study.experiment import (
+    COSINE_NOTE,
+    DATA_NOTE,
+    Placement,
+    Recipe,
+    accuracy,
+    batches,
+    build_net,
+    fit,
+    load_images,
+    net_note,
+)
+from syncnorm.tools.study.findings import by_level, compared, difference, levels, values
+from syncnorm.tools.study.records import Claim, Outcome, Question, StudyRow, StudySettings, Value, View
+from syncnorm.tools.study.trials import (
+    FIRST_TUNING_SEED,
+    VALIDATION_ACCURACY,
+    Trial,
+    Trials,
+    best_rates,
+    rates_text,
+    run_trials,
+)
 
-# The claim's place first: the others are compared with it.
-NAMES = {"before": "before ReLU", "after": "after ReLU", "both": "both", "none": "no norm"}
+# The placement of the claim first: the others are compared with it.
+PLACEMENTS: dict[Value, Placement] = {
+    "before ReLU": "before",
+    "after ReLU": "after",
+    "both": "both",
+    "no norm": "none",
+}
 WIDTHS = (8, 8, 16, 16, 32, 32)
 BATCH = 32
 RATES = (0.02, 0.05, 0.1, 0.2)
-# Where a run is tested, as parts of its steps.
+# When a run is tested, as fractions of its steps.
 MARKS = (0.125, 0.25, 0.5, 1.0)
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One training run."""
-
-    place: Place
-    lr: float
-    seed: int
-    steps: int
-    tuning: bool = False
-
-    def __str__(self) -> str:
-        return f"{NAMES[self.place]}, lr {self.lr:g}, {'tuning' if self.tuning else f'seed {self.seed}'}"
-
-
-def _train(trial: Trial, ranks: Ranks, together: bool) -> list[Row]:
-    images, model, rows = load_images(), build_net(trial.seed, WIDTHS, trial.place), list[Row]()
+def _train(trial: Trial, ranks: Ranks, together: bool) -> list[StudyRow]:
+    images, rows = load_images(), list[StudyRow]()
+    model = build_net(trial.seed, WIDTHS, PLACEMENTS[trial.condition["place"]])
     marks = {max(1, round(mark * trial.steps)) for mark in MARKS}
 
     def test(step: int) -> None:
-        condition: dict[str, Value] = {"place": NAMES[trial.place], "steps": step, "lr": trial.lr}
+        condition: dict[str, Value] = {**trial.condition, "steps": step, "lr": trial.lr}
         if trial.tuning:
             if step == trial.steps:
-                right = accuracy(model, images.validation_x, images.validation_y)
-                rows.append(Row(condition, trial.seed, MEASURE, right))
+                validated = accuracy(model, images.validation_x, images.validation_y)
+                rows.append(StudyRow(condition, trial.seed, VALIDATION_ACCURACY, validated))
         elif step in marks:
-            rows.append(Row(condition, trial.seed, "accuracy", accuracy(model, images.test_x, images.test_y)))
+            tested = accuracy(model, images.test_x, images.test_y)
+            rows.append(StudyRow(condition, trial.seed, "accuracy", tested))
 
     data = batches(images.train_x, images.train_y, BATCH, trial.seed)
     fit(model, data, Recipe(trial.lr, trial.steps), after_step=test)
     return rows
 
 
-def _tuning(settings: Settings) -> Trials[Trial]:
-    rates = RATES[1:3] if settings.quick else RATES
+def _tuning(settings: StudySettings) -> Trials:
     return Trials(
         alone=[
-            Trial(place, lr, FIRST_SEED + seed, settings.steps, tuning=True)
-            for place in get_args(Place)
-            for lr in rates
+            Trial({"place": place}, lr, FIRST_TUNING_SEED + seed, settings.steps, tuning=True)
+            for place in PLACEMENTS
+            for lr in (RATES[1:3] if settings.quick else RATES)
             for seed in range(1 if settings.quick else 2)
         ]
     )
 
 
-def _measured(settings: Settings, rates: Mapping[Value, float]) -> Trials[Trial]:
+def _measured(settings: StudySettings, rates: Mapping[Value, float]) -> Trials:
     return Trials(
         alone=[
-            Trial(place, rates[NAMES[place]], seed, settings.steps)
+            Trial({"place": place}, rates[place], seed, settings.steps)
             for seed in range(settings.seeds)
-            for place in get_args(Place)
+            for place in PLACEMENTS
         ]
     )
 
 
-def num_stages(settings: Settings) -> int:
-    """Runs of rank 0."""
-    some_rates: dict[Value, float] = dict.fromkeys(NAMES.values(), RATES[0])
+def num_stages(settings: StudySettings) -> int:
+    """Number of training runs of rank 0."""
+    some_rates = dict.fromkeys(PLACEMENTS, RATES[0])
     return sum(t.num_stages(settings.world_size) for t in (_tuning(settings), _measured(settings, some_rates)))
 
 
-def run(settings: Settings, ranks: Ranks, tell: Tell) -> Outcome:
-    """Tunes a learning rate for each place, then trains every place with every seed. Collective: all ranks."""
-    tuned = run_trials(_tuning(settings), _train, ranks, labelled(tell))
+def run(settings: StudySettings, ranks: Ranks, tell: Tell) -> Outcome:
+    """Tunes a learning rate for each placement, then trains each with every seed. Collective: all ranks."""
+    tuned = run_trials(_tuning(settings), _train, ranks, tell)
     rates = best_rates(tuned, "place")
-    rows = run_trials(_measured(settings, rates), _train, ranks, labelled(tell))
+    rows = run_trials(_measured(settings, rates), _train, ranks, tell)
     notes = {
-        "data": NOTE,
-        "model": f"{len(WIDTHS)} convolutions 3x3 of {', '.join(map(str, WIDTHS))} channels, a linear classifier; "
-        f"batches of {BATCH}, SGD with momentum 0.9, a learning rate that falls along a cosine. One process a run.",
-        "learning rates": f"for each place the best of {', '.join(f'{rate:g}' for rate in RATES)} by accuracy on the "
-        f"validation images, over seeds that are not measured: {told(rates)}.",
+        "data": DATA_NOTE,
+        "model": f"{net_note(WIDTHS)}; batches of {BATCH}, {COSINE_NOTE}. One process per run.",
+        "learning rates": f"for each placement the one of {rates_text(RATES)} with the best validation accuracy, "
+        f"with seeds that are not used for the results: {rates_text(rates)}.",
     }
     return Outcome([*tuned, *rows], notes)
 
 
-def find(rows: Sequence[Row]) -> list[str]:
-    """Which place wins, early and late; where they end; what a norm brings at all."""
+def find(rows: Sequence[StudyRow]) -> list[str]:
+    """How the placements compare after each number of steps, and at the end."""
     steps = sorted(levels([row for row in rows if row.measure == "accuracy"], "steps"), key=float)
-    claimed, *others = NAMES.values()
+    claimed, *others = map(str, PLACEMENTS)
 
-    def at(name: str, step: Value) -> dict[int, float]:
-        return values(rows, "accuracy", place=name, steps=step)
+    def at(place: str, step: Value) -> dict[int, float]:
+        return values(rows, "accuracy", place=place, steps=step)
 
     last = steps[-1]
     return [
         *(
-            by_level(name, claimed, "steps", {step: difference(at(name, step), at(claimed, step)) for step in steps})
-            for name in others
+            by_level(
+                place, claimed, "steps", {step: difference(at(place, step), at(claimed, step)) for step in steps}
+            )
+            for place in others
         ),
-        *(f"After {last} steps, {compared(name, at(name, last), claimed, at(claimed, last))}" for name in others),
+        *(f"After {last} steps, {compared(place, at(place, last), claimed, at(claimed, last))}" for place in others),
     ]
 
 
-def views(rows: Sequence[Row]) -> list[View]:
+def views(rows: Sequence[StudyRow]) -> list[View]:
     """Accuracy against steps."""
     return [View("Test accuracy by number of steps", "accuracy", "place", "steps", {}, scale="log")]
 
@@ -130,8 +135,8 @@ QUESTION = Question(
     about="Batch norm before the ReLU, after it, or both.",
     question="Does batch norm belong before the ReLU, or after it?",
     claim=Claim(
-        "batch norm goes immediately before the nonlinearity, where the distribution of values is closer to a normal "
-        "one than behind it",
+        "batch norm belongs immediately before the nonlinearity, where the values are closer to a normal "
+        "distribution than after it",
         "Ioffe and Szegedy 2015, section 3.2",
     ),
     seeds=8,

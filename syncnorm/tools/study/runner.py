@@ -1,4 +1,4 @@
-"""``run``: checks what is asked, finds or starts the ranks, and has them answer a question."""
+"""The studies by name, and `run`: checks the arguments, starts the ranks if needed, and runs a study on them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from syncnorm.errors import InputError
 from syncnorm.tools.common.progress import ProgressFactory, silent
 from syncnorm.tools.common.provenance import command_line, provenance
 from syncnorm.tools.common.ranks import Keep, Ranks, discard, ranks_for, torch_threads, world_size_for
-from syncnorm.tools.study.records import Row, Settings, Study
-from syncnorm.tools.study.registry import STUDIES
-from syncnorm.tools.study.tuning import FIRST_SEED
+from syncnorm.tools.study import batch_size, dp_vs_ddp, fold, learning_rate, placement, sequence
+from syncnorm.tools.study.records import Question, Study, StudyRow, StudySettings
+from syncnorm.tools.study.trials import FIRST_TUNING_SEED
 
+STUDIES: dict[str, Question] = {
+    study.QUESTION.name: study.QUESTION for study in (batch_size, placement, learning_rate, dp_vs_ddp, sequence, fold)
+}
 QUICK_SEEDS = 2
 MAX_RANKS = 64
-# Only to end a run whose ranks hang.
+# Ends a run whose ranks hang.
 TIMEOUT_S = 6 * 3600.0
 
 
@@ -31,44 +34,47 @@ def run(
     progress: ProgressFactory = silent,
     keep: Keep = discard,
 ) -> Study:
-    """Answers one question by training runs on real data, on the CPU, one thread a rank.
+    """Answers one question by training runs on real data, on the CPU, with one thread per rank.
 
-    Under a launcher it uses the ranks that it was given; alone it starts gloo ranks on this machine.
+    Under a launcher it uses the launched ranks; otherwise it starts gloo ranks on this machine.
 
     Args:
-        study: a name out of ``STUDIES``.
-        ranks: how many ranks to start; 2 by default. Under a launcher it must agree with the launcher's.
-        seeds: runs of each condition, at least 2; the study's own number by default.
-        steps: optimiser steps of a run; the study's own number by default.
-        quick: few steps and conditions, to see that it works.
-        progress: opened by rank 0, in its own process, to follow the run.
-        keep: called on rank 0 with a record of the runs that are done, at the latest before an error is raised.
+        study: a key of ``STUDIES``.
+        ranks: number of ranks to start, 2 by default. Under a launcher it must equal the number of launched ranks.
+        seeds: runs of each condition, at least 2; the default depends on the study.
+        steps: optimizer steps per run; the default depends on the study.
+        quick: few steps and conditions, to check that the study works.
+        progress: opened on rank 0, in its process, to follow the run.
+        keep: called on rank 0 with a record of the completed runs, at the latest before an error is raised.
 
     Returns:
         The record, the same on every rank.
 
     Raises:
-        InputError: an argument that cannot be used. Judged before anything starts, alike on every rank.
-        ModuleNotFoundError: a package that the study needs is missing, likewise.
+        InputError: an argument is invalid. Checked before anything starts, so every rank raises it.
+        ModuleNotFoundError: a package that the study needs is missing; also checked first.
 
     Collective: under a launcher, all ranks.
     """
     if study not in STUDIES:
         raise InputError(f"no study is called {study!r}: the studies are {', '.join(STUDIES)}")
     question = STUDIES[study]
-    settings = Settings(
+    settings = StudySettings(
         study=study,
         world_size=world_size_for("study", ranks),
-        seeds=_given(seeds, QUICK_SEEDS if quick else question.seeds),
-        steps=_given(steps, question.quick_steps if quick else question.steps),
+        seeds=seeds if seeds is not None else QUICK_SEEDS if quick else question.seeds,
+        steps=steps if steps is not None else question.quick_steps if quick else question.steps,
         quick=quick,
     )
-    # Below two seeds there is no difference that they could agree on.
+    # Seeds can only agree on a difference if there are two of them.
     for name, value, least in (("seeds", settings.seeds, 2), ("steps", settings.steps, 1)):
         if value < least:
             raise InputError(f"{name} must be at least {least}, got {value}")
-    # Seeds from there on are for tuning; more ranks would need more images than there are.
-    for name, value, most in (("seeds", settings.seeds, FIRST_SEED), ("ranks", settings.world_size, MAX_RANKS)):
+    # Higher seeds are used for tuning; more ranks would need more images than there are.
+    for name, value, most in (
+        ("seeds", settings.seeds, FIRST_TUNING_SEED),
+        ("ranks", settings.world_size, MAX_RANKS),
+    ):
         if value > most:
             raise InputError(f"{name} must be at most {most}, got {value}")
     for package in question.needs:
@@ -77,22 +83,18 @@ def run(
         return on_ranks(answer_on_rank, settings, command_line(), progress, keep=keep)
 
 
-def _given(value: int | None, default: int) -> int:
-    return default if value is None else value
+def answer_on_rank(ranks: Ranks, settings: StudySettings, command: str, progress: ProgressFactory) -> Study:
+    """Runs the study of ``settings`` and returns the record, the same on every rank.
 
-
-def answer_on_rank(ranks: Ranks, settings: Settings, command: str, progress: ProgressFactory) -> Study:
-    """Answers the question of ``settings``; the same record on every rank.
-
-    Rank 0 keeps a record after each trial.
+    Rank 0 passes a record to ``ranks.keep`` after each trial.
 
     Collective: all ranks.
     """
     started = time.perf_counter()
     question = STUDIES[settings.study]
-    done: list[Row] = []
+    done: list[StudyRow] = []
 
-    def record(rows: Sequence[Row], notes: Mapping[str, str], findings: Sequence[str]) -> Study:
+    def record(rows: Sequence[StudyRow], notes: Mapping[str, str], findings: Sequence[str]) -> Study:
         return Study(
             question=question.question,
             claim=question.claim,
@@ -106,9 +108,9 @@ def answer_on_rank(ranks: Ranks, settings: Settings, command: str, progress: Pro
             wall_seconds=time.perf_counter() - started,
         )
 
-    def keep_rows(rows: Sequence[Row]) -> None:
+    def keep_rows(rows: Sequence[StudyRow]) -> None:
         done.extend(rows)
-        ranks.keep(record(done, {}, ()))  # findings are of all rows
+        ranks.keep(record(done, {}, ()))  # findings need all rows
 
     is_main = ranks.rank == 0
     with (progress if is_main else silent)(question.num_stages(settings)) as tell:

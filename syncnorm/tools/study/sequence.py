@@ -1,99 +1,200 @@
-"""Padded sequences of unequal length: batch norm with the padding in its statistics or left out, and layer norm."""
+"""Images read as padded sequences: batch norm with the padding in its statistics or masked, and layer norm."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import fmean
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm.conversion.convert import convert
 from syncnorm.tools.common.progress import Tell
 from syncnorm.tools.common.ranks import Ranks
-from syncnorm.tools.study.data import NOTE
-from syncnorm.tools.study.question import Outcome, Question
-from syncnorm.tools.study.records import Claim, Row, Settings, Value, View
-from syncnorm.tools.study.recurrent import build_reader, load_sequences, mask_of, padded_batches
-from syncnorm.tools.study.sentences import by_level, compared
-from syncnorm.tools.study.statistics import Difference, difference, levels, values
-from syncnorm.tools.study.training import Recipe, accuracy, fit
-from syncnorm.tools.study.trials import Trials, labelled, run_trials
-from syncnorm.tools.study.tuning import FIRST_SEED, MEASURE, best_rates, told
+from syncnorm.tools.common.stats import PairedDifference
+from syncnorm.tools.study.experiment import COSINE_NOTE, DATA_NOTE, SIDE, Recipe, accuracy, batches, fit, load_images
+from syncnorm.tools.study.findings import BySeed, agreed_sign, by_level, compared, difference, levels, values
+from syncnorm.tools.study.records import Claim, Outcome, Question, StudyRow, StudySettings, Value, View
+from syncnorm.tools.study.trials import (
+    FIRST_TUNING_SEED,
+    VALIDATION_ACCURACY,
+    Trial,
+    Trials,
+    best_rates,
+    rates_text,
+    run_trials,
+)
 
 BN, SYNC, MASKED, LAYER = "BN", "SyncBN", "masked SyncBN", "LN"
 NORMS = (BN, SYNC, MASKED, LAYER)
-# Least and greatest length to pad a batch to; a batch whose longest sequence is longer has that one's length.
-PADDINGS = {"to the longest": (0, 0), "to 24": (24, 24), "to 8-24 at random": (8, 24)}
+# Minimum and maximum length to pad a batch to; a batch with a longer sequence is padded to that one.
+PADDINGS: dict[Value, tuple[int, int]] = {"to the longest": (0, 0), "to 24": (24, 24), "to 8-24 at random": (8, 24)}
 LEAST = "to the longest"
-SHARE = "padding"
+PADDING_FRACTION = "padding"
+NUM_CLASSES = 10
 WIDTH = 32
-PER_RANK = 8
+RANK_BATCH = 8
 RATES = (0.05, 0.1, 0.2)
+# Value of padding until the network replaces it: a position that the mask misses would show in every output.
+PADDING = float("nan")
 
-# padding -> norm -> learning rate
-_Rates = Mapping[str, Mapping[Value, float]]
-# padding -> norm -> seed -> accuracy
-_Accuracies = Mapping[str, Mapping[str, Mapping[int, float]]]
+# Padding -> norm -> learning rate.
+_Rates = Mapping[Value, Mapping[Value, float]]
+# Padding -> norm -> accuracy by seed.
+_Accuracies = Mapping[Value, Mapping[str, BySeed]]
+
+
+def columns(images: Tensor) -> list[Tensor]:
+    """The columns (length, SIDE) of each image (N, 1, SIDE, SIDE), from the first with ink to the last."""
+    inked = (images[:, 0] > -1).any(dim=1).int()
+    first, last = inked.argmax(dim=1).tolist(), (SIDE - 1 - inked.flip(1).argmax(dim=1)).tolist()
+    return [image[0, :, start : stop + 1].T for image, start, stop in zip(images, first, last, strict=True)]
+
+
+def padded(sequences: Sequence[Tensor], shortest: int = 0) -> Tensor:
+    """(N, length, SIDE), filled with `PADDING`; ``length`` is that of the longest, and at least ``shortest``."""
+    length = max(shortest, *(len(each) for each in sequences))
+    filled = torch.full((len(sequences), length, SIDE), PADDING)
+    for row, each in zip(filled, sequences, strict=True):
+        row[: len(each)] = each
+    return filled
+
+
+def mask_of(x: Tensor) -> Tensor:
+    """(N, length), False where x (N, length, SIDE) is padding."""
+    return ~x[:, :, 0].isnan()
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One training run."""
+class Sequences:
+    """`columns` of every image: one tensor per image for training, `padded` for evaluation; labels (N,)."""
 
-    norm: str
-    padding: str
-    lr: float
-    seed: int
-    steps: int
-    tuning: bool = False
-
-    def __str__(self) -> str:
-        return (
-            f"{self.norm}, padded {self.padding}, lr {self.lr:g}, {'tuning' if self.tuning else f'seed {self.seed}'}"
-        )
+    train: tuple[Tensor, ...]
+    train_y: Tensor
+    validation_x: Tensor
+    validation_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
 
 
-def _model(trial: Trial) -> nn.Module:
-    model = build_reader(trial.seed, WIDTH, masked=trial.norm == MASKED)
-    if trial.norm == LAYER:
+@lru_cache(maxsize=1)
+def load_sequences() -> Sequences:
+    """The images of the other studies as sequences."""
+    images = load_images()
+    validation, test = (padded(columns(x)) for x in (images.validation_x, images.test_x))
+    train = tuple(columns(images.train_x))
+    return Sequences(train, images.train_y, validation, images.validation_y, test, images.test_y)
+
+
+def padded_batches(
+    sequences: Sequence[Tensor], labels: Tensor, batch: int, seed: int, part: slice, pad_to: tuple[int, int]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless batches, `padded` to a length that is drawn for each.
+
+    Args:
+        sequences: all of them.
+        labels: of ``sequences``.
+        batch: size of the global batch.
+        seed: of the order and of the lengths; the lengths differ between ranks.
+        part: of each global batch, which is what this rank gets.
+        pad_to: minimum and maximum of the length that is drawn.
+    """
+    generator = torch.Generator().manual_seed(2**20 * seed + (part.start or 0))
+    for index, y in batches(torch.arange(len(labels)), labels, batch, seed, part):
+        least, greatest = pad_to
+        length = int(torch.randint(least, greatest + 1, (), generator=generator))
+        yield padded([sequences[i] for i in index.tolist()], length), y
+
+
+class PositionNorm(nn.Module):
+    """Batch norm of (N, length, C) over all positions of all sequences; converted to layer norm, over C per position.
+
+    Args:
+        width: C.
+        masked: whether the statistics exclude padding; needs a synced layer.
+    """
+
+    def __init__(self, width: int, masked: bool) -> None:
+        super().__init__()
+        self.norm, self.masked = nn.BatchNorm1d(width), masked
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """(N, length, C), mask (N, length) -> (N, length, C)."""
+        positions = x.flatten(0, 1)
+        kwargs = {"mask": mask.flatten()} if self.masked else {}
+        normed: Tensor = self.norm(positions, **kwargs)
+        return normed.view_as(x)
+
+
+class Reader(nn.Module):
+    """Linear, norm, GRU, norm, GRU, and a linear classifier of the state after the last column.
+
+    Padding is zero in the input of each norm, as in packed sequences, so its amount affects the norms only.
+    """
+
+    def __init__(self, width: int, masked: bool) -> None:
+        super().__init__()
+        self.embed = nn.Linear(SIDE, width, bias=False)
+        self.norms = nn.ModuleList(PositionNorm(width, masked) for _ in range(2))
+        self.layers = nn.ModuleList(nn.GRU(width, width, batch_first=True) for _ in range(2))
+        self.classify = nn.Linear(width, NUM_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, length, SIDE), padded -> (N, NUM_CLASSES)."""
+        mask = mask_of(x)
+        states = self.embed(x.nan_to_num())
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            states, _ = layer(norm(states * mask.unsqueeze(2), mask))
+        last = mask.sum(dim=1) - 1
+        logits: Tensor = self.classify(states[torch.arange(len(x)), last])
+        return logits
+
+
+def build_reader(seed: int, width: int, norm: Value) -> nn.Module:
+    """The network with ``norm``, one of `NORMS`; the same weights for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Reader(width, masked=norm == MASKED)
+    if norm == LAYER:
         return convert(model, to="layer")
-    return model if trial.norm == BN else convert(model)
+    return model if norm == BN else convert(model)
 
 
-def _train(trial: Trial, ranks: Ranks, together: bool) -> list[Row]:
-    data, model, shares = load_sequences(), _model(trial), list[float]()
+def _train(trial: Trial, ranks: Ranks, together: bool) -> list[StudyRow]:
+    data, model = load_sequences(), build_reader(trial.seed, WIDTH, trial.condition["norm"])
+    fractions: list[float] = []
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        global_batch = PER_RANK * ranks.world_size
-        part = slice(ranks.rank * PER_RANK, (ranks.rank + 1) * PER_RANK)
-        pad_to = PADDINGS[trial.padding]
+        global_batch = RANK_BATCH * ranks.world_size
+        part = slice(ranks.rank * RANK_BATCH, (ranks.rank + 1) * RANK_BATCH)
+        pad_to = PADDINGS[trial.condition["padding"]]
         for x, y in padded_batches(data.train, data.train_y, global_batch, trial.seed, part, pad_to):
-            shares.append(1 - float(mask_of(x).float().mean()))
+            fractions.append(1 - float(mask_of(x).float().mean()))
             yield x, y
 
     fit(DistributedDataParallel(model), batches(), Recipe(trial.lr, trial.steps))
-    condition: dict[str, Value] = {"norm": trial.norm, "padding": trial.padding, "lr": trial.lr}
-    if ranks.rank:  # the record has rank 0's rows
+    if ranks.rank:  # the record has the rows of rank 0
         return []
     if trial.tuning:
-        return [Row(condition, trial.seed, MEASURE, accuracy(model, data.validation_x, data.validation_y))]
+        return [trial.row(VALIDATION_ACCURACY, accuracy(model, data.validation_x, data.validation_y))]
     return [
-        Row(condition, trial.seed, "accuracy", accuracy(model, data.test_x, data.test_y)),
-        Row(condition, trial.seed, SHARE, fmean(shares)),
+        trial.row("accuracy", accuracy(model, data.test_x, data.test_y)),
+        trial.row(PADDING_FRACTION, fmean(fractions)),
     ]
 
 
-def _paddings(settings: Settings) -> list[str]:
+def _paddings(settings: StudySettings) -> list[Value]:
     return list(PADDINGS)[:2] if settings.quick else list(PADDINGS)
 
 
-def _tuning(settings: Settings) -> Trials[Trial]:
-    """Each norm at each padding that it sees; in a quick run there is nothing to choose from."""
+def _tuning(settings: StudySettings) -> Trials:
+    """Each norm at each padding that affects it; none in a quick run."""
     return Trials(
         [
-            Trial(norm, padding, lr, FIRST_SEED, settings.steps, tuning=True)
+            Trial({"norm": norm, "padding": padding}, lr, FIRST_TUNING_SEED, settings.steps, tuning=True)
             for padding in _paddings(settings)
             for norm in NORMS
             if padding == LEAST or norm in (BN, SYNC)
@@ -103,10 +204,15 @@ def _tuning(settings: Settings) -> Trials[Trial]:
     )
 
 
-def _measured(settings: Settings, rates: _Rates) -> Trials[Trial]:
+def _measured(settings: StudySettings, rates: _Rates) -> Trials:
     return Trials(
         [
-            Trial(norm, padding, rates[padding].get(norm, rates[LEAST][norm]), seed, settings.steps)
+            Trial(
+                {"norm": norm, "padding": padding},
+                rates[padding].get(norm, rates[LEAST][norm]),
+                seed,
+                settings.steps,
+            )
             for seed in range(settings.seeds)
             for padding in _paddings(settings)
             for norm in NORMS
@@ -114,104 +220,110 @@ def _measured(settings: Settings, rates: _Rates) -> Trials[Trial]:
     )
 
 
-def _some_rates(settings: Settings) -> _Rates:
+def _default_rates(settings: StudySettings) -> _Rates:
     return {padding: dict.fromkeys(NORMS, RATES[1]) for padding in _paddings(settings)}
 
 
-def num_stages(settings: Settings) -> int:
-    """Runs of rank 0."""
-    both = (_tuning(settings), _measured(settings, _some_rates(settings)))
+def num_stages(settings: StudySettings) -> int:
+    """Number of training runs of rank 0."""
+    both = (_tuning(settings), _measured(settings, _default_rates(settings)))
     return sum(trials.num_stages(settings.world_size) for trials in both)
 
 
-def run(settings: Settings, ranks: Ranks, tell: Tell) -> Outcome:
+def run(settings: StudySettings, ranks: Ranks, tell: Tell) -> Outcome:
     """Tunes a learning rate for each norm and padding, then trains them all. Collective: all ranks."""
-    rates, tuned = _some_rates(settings), list[Row]()
+    rates, tuned = _default_rates(settings), list[StudyRow]()
     if not settings.quick:
-        tuned = run_trials(_tuning(settings), _train, ranks, labelled(tell))
+        tuned = run_trials(_tuning(settings), _train, ranks, tell)
         rates = {
             padding: best_rates([row for row in tuned if row.condition["padding"] == padding], "norm")
             for padding in _paddings(settings)
         }
-    rows = run_trials(_measured(settings, rates), _train, ranks, labelled(tell))
+    rows = run_trials(_measured(settings, rates), _train, ranks, tell)
+    return Outcome([*tuned, *rows], _notes(settings, rates))
+
+
+def _notes(settings: StudySettings, rates: _Rates) -> dict[str, str]:
     lengths = [len(each) for each in load_sequences().train]
-    notes = {
-        "data": f"{NOTE} Read column by column, left to right, from the first ink to the last: "
-        f"{min(lengths)} to {max(lengths)} columns, {fmean(lengths):.1f} in the mean.",
-        "model": f"linear, norm, GRU, norm, GRU, each of width {WIDTH}, a linear classifier of the last state; "
-        f"{ranks.world_size} ranks of {PER_RANK} sequences, DDP, SGD with momentum 0.9, a learning rate that falls "
-        f"along a cosine, {settings.steps} steps.",
-        "padding": "zeros behind the sequence, up to the longest of a rank's batch, to 24 columns, or to a length "
-        "from 8 to 24 that each rank draws for each batch. BN and SyncBN count them in their statistics, the masked "
-        "layer does not; LN normalises each column by itself. At the test all are padded to the longest.",
-        "learning rates": f"the best of {', '.join(f'{rate:g}' for rate in RATES)} by accuracy on the validation "
-        "images over a seed that is not measured: "
-        + "; ".join(f"padded {padding}, {told(best)}" for padding, best in rates.items())
-        + f". {MASKED} and {LAYER} do not see the padding, and keep theirs."
-        if tuned
-        else f"{RATES[1]:g} throughout.",
+    best = "; ".join(f"padded {padding}, {rates_text(of_norm)}" for padding, of_norm in rates.items())
+    return {
+        "data": f"{DATA_NOTE} Each image is the sequence of its columns from the first with ink to the last: "
+        f"{min(lengths)} to {max(lengths)} columns, {fmean(lengths):.1f} on average.",
+        "model": f"linear, norm, GRU, norm, GRU, each of width {WIDTH}, and a linear classifier of the last state; "
+        f"{settings.world_size} ranks of {RANK_BATCH} sequences with DDP, {settings.steps} steps, {COSINE_NOTE}.",
+        "padding": "zeros after the sequence, up to the longest of the rank's batch, to 24 columns, or to a random "
+        "length from 8 to 24 that each rank draws for each batch. The statistics of BN and SyncBN include the "
+        "padding, those of the masked layer do not; LN normalizes each column separately. For testing, all sequences "
+        "are padded to the longest.",
+        "learning rates": f"{RATES[1]:g} throughout."
+        if settings.quick
+        else f"the one of {rates_text(RATES)} with the best validation accuracy, with a seed that is not used for "
+        f"the results: {best}. Padding does not affect {MASKED} and {LAYER}, which use the same rate at each.",
     }
-    return Outcome([*tuned, *rows], notes)
 
 
-def find(rows: Sequence[Row]) -> list[str]:
-    """BN against LN, what padding costs BN, what masking brings back; then the claim, by how often each holds."""
+def find(rows: Sequence[StudyRow]) -> list[str]:
+    """BN compared with LN, what padding costs BN, what masking restores; then how often each is better."""
     accuracies = [row for row in rows if row.measure == "accuracy"]
-    by_norm = {
-        str(padding): {norm: values(accuracies, "accuracy", norm=norm, padding=padding) for norm in NORMS}
+    by_padding = {
+        padding: {norm: values(accuracies, "accuracy", norm=norm, padding=padding) for norm in NORMS}
         for padding in levels(accuracies, "padding")
     }
-    found = [by_level(a, b, "padding", _apart(by_norm, a, b)) for a, b in ((BN, LAYER), (MASKED, SYNC))]
-    least = by_norm[LEAST]
-    for padding, norm in ((padding, norm) for padding in by_norm if padding != LEAST for norm in (BN, SYNC)):
-        found.append(compared(f"{norm} padded {padding}", by_norm[padding][norm], LEAST, least[norm]))
-    return [*found, _unmoved(by_norm), _verdict(by_norm)]
+    found = [by_level(a, b, "padding", _differences(by_padding, a, b)) for a, b in ((BN, LAYER), (MASKED, SYNC))]
+    least = by_padding[LEAST]
+    for padding, reached in by_padding.items():
+        if padding != LEAST:
+            found += [
+                compared(f"{norm} padded {padding}", reached[norm], f"padded {LEAST}", least[norm])
+                for norm in (BN, SYNC)
+            ]
+    return [*found, _effect_of_padding(by_padding), _verdict(by_padding)]
 
 
-def _apart(by_norm: _Accuracies, a: str, b: str) -> dict[Value, Difference]:
-    return {padding: difference(reached[a], reached[b]) for padding, reached in by_norm.items()}
+def _differences(by_padding: _Accuracies, a: str, b: str) -> dict[Value, PairedDifference]:
+    return {padding: difference(reached[a], reached[b]) for padding, reached in by_padding.items()}
 
 
-def _unmoved(by_norm: _Accuracies) -> str:
-    """Whether the two that need not see the padding do not."""
-    moved = {
+def _effect_of_padding(by_padding: _Accuracies) -> str:
+    """By how much padding changes the two norms that should not depend on it."""
+    changes = {
         norm: max(
-            abs(accuracy - by_norm[LEAST][norm][seed])
-            for reached in by_norm.values()
+            abs(accuracy - by_padding[LEAST][norm][seed])
+            for reached in by_padding.values()
             for seed, accuracy in reached[norm].items()
         )
         for norm in (MASKED, LAYER)
     }
     return (
-        "From padding to padding, a run with "
-        + " and one with ".join(f"{norm} changes by {100 * most:.1f} points at most" for norm, most in moved.items())
+        "Padding changes the accuracy of a run by at most "
+        + " and by at most ".join(f"{100 * change:.1f} points with {norm}" for norm, change in changes.items())
         + "."
     )
 
 
-def _verdict(by_norm: _Accuracies) -> str:
-    def said(a: str, b: str) -> str:
-        won = sum(apart.agreed > 0 for apart in _apart(by_norm, a, b).values())
-        return f"at {won} of {len(by_norm)} paddings" if won else "at none"
+def _verdict(by_padding: _Accuracies) -> str:
+    def wins(a: str, b: str) -> int:
+        return sum(agreed_sign(found) > 0 for found in _differences(by_padding, a, b).values())
 
     return (
-        f"Where the seeds agree, LN beats BN {said(LAYER, BN)}, and BN beats LN {said(BN, LAYER)}; masking beats "
-        f"SyncBN with padding in its statistics {said(MASKED, SYNC)}, and loses to it {said(SYNC, MASKED)}."
+        f"Where the seeds agree, out of {len(by_padding)} paddings: {LAYER} is better than {BN} at "
+        f"{wins(LAYER, BN)} and worse at {wins(BN, LAYER)}; {MASKED} is better than {SYNC}, whose statistics include "
+        f"the padding, at {wins(MASKED, SYNC)} and worse at {wins(SYNC, MASKED)}."
     )
 
 
-def views(rows: Sequence[Row]) -> list[View]:
-    """Accuracy by norm and padding, and how much padding that was."""
+def views(rows: Sequence[StudyRow]) -> list[View]:
+    """Accuracy by norm and padding, and the amount of padding."""
     return [
         View("Test accuracy by padding", "accuracy", "norm", "padding", {}),
-        View("Share of the training positions that is padding", SHARE, "norm", "padding", {"norm": BN}),
+        View("Fraction of the training positions that is padding", PADDING_FRACTION, "norm", "padding", {"norm": BN}),
     ]
 
 
 QUESTION = Question(
     name="sequence",
     about="Batch norm on padded sequences, masked batch norm, layer norm.",
-    question="Does batch norm lose to layer norm on padded sequences, and does a mask bring it back?",
+    question="Is batch norm worse than layer norm on padded sequences, and does a mask help?",
     claim=Claim(
         "batch norm does not suit recurrent networks, whose sequences differ in length: layer norm trains them "
         "faster and to a better result",
