@@ -7,12 +7,16 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from syncnorm.errors import InputError, SyncNormError
+
+# What users pass as a process group: a mesh has one dimension, None is the default group.
+ProcessGroupLike: TypeAlias = dist.ProcessGroup | DeviceMesh | None
 
 BIND = (
     "syncnorm.convert(model, process_group=...), where torch.distributed.group.WORLD is all ranks, or "
@@ -68,7 +72,7 @@ def sync_in_world_of_one() -> Iterator[None]:
         _alone -= 1
 
 
-def resolve(group: Any) -> dist.ProcessGroup | None:
+def resolve(group: ProcessGroupLike) -> dist.ProcessGroup | None:
     """A ProcessGroup from what users pass as one: a ProcessGroup, a 1-D DeviceMesh, or None.
 
     Raises:
@@ -76,14 +80,14 @@ def resolve(group: Any) -> dist.ProcessGroup | None:
     """
     # torch hands ranks outside a new group this sentinel in its place; it is judged at the first forward.
     if group is None or group == dist.GroupMember.NON_GROUP_MEMBER or isinstance(group, dist.ProcessGroup):
-        return group  # type: ignore[no-any-return]
+        return group  # type: ignore[return-value]  # the sentinel has the type object
     if hasattr(group, "get_group") and hasattr(group, "ndim"):
         if group.ndim != 1:
             raise InputError(
                 f"process_group is a DeviceMesh of {group.ndim} dimensions {group.mesh_dim_names}; "
                 f"pass one of them, for example mesh['dp']"
             )
-        return group.get_group()  # type: ignore[no-any-return]
+        return group.get_group()
     raise InputError(f"process_group must be a ProcessGroup, a 1-D DeviceMesh or None, got {type(group).__name__}")
 
 

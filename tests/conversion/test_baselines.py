@@ -103,7 +103,7 @@ def test_a_subclass_with_its_own_forward_runs_it_with_the_other_norm(train):
     syncnorm.convert(model, to="group", num_groups=3)
     assert model[0] is before
     torch.testing.assert_close(model(X.float()), F.leaky_relu(F.group_norm(X.float(), 3), 0.1))
-    assert syncnorm.describe(model)[0].note == "group norm (3) in the place of its batch norm"
+    assert syncnorm.describe(model)[0].note == "group norm (3) in place of its batch norm"
     assert type(syncnorm.revert(model)[0]) is models.BatchNormAct
     assert "_num_groups" not in vars(model[0])
 
@@ -128,16 +128,16 @@ def test_groups_that_do_not_divide_are_named_before_anything_changes():
     with pytest.raises(InputError) as caught:
         syncnorm.convert(model, to="group", num_groups=8)
     assert str(caught.value) == (
-        "num_groups=8 does not divide the 12 channels of layer '1.0'; nearest that do: 6 and 12"
+        "num_groups=8 does not divide the 12 channels of layer '1.0'; nearest divisors: 6 and 12"
     )
     assert type(model[0]) is nn.BatchNorm2d
-    with pytest.raises(InputError, match=r"num_groups=32 does not divide the 8 .* nearest that do: 8"):
+    with pytest.raises(InputError, match=r"num_groups=32 does not divide the 8 .* nearest divisors: 8"):
         syncnorm.convert(model, to="group")
 
 
 def test_a_lazy_layer_has_no_channels_to_group_yet():
     model = nn.Sequential(nn.LazyBatchNorm2d())
-    with pytest.warns(UserWarning, match="lazy, and has not seen an input yet"):
+    with pytest.warns(UserWarning, match="lazy and not initialized yet"):
         syncnorm.convert(model, to="group")
     model(torch.randn(2, 6, 3, 3))
     assert type(syncnorm.convert(model, to="group", num_groups=2)[0]) is GroupNorm

@@ -145,7 +145,7 @@ def test_what_cannot_be_converted_is_left_alone_and_named():
 
 def test_describe_before_and_without_norms():
     assert syncnorm.describe(nn.BatchNorm1d(3))[0].note == "convert() syncs it"
-    assert str(syncnorm.describe(nn.Linear(2, 2))) == "no normalisation layers"
+    assert str(syncnorm.describe(nn.Linear(2, 2))) == "no normalization layers"
 
 
 class WrapperBatchNorm(nn.Module):
@@ -171,10 +171,10 @@ def test_the_way_to_plain_batch_norm():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"to": "rms"}, "to='rms' is none of"),
-        ({"to": "group", "group_size": 2}, "synchronises nothing"),
+        ({"to": "rms"}, "to='rms' must be"),
+        ({"to": "group", "group_size": 2}, "synchronizes nothing"),
         ({"to": "group", "num_groups": 0}, "num_groups=0 must be positive"),
-        ({"num_groups": 4}, "goes with to='group'"),
+        ({"num_groups": 4}, "requires to='group'"),
         ({"process_group": 1, "group_size": 2}, "not both"),
         ({"process_group": 1}, "process_group must be"),
         ({"group_size": 2}, "call torch.distributed.init_process_group first"),

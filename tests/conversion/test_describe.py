@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import syncnorm
 from syncnorm.comm import process_groups
-from syncnorm.conversion import calls
+from syncnorm.conversion.batch_norm_calls import calls_batch_norm
 from syncnorm.testing import assert_close, run_ranks
 
 ROWS = (4, 1, 2)
@@ -421,7 +421,7 @@ class CallingShadowed(Calling):
 
 @pytest.mark.parametrize("cls", [Calling, CallingByArgument, CallingResult, CallingShadowed])
 def test_a_child_called_batch_norm_is_no_call_of_the_function(cls):
-    assert not calls.loads_batch_norm(cls)
+    assert not calls_batch_norm(cls)
     model = syncnorm.convert(cls())  # a warning would be an error
     assert syncnorm.describe(model)[0].synced
     model(torch.randn(4, 3))

@@ -148,5 +148,5 @@ def test_a_folded_linear_layer_refuses_what_its_norm_would_have_read_otherwise()
     model = trained(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)))
     x = torch.randn(2, 6, 4, dtype=torch.float64)
     model.eval()(x)  # channels in dimension 1, features last, both 6
-    with pytest.raises(InputError, match=r"for input \(batch, features\) alone; got shape \(2, 6, 4\)"):
+    with pytest.raises(InputError, match=r"input of shape \(batch, features\); got shape \(2, 6, 4\)"):
         syncnorm.fold(model)(x)
