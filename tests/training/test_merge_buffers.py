@@ -77,11 +77,13 @@ def one_layer_more() -> tuple[str, Tensor]:
 
 
 def test_different_layers_are_refused_on_all_ranks():
-    with pytest.raises(RankError, match="rank 0 of the group has 1 of 3 channels, rank 1 has 1 of 4 channels") as e:
+    with pytest.raises(
+        RankError, match="rank 0 of the group has '1' with 3 channels, rank 1 has '1' with 4 channels"
+    ) as e:
         run_ranks(different_widths)
     assert sorted(e.value.exceptions) == [0, 1]
     for rank, (message, mean) in enumerate(run_ranks(one_layer_more)):
-        assert "where rank 0 of the group has 1 of 3 channels, rank 1 has no more" in message
+        assert "rank 0 of the group has '1' with 3 channels, rank 1 has no further one" in message
         assert mean.tolist() == [rank] * 3
 
 

@@ -198,7 +198,7 @@ def no_batches() -> str:
 
 def test_refusals():
     for message in run_ranks(different_layers):
-        assert "where rank 0 of the group has 0 of 3 channels, rank 1 has 0 of 4 channels" in message
+        assert "rank 0 of the group has '0' with 3 channels, rank 1 has '0' with 4 channels" in message
     for message in (*run_ranks(no_batches), no_batches()):
         assert "no rank has one" in message
     with pytest.raises(InputError, match="tensors or dicts of them as inputs, got int"):

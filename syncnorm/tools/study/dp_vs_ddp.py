@@ -27,7 +27,7 @@ from syncnorm.tools.study.training import Recipe, accuracy, fit
 from syncnorm.tools.study.trials import Trials, labelled, run_trials
 from syncnorm.tools.study.tuning import FIRST_SEED, MEASURE, best_rates, told
 from syncnorm.training import merge_buffers, recalibrate
-from syncnorm.training.layers import running, tracking
+from syncnorm.training.buffers import running_stats, tracking_layers
 
 BATCH = 16
 RATES = (0.05, 0.1, 0.2)
@@ -134,9 +134,9 @@ def _measured(trial: Trial, model: nn.Module, images: Images, inputs: list[Tenso
 def distance(model: nn.Module, reference: nn.Module) -> float:
     """How far the running means lie from the reference's: root mean square over channels, in standard deviations."""
     apart = []
-    for mine, theirs in zip(tracking(model).values(), tracking(reference).values(), strict=True):
-        mean, var = running(theirs)
-        apart.append((running(mine)[0] - mean) / (var + theirs.eps).sqrt())
+    for mine, theirs in zip(tracking_layers(model).values(), tracking_layers(reference).values(), strict=True):
+        mean, var = running_stats(theirs)
+        apart.append((running_stats(mine)[0] - mean) / (var + theirs.eps).sqrt())
     return float(torch.cat(apart).double().square().mean().sqrt())
 
 
