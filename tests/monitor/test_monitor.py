@@ -19,7 +19,7 @@ from syncnorm.__main__ import main
 from syncnorm.comm.observers import observers
 from syncnorm.errors import InputError, SyncNormError
 from syncnorm.monitor import monitor
-from syncnorm.monitor.findings import Findings, straggler
+from syncnorm.monitor.findings import Findings, find_straggler
 from syncnorm.testing import run_ranks
 from syncnorm.tools.diagnose import Overhead, Task, diagnose
 
@@ -43,7 +43,7 @@ def trained(
     ddp = DistributedDataParallel(model, forward_sync_buffers=broadcast)
     optimizer = torch.optim.SGD(ddp.parameters(), 0.1)
     generator = torch.Generator().manual_seed(5 if shift else 5 + rank)
-    with monitor(ddp, every=every, tell=lines.append) as watch:
+    with monitor(ddp, every=every, log=lines.append) as watch:
         for _ in range(steps):
             if rank == 1:
                 time.sleep(sleep_s)
@@ -77,29 +77,31 @@ def test_a_rank_that_sleeps_is_named():
         assert (found.ddp_wait_ms is not None) == broadcast
         assert found.wait_ms[0] > 500
         assert found.straggler == 1
-        assert "rank 1 is behind" in str(found)
+        assert "rank 1 is a straggler" in str(found)
 
 
 def test_data_apart_is_spread_and_alike_is_not():
     near, far = (run_ranks(trained, 2, (1, True, shift))[0]["found"] for shift in (1e-9, 5.0))
     assert near.layers[0].spread_mean < 1e-6
     assert far.layers[0].spread_mean > 0.5
-    assert "so much alike" in str(near)
-    assert "That is far" in str(far)
+    assert "so similar" in str(near)
+    assert "That is large" in str(far)
 
 
-@pytest.mark.parametrize(("broadcast", "told"), [(True, "DDP overwrites them"), (False, "Nothing makes them equal")])
-def test_plain_batch_norms_differ_and_why(broadcast, told):
+@pytest.mark.parametrize(
+    ("broadcast", "consequence"), [(True, "DDP overwrites them"), (False, "Nothing makes them equal")]
+)
+def test_plain_batch_norms_differ_and_why(broadcast, consequence):
     found = run_ranks(trained, 2, (3, False, 0.0, 0.0, broadcast))[0]["found"]
     assert [layer.differing for layer in found.layers] == [("running_mean", "running_var")] * 2
     assert (found.wait_ms is not None, found.ddp_broadcasts) == (broadcast, broadcast)
-    assert told in str(found).replace("\n", " ")
-    assert ("Waiting: not known" in str(found)) == (not broadcast)
+    assert consequence in str(found).replace("\n", " ")
+    assert ("Waiting: unknown" in str(found)) == (not broadcast)
 
 
 def planted(which: str) -> Findings:
     model = build()
-    with monitor(model, every=1, tell=None) as watch:
+    with monitor(model, every=1, log=None) as watch:
         model(torch.randn(8, 4))
         if dist.get_rank() == 1:
             model.get_buffer(which).view(-1)[0] += 1
@@ -119,7 +121,7 @@ def spread_of_masked() -> Findings:
     layer = syncnorm.SyncBatchNorm1d(3)
     x = torch.ones(4, 3, 5).cumsum(2)
     mask = torch.arange(5) < 3
-    with monitor(layer, every=1, tell=None) as watch:  # the model is the layer
+    with monitor(layer, every=1, log=None) as watch:  # the model is the layer
         layer(x.masked_fill(~mask, 1e6 * dist.get_rank()), mask=mask)
     return watch.findings()
 
@@ -131,7 +133,7 @@ def test_padding_is_left_out():
 def ending_badly() -> list[Any]:
     model, seen = build(), []
     try:
-        with monitor(model, every=1, tell=seen.append):
+        with monitor(model, every=1, log=seen.append):
             model(torch.randn(8, 4))
             raise KeyError
     except KeyError:
@@ -151,13 +153,16 @@ def ending_badly() -> list[Any]:
 def test_nothing_is_left_after_an_exception_or_a_disagreement():
     for seen in run_ranks(ending_badly, 2):
         assert seen[0] == seen[2] == (0, 0)
-        assert seen[1].endswith("where rank 0 of the group has 4, 8 channels, rank 1 has no more")
+        assert seen[1].startswith(
+            "syncnorm.monitor.monitor needs the same batch norms on all ranks: "
+            "rank 0 of the group has '4' with 8 channels, rank 1 has no further one"
+        )
 
 
 def test_copies_and_pickles_of_a_watched_model_are_the_models():
     model = build()
     x = torch.randn(8, 4)
-    with monitor(model, every=1, tell=None) as watch:
+    with monitor(model, every=1, log=None) as watch:
         model(x)
         copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
         for made in copies:
@@ -165,7 +170,7 @@ def test_copies_and_pickles_of_a_watched_model_are_the_models():
             assert torch.equal(made.eval()(x), copies[0].eval()(x))
         assert watch._forwards == 1
     assert watch.findings().samples == 1
-    assert "one rank: nothing to sync" in str(watch.findings())
+    assert "only one rank: nothing to synchronize" in str(watch.findings())
 
 
 def test_bad_arguments():
@@ -179,8 +184,8 @@ def test_bad_arguments():
     ("waits", "rank"),
     [((1.0, 9.0), 0), ((9.0, 1.0, 8.0), 1), ((0.1, 0.5), None), ((5.0, 6.0), None), (None, None), ((3.0,), None)],
 )
-def test_who_is_behind(waits, rank):
-    assert straggler(waits) == rank
+def test_the_straggler_is_the_rank_that_waits_least(waits, rank):
+    assert find_straggler(waits) == rank
 
 
 def test_the_command_prints_lines_table_and_sentences(monkeypatch, capsys, tmp_path):
