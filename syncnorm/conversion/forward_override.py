@@ -140,10 +140,10 @@ class SyncOverrideMixin(Synced):
             with OverrideBatchNorm(self, norm, fallback), counts.with_records():
                 output = super().forward(input, *args, **kwargs)  # type: ignore[misc]  # the class after the mix-in has it
         except BaseException as error:
-            counts.settle(failed=True)
+            counts.finish(failed=True)
             functional.abort_peers_with(error, group, functional.device_of(self.running_mean, self.weight, input))
             raise
-        counts.settle()
+        counts.finish()
         if None in calls:
             self.note_unsynced(UNKNOWN_STATISTICS)
         elif not calls and not checkpointing.in_backward():
@@ -163,7 +163,7 @@ class _BatchCounters:
         """Collects the records of checkpointed forwards while the layer's forward runs."""
         return nullcontext() if torch.compiler.is_compiling() else checkpointing.noting(self.records)
 
-    def settle(self, failed: bool = False) -> None:
+    def finish(self, failed: bool = False) -> None:
         """Restores the counters after a forward that must not increment them."""
         # In a backward the forward is recomputed, and an exception may end it as soon as it has saved all tensors.
         if checkpointing.in_backward():

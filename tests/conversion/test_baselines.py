@@ -1,4 +1,4 @@
-"""The unsynced norms: what they compute, and how they take a batch norm's place."""
+"""The norms without communication: what they compute, and how they replace a batch norm."""
 
 import models
 import pytest
@@ -40,7 +40,7 @@ def test_instance_norm_is_group_norm_with_a_group_for_each_channel():
     torch.testing.assert_close(norm(X), F.instance_norm(X, weight=bn.weight, bias=bn.bias, eps=1e-3))
 
 
-def test_instance_norm_of_one_value_is_refused():
+def test_instance_norm_of_one_value_raises():
     norm = syncnorm.convert(nn.Sequential(nn.BatchNorm1d(4)), to="instance")
     with pytest.raises(InputError, match=r"needs spatial dimensions, got input of shape \(2, 4\)"):
         norm(torch.randn(2, 4))
@@ -78,7 +78,7 @@ def test_without_affine_and_without_bias():
     assert norm(X.float()).shape == X.shape
 
 
-def test_a_shared_layer_stays_one():
+def test_a_shared_layer_stays_shared():
     bn = nn.BatchNorm2d(6)
     model = syncnorm.convert(nn.ModuleDict({"a": bn, "b": nn.Sequential(bn)}), to="layer")
     assert type(model["a"]) is LayerNorm
@@ -114,7 +114,7 @@ def test_a_child_with_its_own_statistics_keeps_them():
     torch.testing.assert_close(syncnorm.convert(model, to="group", num_groups=3)(X.float()), want)
 
 
-def test_instance_norm_of_one_value_in_a_subclass_is_refused():
+def test_instance_norm_of_one_value_in_a_subclass_raises():
     class WithRelu(nn.BatchNorm1d):
         def forward(self, x):
             return super().forward(x).relu()
@@ -123,7 +123,7 @@ def test_instance_norm_of_one_value_in_a_subclass_is_refused():
         syncnorm.convert(WithRelu(4), to="instance")(torch.randn(2, 4))
 
 
-def test_groups_that_do_not_divide_are_named_before_anything_changes():
+def test_groups_that_do_not_divide_raise_before_anything_changes():
     model = nn.Sequential(nn.BatchNorm2d(8), nn.Sequential(nn.BatchNorm2d(12)))
     with pytest.raises(InputError) as caught:
         syncnorm.convert(model, to="group", num_groups=8)
@@ -135,7 +135,7 @@ def test_groups_that_do_not_divide_are_named_before_anything_changes():
         syncnorm.convert(model, to="group")
 
 
-def test_a_lazy_layer_has_no_channels_to_group_yet():
+def test_a_lazy_layer_is_skipped_until_it_is_initialized():
     model = nn.Sequential(nn.LazyBatchNorm2d())
     with pytest.warns(UserWarning, match="lazy and not initialized yet"):
         syncnorm.convert(model, to="group")
