@@ -96,7 +96,7 @@ def convert(
         comm.reopen(used)
     _name_layers(synced)
     for layer in synced.values():
-        inner = tuple(m for m in layer.modules() if m in planned and m is not layer)  # type: ignore[attr-defined]
+        inner = tuple(m for m in layer.modules() if m in planned and m is not layer)  # type: ignore[attr-defined]  # Synced is mixed into modules
         if inner:
             layer._sync_inner = inner
     if fuse:

@@ -46,7 +46,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], num_batches: int = 200
         SyncNormError: the ranks hold different layers, or ``batches`` raised on another rank.
         Exception: any error of ``batches`` or of the model. After an error the running statistics are unchanged.
 
-    Collective: all ranks of the default group must call. Before each batch one small collective tells which ranks
+    Collective: all ranks of the default group must call. Before each batch one small collective finds which ranks
     have another, so that all ranks run the same forwards; after the last, one per process group pools all of its
     layers. Plain batch norms are pooled over the default group. Inside ``syncnorm.no_sync_stats`` there are no
     collectives, and each rank pools only its own values.

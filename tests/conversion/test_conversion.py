@@ -162,10 +162,7 @@ def _rank_train_with_ddp(order: str) -> list[Tensor]:
 
 
 def test_before_and_after_ddp_is_the_same():
-    before, after = (
-        run_ranks(_rank_train_with_ddp, args=("before",)),
-        run_ranks(_rank_train_with_ddp, args=("after",)),
-    )
+    before, after = (run_ranks(_rank_train_with_ddp, args=(order,)) for order in ("before", "after"))
     for rank in range(2):
         for a, b in zip(before[rank], after[rank], strict=True):
             assert torch.equal(a, b)
