@@ -6,7 +6,8 @@ from types import ModuleType
 from syncnorm import functional
 from syncnorm.comm import set_debug
 from syncnorm.comm.process_groups import no_sync_stats
-from syncnorm.conversion.convert import convert, describe, revert
+from syncnorm.conversion.convert import convert, revert
+from syncnorm.conversion.describe import describe
 from syncnorm.conversion.fold import fold
 from syncnorm.errors import SyncNormError
 from syncnorm.modules import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d

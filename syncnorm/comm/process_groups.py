@@ -7,15 +7,16 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from syncnorm.errors import InputError, SyncNormError
 
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
+# What users pass as a process group: a mesh has one dimension, None is the default group.
+ProcessGroupLike: TypeAlias = dist.ProcessGroup | DeviceMesh | None
 
 BIND = (
     "syncnorm.convert(model, process_group=...), where torch.distributed.group.WORLD means all ranks, or "
@@ -71,8 +72,8 @@ def sync_in_world_of_one() -> Iterator[None]:
         _world_of_one_depth -= 1
 
 
-def resolve(group: "dist.ProcessGroup | DeviceMesh | None") -> dist.ProcessGroup | None:
-    """The ProcessGroup of what a user passes as one: a ProcessGroup, a 1-D DeviceMesh, or None.
+def resolve(group: ProcessGroupLike) -> dist.ProcessGroup | None:
+    """A ProcessGroup from what users pass as one: a ProcessGroup, a 1-D DeviceMesh, or None.
 
     Raises:
         InputError: a mesh of several dimensions, or an object of another type.

@@ -1,1 +1,1 @@
-"""From a model with batch norm to one with synced batch norm, or with another norm, and back."""
+"""Converts the batch norms of a model to synced batch norms or to other norms, and back."""

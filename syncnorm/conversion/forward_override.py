@@ -1,8 +1,8 @@
-"""Layers whose own forward calls ``F.batch_norm``: the call is redirected, all around it stays theirs.
+"""Overrides the calls of ``F.batch_norm`` in layers that define their own forward.
 
 A subclass of ``nn.BatchNorm`` may add an activation or dropout to its forward (timm's ``BatchNormAct2d``).
-Rebuilding it as another class would lose that, so its forward runs as it is, under a mode that catches the
-one call.
+Rebuilding it as another class would lose that, so its forward runs unchanged under a ``TorchFunctionMode`` that
+intercepts this one call.
 """
 
 from collections.abc import Callable
@@ -20,38 +20,41 @@ from syncnorm.conversion.baselines import check_instances
 from syncnorm.layer import checkpointing
 from syncnorm.modules import Synced, warn_under_data_parallel
 
-UNSEEN = "did not call F.batch_norm in training"
-STRANGE = "calls F.batch_norm in training with statistics that belong to no synced layer"
+NOT_CALLED = "did not call F.batch_norm in training"
+UNKNOWN_STATISTICS = "calls F.batch_norm in training with statistics that belong to no synced layer"
 
-Norm = Callable[..., Tensor]  # called like F.batch_norm
+Norm = Callable[..., Tensor]  # with the arguments of F.batch_norm
 
 
-class RedirectBatchNorm(TorchFunctionMode):
-    """While active, a layer's calls of ``F.batch_norm`` or ``torch.batch_norm`` are calls of ``norm``.
+class OverrideBatchNorm(TorchFunctionMode):
+    """While active, replaces calls of ``F.batch_norm`` and ``torch.batch_norm``.
 
-    A layer's calls are those with its own buffers, whole or in part, and those without running statistics. Calls with
-    other statistics go to ``others``.
+    Args:
+        layer: whose forward runs.
+        norm: replaces the calls that pass buffers of ``layer``, or views of them, as running statistics, and those
+            that pass none.
+        fallback: replaces the calls that pass other running statistics.
     """
 
-    def __init__(self, layer: nn.Module, norm: Norm, others: Norm = F.batch_norm):
+    def __init__(self, layer: nn.Module, norm: Norm, fallback: Norm = F.batch_norm):
         super().__init__()
         self.layer = layer
         self.norm = norm
-        self.others = others
+        self.fallback = fallback
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Sends a batch norm to whom it belongs; all other calls run as they are."""
+        """Replaces calls of a batch norm function; all other calls run unchanged."""
         kwargs = kwargs or {}
         if func is torch.batch_norm:
-            args, kwargs = _in_order_of_functional(*args, **kwargs), {}
+            args, kwargs = _functional_arguments(*args, **kwargs), {}
         elif func is not F.batch_norm:
             return func(*args, **kwargs)
         running_mean = _argument(1, "running_mean", args, kwargs)
-        if running_mean is None or running_mean is self.layer.running_mean or _holds(self.layer, running_mean):
+        if running_mean is None or running_mean is self.layer.running_mean or _owns(self.layer, running_mean):
             return self.norm(*args, **kwargs)
-        return self.others(*args, **kwargs)
+        return self.fallback(*args, **kwargs)
 
 
 def _argument(position: int, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -59,38 +62,39 @@ def _argument(position: int, name: str, args: Any, kwargs: dict[str, Any]) -> An
     return args[position] if len(args) > position else kwargs.get(name)
 
 
-def _holds(layer: Any, tensor: Tensor) -> bool:
-    """Whether ``tensor`` is a buffer of ``layer`` itself, or a part of one, as in slimmable networks."""
-    return any(buffer is not None and _is_part(tensor, buffer) for buffer in layer._buffers.values())
+def _owns(layer: Any, tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a buffer of ``layer`` (not of a child) or a view of one, as in slimmable networks."""
+    return any(buffer is not None and _is_view(tensor, buffer) for buffer in layer._buffers.values())
 
 
-def _is_part(tensor: Tensor, whole: Tensor) -> bool:
+def _is_view(tensor: Tensor, base: Tensor) -> bool:
+    """Whether ``tensor`` is ``base`` or a view that lies within it."""
     if not torch.compiler.is_compiling():
-        tensor, whole = _unwrapped(tensor), _unwrapped(whole)
-    if tensor is whole or tensor._base is whole:
+        tensor, base = _unwrapped(tensor), _unwrapped(base)
+    if tensor is base or tensor._base is base:
         return True
-    # A view of a detached tensor, or of a buffer that is a view itself, is known by its storage. A tracer has none; a
-    # fake tensor has one, without an address.
-    if torch.compiler.is_compiling() or not torch._C._is_alias_of(tensor, whole):  # type: ignore[attr-defined]
+    # Only the storage identifies a view of a detached tensor, and a view of a buffer that is itself a view. Tensors
+    # that torch.compile traces have no storage; fake tensors have one without an address.
+    if torch.compiler.is_compiling() or not torch._C._is_alias_of(tensor, base):  # type: ignore[attr-defined]  # torch's stubs lack it
         return False
-    (first, last), (begin, end) = _extent(tensor), _extent(whole)
-    return bool(begin <= first and last <= end)
+    (first, last), (base_first, base_last) = _storage_range(tensor), _storage_range(base)
+    return bool(base_first <= first and last <= base_last)
 
 
 def _unwrapped(tensor: Tensor) -> Tensor:
-    """What ``torch.func``'s transforms have wrapped."""
+    """The tensor inside the wrappers of ``torch.func``'s transforms."""
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
 
 
-def _extent(tensor: Tensor) -> tuple[Any, Any]:
-    """Where the first and the last value lie in the storage."""
+def _storage_range(tensor: Tensor) -> tuple[Any, Any]:
+    """Offsets of the first and the last value in the storage."""
     first = tensor.storage_offset()
     return first, first + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def _in_order_of_functional(
+def _functional_arguments(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -101,71 +105,72 @@ def _in_order_of_functional(
     eps: float,
     cudnn_enabled: bool,
 ) -> tuple[Any, ...]:
-    """The arguments of ``torch.batch_norm`` as ``F.batch_norm`` takes them."""
+    """The arguments of ``torch.batch_norm`` in the order of ``F.batch_norm``."""
     return input, running_mean, running_var, weight, bias, training, momentum, eps
 
 
-class SyncCallsMixin(Synced):
-    """Syncs what the forward of the class after it passes to ``F.batch_norm`` in training."""
+class SyncOverrideMixin(Synced):
+    """Mixed in before a class whose forward calls ``F.batch_norm``: synchronizes those calls in training."""
 
     def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward; see ``syncnorm.functional.sync_batch_norm`` for errors and collectives.
 
-        ``num_batches_tracked`` is counted by the layer's own forward, so also for a batch that is empty on all ranks.
+        The layer's own forward increments ``num_batches_tracked``, even for a batch that is empty on all ranks.
 
         Warns:
-            UserWarning: once a layer, of a forward in training that could not be followed.
+            UserWarning: once per layer, if a forward in training could not be synchronized.
         """
         if warn_under_data_parallel(self) or not self.training:
-            return super().forward(input, *args, **kwargs)  # type: ignore[misc]
+            return super().forward(input, *args, **kwargs)  # type: ignore[misc]  # the class after the mix-in has it
         group = process_groups.synced_group(self.process_group)
         name = self.sync_name(group)
 
-        calls: list[str | None] = []  # the layer that each call was synced as
+        calls: list[str | None] = []  # per call, the name of the synced layer; None if it was not synchronized
 
         def norm(*args: Any, **kwargs: Any) -> Tensor:
             calls.append(name)
             return functional.sync_batch_norm(*args, **kwargs, process_group=self.process_group, layer_name=name)
 
-        def others(*args: Any, **kwargs: Any) -> Tensor:
-            return _norm_of_others(self, calls, *args, **kwargs)
+        def fallback(*args: Any, **kwargs: Any) -> Tensor:
+            return _sync_inner_layer(self, calls, *args, **kwargs)
 
         tracked = [layer.num_batches_tracked for layer in (self, *self._sync_inner)]
-        counts = _Counts([count for count in tracked if count is not None])
+        counts = _BatchCounters([count for count in tracked if count is not None])
         try:
-            with RedirectBatchNorm(self, norm, others), counts.with_records():
-                output = super().forward(input, *args, **kwargs)  # type: ignore[misc]
+            with OverrideBatchNorm(self, norm, fallback), counts.with_records():
+                output = super().forward(input, *args, **kwargs)  # type: ignore[misc]  # the class after the mix-in has it
         except BaseException as error:
-            counts.settle(failed=True)
+            counts.finish(failed=True)
             functional.abort_peers_with(error, group, functional.device_of(self.running_mean, self.weight, input))
             raise
-        counts.settle()
+        counts.finish()
         if None in calls:
-            self.note_unsynced(STRANGE)
+            self.note_unsynced(UNKNOWN_STATISTICS)
         elif not calls and not checkpointing.in_backward():
-            self.note_unsynced(UNSEEN)
+            self.note_unsynced(NOT_CALLED)
         return output
 
 
-class _Counts:
-    """The batches that layers counted in a forward of their own, which does not know when they have to stay."""
+class _BatchCounters:
+    """The ``num_batches_tracked`` of layers whose own forward increments them even when they must not change."""
 
     def __init__(self, counts: list[Tensor]):
         self._counts = counts
         self._before = [count.clone() for count in counts]
-        self.records: list[checkpointing.ForwardStatistics] = []  # of checkpointed runs
+        self.records: list[checkpointing.ForwardStatistics] = []  # of checkpointed forwards
 
     def with_records(self) -> AbstractContextManager[None]:
-        """For the forward."""
+        """Collects the records of checkpointed forwards while the layer's forward runs."""
         return nullcontext() if torch.compiler.is_compiling() else checkpointing.recording(self.records)
 
-    def settle(self, failed: bool = False) -> None:
-        """At the end of the forward: keeps what was counted, or not."""
-        if checkpointing.in_backward():  # where a second run may end by an exception, as soon as it has all it needs
-            stay = all(record.counted for record in self.records)
+    def finish(self, failed: bool = False) -> None:
+        """Restores the counters after a forward that must not increment them."""
+        # In a backward the forward is recomputed, and an exception may end it as soon as it has saved all tensors.
+        if checkpointing.in_backward():
+            restore = all(record.counted for record in self.records)
         else:
-            stay = failed or not process_groups.syncing()
-        if stay:
+            restore = failed or not process_groups.syncing()
+        if restore:
             for count, before in zip(self._counts, self._before, strict=True):
                 count.copy_(before)
         elif self.records:
@@ -174,24 +179,24 @@ class _Counts:
                 record.counted = record.counted or counted
 
 
-def _norm_of_others(layer: Any, calls: list[str | None], *args: Any, **kwargs: Any) -> Tensor:
-    """A call in the forward of ``layer`` with other statistics: those of a synced layer inside it, or of none."""
+def _sync_inner_layer(layer: Any, calls: list[str | None], *args: Any, **kwargs: Any) -> Tensor:
+    """``F.batch_norm``, synchronized if its running statistics are those of a synced layer inside ``layer``."""
     if not _argument(5, "training", args, kwargs):
         return F.batch_norm(*args, **kwargs)
     running_mean = _argument(1, "running_mean", args, kwargs)
     for inner in layer._sync_inner:
-        if isinstance(inner, Synced) and _holds(inner, running_mean):  # it may have been reverted by itself
+        if isinstance(inner, Synced) and _owns(inner, running_mean):  # it may have been reverted by itself
             group = inner.process_group
             name = inner.sync_name(process_groups.synced_group(group))
             calls.append(name)
             return functional.sync_batch_norm(*args, **kwargs, process_group=group, layer_name=name)
-    if not checkpointing.in_backward():  # where a layer inside hands over copies, and there is nothing new to say
+    if not checkpointing.in_backward():  # a recomputation may pass copies; its first run was noted
         calls.append(None)
     return F.batch_norm(*args, **kwargs)
 
 
-class GroupCallsMixin:
-    """Group norm, in training and evaluation, where the forward of the class after it calls ``F.batch_norm``."""
+class GroupNormOverrideMixin:
+    """Mixed in before a class whose forward calls ``F.batch_norm``: runs group norm instead, in evaluation too."""
 
     _num_groups: int
 
@@ -211,5 +216,5 @@ class GroupCallsMixin:
             check_instances(x, self._num_groups)
             return F.group_norm(x, self._num_groups, weight, bias, eps)
 
-        with RedirectBatchNorm(self, norm):
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        with OverrideBatchNorm(self, norm):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]  # the class after the mix-in has it

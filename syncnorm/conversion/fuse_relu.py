@@ -1,9 +1,9 @@
-"""Batch norm, shortcut and ReLU of a block in one call: found by tracing the block, and put in by a change of class.
+"""Fuses the batch norm, the addition of a shortcut and the ReLU of a block into one call of the layer.
 
-A block is a module whose forward calls synced layers of its own. Traced by ``torch.fx`` with its children as leaves,
-its forward is a list of calls; where a synced layer's output goes into a ReLU and nowhere else, at once or after an
-addition, the three become one call of the layer. The block's class changes to one with that forward: children,
-parameters, attributes and hooks stay, and changing it back is all that there is to undo.
+A block is a module with synced layers among its children. ``torch.fx`` traces its forward with the children as
+leaves, which gives a list of calls. If the output of a synced layer is used only by a ReLU, directly or through an
+addition, the two or three calls become one call of the layer. The block's class is then replaced by one with that
+forward: children, parameters, attributes and hooks stay, and setting the old class undoes it.
 """
 
 import operator
@@ -16,32 +16,29 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from syncnorm.conversion.fx_trace import NotTraceable, graph_of
+from syncnorm.conversion.classes import reduce_as
+from syncnorm.conversion.fx_trace import NotTraceable, trace_block
 from syncnorm.errors import InputError
 from syncnorm.modules import SyncMixin
 
 _RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_, F.relu_)
 _ADDITIONS = (operator.add, torch.add)
-_IN_PLACE = (operator.iadd,)
-# What these return is memory of its own, which nothing but its reader can write to.
-_FRESH = (_ConvNd, nn.Linear, SyncMixin)
+_IN_PLACE_ADDITIONS = (operator.iadd,)
+# Modules that return a new tensor, which only the calls that use it can write to.
+_RETURN_NEW_TENSOR = (_ConvNd, nn.Linear, SyncMixin)
 
 
 class Fused:
-    """Marks the made class of a block whose norms are fused; ``_unfused_class`` is the one it had."""
+    """Mixed into the class of a block with fused layers; ``_unfused_class`` is the block's original class."""
 
     _unfused_class: type
     _fused_layers: tuple[str, ...]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """As the class it had: a copy computes the same, unfused, until ``convert(fuse=True)``."""
-        made = type(self)
-        self.__class__ = self._unfused_class
-        try:
-            rebuild, args, *rest = self.__reduce_ex__(protocol)
-        finally:
-            self.__class__ = made
-        return _rebuild, (rebuild, *args), *rest  # pickle would take offence at an object that is not of that class
+        """As an instance of the original class: a copy computes the same, unfused until ``convert(fuse=True)``."""
+        rebuild, args, *rest = reduce_as(self, self._unfused_class, protocol)
+        # Indirectly, because pickle checks that the object is of the class that ``copyreg.__newobj__`` creates.
+        return _rebuild, (rebuild, *args), *rest
 
 
 def _rebuild(rebuild: Callable[..., Any], *args: Any) -> Any:
@@ -49,7 +46,7 @@ def _rebuild(rebuild: Callable[..., Any], *args: Any) -> Any:
 
 
 def fuse(model: nn.Module) -> None:
-    """Fuses what it can in each block of ``model``, in place; any other block stays as it is."""
+    """Fuses the layers of each block of ``model``, in place, if ``torch.fx`` can trace the block."""
     for block in model.modules():
         if isinstance(block, Fused | SyncMixin) or not any(_is_plain_layer(c) for c in block.children()):
             continue
@@ -58,30 +55,30 @@ def fuse(model: nn.Module) -> None:
 
 
 def unfuse(model: nn.Module) -> None:
-    """Gives each block the class that it had.
+    """Restores the original class of each fused block.
 
     Raises:
-        InputError: a block's class was made from a fused one; nothing was changed.
+        InputError: the class of a block is derived from that of a fused block; nothing was changed.
     """
     blocks = {name: block for name, block in model.named_modules() if isinstance(block, Fused)}
     for name, block in blocks.items():
         if "_unfused_class" not in vars(type(block)):
             raise InputError(
-                f"{name or '(model)'} is a {type(block).__name__}, made from a fused one (by FSDP's fully_shard, or "
-                f"as a subclass): revert or convert before that"
+                f"{name or '(model)'} is a {type(block).__name__}, which is derived from the class of a fused block "
+                f"(by FSDP's fully_shard or by subclassing): revert or convert before that"
             )
     for block in blocks.values():
         block.__class__ = block._unfused_class
 
 
 def fused_layers(model: nn.Module) -> set[nn.Module]:
-    """The layers that are called together with their ReLU."""
+    """The layers that are fused with their ReLU."""
     blocks = [block for block in model.modules() if isinstance(block, Fused)]
     return {block.get_submodule(name) for block in blocks for name in block._fused_layers}
 
 
 def _fuse_block(block: nn.Module) -> None:
-    graph = graph_of(block)
+    graph = trace_block(block)
     modules = dict(block.named_modules())
     fused = tuple(n for n in (_fuse_node(graph, node, modules) for node in list(graph.nodes)) if n is not None)
     if not fused:
@@ -89,7 +86,7 @@ def _fuse_block(block: nn.Module) -> None:
     graph.lint()
     cls = type(block)
     namespace = {
-        "forward": _compiled(graph, block),
+        "forward": _forward_of(graph, block),
         "_unfused_class": cls,
         "_fused_layers": fused,
         "__module__": cls.__module__,
@@ -99,11 +96,11 @@ def _fuse_block(block: nn.Module) -> None:
 
 
 def _fuse_node(graph: fx.Graph, norm: fx.Node, modules: dict[str, nn.Module]) -> str | None:
-    """Puts one call in the place of ``norm`` and what follows it; the layer's name, or None where that is no ReLU."""
+    """Replaces ``norm``, the addition and the ReLU after it by one call; returns the layer's name if it did."""
     if norm.op != "call_module" or not _is_plain_layer(modules[str(norm.target)]) or len(norm.all_input_nodes) != 1:
         return None
     relu, addition, residual = _only_user(norm), None, None
-    if relu is not None and (operands := _added(relu)) is not None:
+    if relu is not None and (operands := _addition_operands(relu)) is not None:
         others = [o for o in operands if o is not norm]
         if len(others) != 1 or not isinstance(others[0], fx.Node) or (_is_in_place(relu) and operands[0] is not norm):
             return None
@@ -120,16 +117,18 @@ def _fuse_node(graph: fx.Graph, norm: fx.Node, modules: dict[str, nn.Module]) ->
 
 
 def _may_move(norm: fx.Node, addition: fx.Node | None, relu: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether what the norm reads, and then the addition, is sure to be the same when the ReLU comes."""
+    """Whether the norm and the addition read the same values if they are executed at the position of the ReLU."""
     if addition is not None and addition.next is not relu:
         return False
     if norm.next in (addition, relu):
         return True
-    read, between = norm.all_input_nodes[0], norm.next
-    if read.op != "call_module" or not isinstance(modules[str(read.target)], _FRESH) or len(read.users) > 1:
+    source, between = norm.all_input_nodes[0], norm.next
+    if source.op != "call_module" or not isinstance(modules[str(source.target)], _RETURN_NEW_TENSOR):
+        return False
+    if len(source.users) > 1:
         return False
     while between not in (addition, relu):
-        # A layer that is called twice updates its statistics in the order of its calls.
+        # A layer that is called twice must update its statistics in the order of its calls.
         if between.op == "call_module" and modules[str(norm.target)] in modules[str(between.target)].modules():
             return False
         between = between.next
@@ -141,34 +140,34 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return users[0] if len(users) == 1 else None
 
 
-def _added(node: fx.Node) -> tuple[Any, ...] | None:
-    """The two operands of an addition."""
-    function = node.op == "call_function" and node.target in (*_ADDITIONS, *_IN_PLACE)
+def _addition_operands(node: fx.Node) -> tuple[Any, ...] | None:
+    """The two operands if ``node`` is an addition, otherwise None."""
+    function = node.op == "call_function" and node.target in (*_ADDITIONS, *_IN_PLACE_ADDITIONS)
     method = node.op == "call_method" and node.target in ("add", "add_")
     return node.args if (function or method) and len(node.args) == 2 and not node.kwargs else None
 
 
 def _is_in_place(node: fx.Node) -> bool:
-    return node.target in _IN_PLACE or node.target == "add_"
+    return node.target in _IN_PLACE_ADDITIONS or node.target == "add_"
 
 
 def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == "call_module":
         module = modules[str(node.target)]
-        return type(module) is nn.ReLU and _runs_as_written(module)
+        return type(module) is nn.ReLU and _runs_class_forward(module)
     return node.target in _RELU_FUNCTIONS if node.op == "call_function" else node.target in ("relu", "relu_")
 
 
 def _is_plain_layer(module: nn.Module) -> bool:
-    """A synced layer whose forward is that of the mix-in, with no hook that would see what is in between."""
-    return isinstance(module, SyncMixin) and type(module).forward is SyncMixin.forward and _runs_as_written(module)
+    """Whether it is a synced layer with the mix-in's forward, and without hooks that would see the unfused output."""
+    return isinstance(module, SyncMixin) and type(module).forward is SyncMixin.forward and _runs_class_forward(module)
 
 
-def _runs_as_written(module: nn.Module) -> bool:
+def _runs_class_forward(module: nn.Module) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return "forward" not in module.__dict__ and not any(hooks)
 
 
-def _compiled(graph: fx.Graph, block: nn.Module) -> Callable[..., Any]:
-    """The forward that the graph spells, as a function of ``self``."""
-    return fx.GraphModule(block, graph).forward.__func__  # type: ignore[attr-defined,no-any-return]
+def _forward_of(graph: fx.Graph, block: nn.Module) -> Callable[..., Any]:
+    """A forward that executes ``graph``, as a function of ``self``."""
+    return fx.GraphModule(block, graph).forward.__func__  # type: ignore[attr-defined,no-any-return]  # a bound method

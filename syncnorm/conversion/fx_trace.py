@@ -1,8 +1,9 @@
-"""The calls that a block's forward makes, as a ``torch.fx`` graph; or why no graph tells all that it does.
+"""Traces the forward of a block as a ``torch.fx`` graph, and rejects a forward that does more than the graph shows.
 
-A tracer runs the forward once, with stand-ins for tensors, and notes what is called on them. What the forward does
-besides is not in the graph: it asks whether an argument is None, turns autograd or autocast off around some calls,
-draws random numbers, keeps something on the module. Each of these would be lost, with no error, and is refused here.
+A tracer runs the forward once with proxies for tensors, and records the calls that involve them. The graph omits
+everything else that the forward does: testing whether an argument is None, disabling autograd or autocast around some
+calls, drawing random numbers, storing something on the module. torch.fx drops each of these silently; here it is an
+error.
 """
 
 import inspect
@@ -20,51 +21,51 @@ _AUTOCAST_DEVICES = ("cpu", "cuda")
 
 
 class NotTraceable(Exception):
-    """Says what a graph of the block would leave out."""
+    """What a graph of the block would omit."""
 
 
-def graph_of(block: nn.Module) -> fx.Graph:
-    """The graph of ``block``'s forward, with its children as leaves; ``block`` is as it was.
+def trace_block(block: nn.Module) -> fx.Graph:
+    """The graph of ``block``'s forward with its children as leaves; ``block`` stays unchanged.
 
     Raises:
-        NotTraceable: the graph would not do all that the forward does.
+        NotTraceable: the graph would not do everything that the forward does.
     """
     if "forward" in block.__dict__:
         raise NotTraceable("its forward was replaced on the instance")
     _, *arguments = inspect.signature(type(block).forward).parameters.values()
     if len(arguments) != 1 or arguments[0].default is None:
-        raise NotTraceable("its forward has an argument that may be None, or left out")
+        raise NotTraceable("its forward has an argument that may be None or omitted")
     graphs = []
     try:
         for training in (True, False):
-            with _watched(block), _modes(training):
+            with _side_effects_rejected(block), _grad_or_autocast(training):
                 block.training = training
                 graphs.append(_Tracer().trace(block))
     except NotTraceable:
         raise
-    except Exception as error:  # what a tracer cannot follow shows as any error of the block's own code
+    except Exception as error:  # code that a tracer cannot follow can fail with any exception
         raise NotTraceable(f"torch.fx cannot trace its forward: {error}") from error
     if str(graphs[0]) != str(graphs[1]):
-        raise NotTraceable("its forward is another one in training")
+        raise NotTraceable("its forward differs between training and evaluation")
     if any(node.op == "get_attr" and "_tensor_constant" in str(node.target) for node in graphs[0].nodes):
-        raise NotTraceable("its forward makes tensors of its own")
+        raise NotTraceable("its forward creates tensors")
     return graphs[0]
 
 
 class _Proxy(fx.Proxy):
-    """A proxy that knows ``x += y``, which to torch's own is ``x = x + y``, and leaves what x was as it is.
+    """A proxy that records ``x += y`` as an in-place operation, where torch's own records ``x = x + y``.
 
-    It does not answer ``isinstance(x, Tensor)``, of which the graph would keep the answer for a proxy.
+    It rejects ``isinstance(x, Tensor)``, because the graph would keep the branch that was taken for a proxy.
     """
 
-    @property  # type: ignore[misc]
+    @property  # type: ignore[misc]  # object's attribute is writable
     def __class__(self) -> type:
         if not sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
-            raise NotTraceable("its forward asks what its input is")
+            raise NotTraceable("its forward tests the type of its input")
         return _Proxy
 
 
-def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+def _in_place_operator(function: Callable[..., Any]) -> Callable[..., Any]:
     def in_place(self: fx.Proxy, other: Any) -> Any:
         return self.tracer.create_proxy("call_function", function, (self, other), {})
 
@@ -72,15 +73,15 @@ def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"):
-    setattr(_Proxy, f"__{_name}__", _recorded(getattr(operator, _name)))
+    setattr(_Proxy, f"__{_name}__", _in_place_operator(getattr(operator, _name)))
 
 
 class _Tracer(fx.Tracer):
-    proxy_buffer_attributes = True  # else what the forward writes to a buffer is written while it is traced
+    proxy_buffer_attributes = True  # otherwise tracing would execute in-place operations on buffers
 
     def __init__(self) -> None:
         super().__init__()
-        self._mode = _mode()
+        self._mode = _execution_mode()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -89,13 +90,13 @@ class _Tracer(fx.Tracer):
         return True
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if _mode() != self._mode:
-            raise NotTraceable("its forward changes autograd's or autocast's mode, or checkpoints a part of itself")
+        if _execution_mode() != self._mode:
+            raise NotTraceable("its forward changes the autograd or autocast mode, or checkpoints a part of itself")
         return super().create_node(*args, **kwargs)
 
 
-def _mode() -> tuple[Any, ...]:
-    """What a context manager may have set, and a graph does not hold."""
+def _execution_mode() -> tuple[Any, ...]:
+    """State that a context manager in the forward may change and that a graph does not record."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
@@ -105,13 +106,13 @@ def _mode() -> tuple[Any, ...]:
 
 
 @contextmanager
-def _modes(on: bool) -> Iterator[None]:
-    """Autograd on and autocast off, or the other way about: a forward that sets either differs from one of them."""
+def _grad_or_autocast(grad: bool) -> Iterator[None]:
+    """Enables autograd and disables autocast, or the reverse, so that a forward that sets one of them changes it."""
     before = [torch.is_autocast_enabled(d) for d in _AUTOCAST_DEVICES]
     try:
         for device in _AUTOCAST_DEVICES:
-            torch.set_autocast_enabled(device, not on)
-        with torch.set_grad_enabled(on):
+            torch.set_autocast_enabled(device, not grad)
+        with torch.set_grad_enabled(grad):
             yield
     finally:
         for device, enabled in zip(_AUTOCAST_DEVICES, before, strict=True):
@@ -119,10 +120,12 @@ def _modes(on: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(block: nn.Module) -> Iterator[None]:
-    """Puts attributes and random generators back as they were, and refuses a forward that changed one."""
+def _side_effects_rejected(block: nn.Module) -> Iterator[None]:
+    """Restores attributes and random generators, then raises NotTraceable if the forward changed one of them."""
     attributes = {module: dict(module.__dict__) for module in block.modules()}
-    contents = [(value, value.copy()) for each in attributes.values() for value in each.values() if _holds(value)]
+    contents = [
+        (value, value.copy()) for each in attributes.values() for value in each.values() if _is_container(value)
+    ]
     numpy = sys.modules.get("numpy")
     states: tuple[Any, ...] = (
         torch.default_generator.get_state(),
@@ -141,29 +144,29 @@ def _watched(block: nn.Module) -> Iterator[None]:
         random.setstate(states[1])
         if numpy:
             numpy.random.set_state(states[2])
-        kept = False
+        stored = False
         block.training = attributes[block]["training"]
         for module, old in attributes.items():
-            if not _alike(old, module.__dict__):
-                kept = True
+            if not _same_objects(old, module.__dict__):
+                stored = True
                 module.__dict__.clear()
                 module.__dict__.update(old)
         for value, old in contents:
-            if not _alike(value, old):
-                kept = True
+            if not _same_objects(value, old):
+                stored = True
                 value.clear()
                 value.extend(old) if isinstance(value, list) else value.update(old)
     if drawn:
-        raise NotTraceable("its forward draws random numbers of its own")
-    if kept:
-        raise NotTraceable("its forward keeps something on the module")
+        raise NotTraceable("its forward draws random numbers")
+    if stored:
+        raise NotTraceable("its forward stores something on the module")
 
 
-def _holds(value: Any) -> bool:
+def _is_container(value: Any) -> bool:
     return type(value) in (list, dict, set)
 
 
-def _alike(a: Any, b: Any) -> bool:
+def _same_objects(a: Any, b: Any) -> bool:
     """Whether two containers hold the same objects."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(a[key] is b[key] for key in a)

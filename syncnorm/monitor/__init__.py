@@ -1,5 +1,5 @@
-"""What goes on in the norm layers of a running job, and whether this machine gets them right."""
+"""Monitors the batch norms of a running training job."""
 
-from syncnorm.monitor.watching import Monitor, monitor
+from syncnorm.monitor.training_monitor import Monitor, monitor
 
 __all__ = ["Monitor", "monitor"]

@@ -16,8 +16,8 @@ from torch.utils.data import default_collate
 
 from syncnorm.conversion.convert import convert
 from syncnorm.errors import InputError
+from syncnorm.monitor import monitor
 from syncnorm.monitor.findings import Findings
-from syncnorm.monitor.watching import monitor
 from syncnorm.tools.common.ranks import Ranks, ranks_for, world_size_for
 
 LR, MOMENTUM = 0.02, 0.9
@@ -105,11 +105,11 @@ def _diagnose_on_rank(ranks: Ranks, task: Task) -> Findings | Overhead:
     if task.repetitions:
         return _overhead(task, ddp, step, ranks)
 
-    def tell(text: str) -> None:
+    def log(text: str) -> None:
         if text.startswith("step "):  # the table is the command's to print
             task.say(text)
 
-    with monitor(ddp, every=task.every, tell=None if ranks.rank else tell) as watch:
+    with monitor(ddp, every=task.every, log=None if ranks.rank else log) as watch:
         for _ in range(task.steps):
             step()
     return watch.findings()
@@ -153,7 +153,7 @@ def _overhead(task: Task, ddp: nn.Module, step: Callable[[], None], ranks: Ranks
     for repetition in range(task.repetitions):
         # Each way comes first, second and third equally often.
         for name in names[repetition % len(names) :] + names[: repetition % len(names)]:
-            with monitor(ddp, every=WAYS[name], tell=None):
+            with monitor(ddp, every=WAYS[name], log=None):
                 ranks.wait()
                 began = time.perf_counter()
                 for _ in range(BLOCK):

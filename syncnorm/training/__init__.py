@@ -1,4 +1,4 @@
-"""What training on many ranks needs around the layer."""
+"""Distributed training around the layer: uneven inputs, precise batch norm, merged running statistics."""
 
 from syncnorm.training.buffers import merge_buffers
 from syncnorm.training.join import joinable

@@ -1,4 +1,4 @@
-"""Uneven numbers of batches: synced layers under torch's ``Join``."""
+"""Uneven numbers of batches: synced layers with torch's ``Join``."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ from syncnorm.modules import Synced
 
 
 def joinable(model: nn.Module) -> Joinable:
-    """Lets ``torch.distributed.algorithms.join.Join`` wait for the synced layers of ``model`` as well.
+    """Makes the synced layers of ``model`` take part in ``torch.distributed.algorithms.join.Join``.
 
-    A rank whose data has run out answers the others' exchanges with a count of zero, in a thread beside DDP's
-    own shadowing, until all have run out. It needs no record of what they do: each exchange says that itself. So
-    a rank may have had no batch at all, and the order of layers may change, as long as the ranks that still
-    have data agree. At the end all ranks have the running statistics of one that ran out last.
+    A rank that has run out of data answers the exchanges of the others with a count of zero, in a thread that runs
+    while DDP shadows its own collectives, until all ranks have run out. Each exchange carries what it is for, so the
+    rank needs no record of earlier forwards: it may have had no batch at all, and the order of layers may change, as
+    long as the ranks that still have data agree. At the end all ranks have the running statistics of a rank that ran
+    out last.
 
     Args:
         model: a DistributedDataParallel model, or any module with synced layers.
 
     Raises:
-        SyncNormError: inside ``Join``, if the ranks with data disagree; on all ranks, also those without.
+        SyncNormError: inside ``Join``, on all ranks, if the ranks with data disagree.
 
-    Collective: ``Join`` is for all ranks. The layers' exchanges are as ever; at the end there is one more, and one
-        a layer.
+    Collective: all ranks must enter ``Join``. The layers' exchanges do not change; at the end there is one more, and
+        one per layer.
 
     Example:
         >>> def epoch(ddp, batches, optimizer):
@@ -54,60 +55,63 @@ class _SyncedJoinable(Joinable):
         self._model = model
         self._shadow = _Shadow(model)
         if isinstance(model, DistributedDataParallel):
-            # DDP's shadow waits for gradients, which wait for our layers: ours has to begin before, whatever
-            # the order in which Join was given the two.
-            model.join_hook = functools.partial(_begin_together, self._shadow, type(model).join_hook, model)  # type: ignore[method-assign]
+            # DDP's shadow waits for gradients, which wait for our layers. Ours must therefore start first, in
+            # whatever order the two were passed to Join.
+            ddp_hook = type(model).join_hook
+            model.join_hook = functools.partial(_shadowed_join_hook, self._shadow, ddp_hook, model)  # type: ignore[method-assign]  # on the instance
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
         """The shadow of the synced layers."""
-        if self._model in _notifying:  # of another epoch, which may have ended with an error
-            _notifying[self._model].remove()
-        _notifying[self._model] = self._model.register_forward_pre_hook(self._notify)
-        self._shadow.notifying = _notifying[self._model]
+        if self._model in _notify_hooks:  # of an earlier epoch, which may have ended with an error
+            _notify_hooks[self._model].remove()
+        _notify_hooks[self._model] = self._model.register_forward_pre_hook(self._notify)
+        self._shadow.notify_hook = _notify_hooks[self._model]
         return self._shadow
 
     def _notify(self, *_: Any) -> None:
-        Join.notify_join_context(self)  # tells it that this rank has a batch, if no other member of Join does
+        Join.notify_join_context(self)  # this rank has a batch; a no-op unless it is the first member of Join
 
     @property
     def join_device(self) -> torch.device:
-        """Where ``Join``'s own collectives run."""
+        """The device of ``Join``'s own collectives."""
         return next(self._model.parameters(), torch.empty(0)).device
 
     @property
-    def join_process_group(self) -> Any:
-        """DDP's group, or the default one."""
+    def join_process_group(self) -> dist.ProcessGroup | None:
+        """The group of DDP, otherwise the default group."""
         return getattr(self._model, "process_group", dist.group.WORLD)
 
 
-_notifying: weakref.WeakKeyDictionary[nn.Module, RemovableHandle] = weakref.WeakKeyDictionary()
+_notify_hooks: weakref.WeakKeyDictionary[nn.Module, RemovableHandle] = weakref.WeakKeyDictionary()
 
 
-def _begin_together(shadow: _Shadow, hook: Callable[..., JoinHook], ddp: nn.Module, **kwargs: Any) -> JoinHook:
-    return _Together(shadow, hook(ddp, **kwargs))
+def _shadowed_join_hook(
+    shadow: _Shadow, ddp_hook: Callable[..., JoinHook], ddp: nn.Module, **kwargs: Any
+) -> JoinHook:
+    return _ShadowedDDPHook(shadow, ddp_hook(ddp, **kwargs))
 
 
-class _Together(JoinHook):
-    """DDP's hook, with our shadow running beside it."""
+class _ShadowedDDPHook(JoinHook):
+    """DDP's hook, which starts the shadow of the synced layers first."""
 
-    def __init__(self, shadow: _Shadow, hook: JoinHook):
+    def __init__(self, shadow: _Shadow, ddp_hook: JoinHook):
         self._shadow = shadow
-        self._hook = hook
+        self._ddp_hook = ddp_hook
 
     def main_hook(self) -> None:
         self._shadow.main_hook()
         try:
-            self._hook.main_hook()
+            self._ddp_hook.main_hook()
         except RuntimeError:
-            self._shadow.raise_error()  # which came first
+            self._shadow.raise_error()  # the cause of DDP's error
             raise
 
     def post_hook(self, is_last_joiner: bool) -> None:
-        self._hook.post_hook(is_last_joiner)
+        self._ddp_hook.post_hook(is_last_joiner)
 
 
 class _Shadow(JoinHook):
-    """Takes part in the exchanges of a model's layers without having data."""
+    """Takes part in the exchanges of a model's layers on a rank that has no data."""
 
     def __init__(self, model: nn.Module):
         self._layers: dict[dist.ProcessGroup, list[nn.Module]] = {}
@@ -118,32 +122,32 @@ class _Shadow(JoinHook):
                 comm.peers_of(group).staged = True
         self._threads: list[threading.Thread] = []
         self._error: Exception | None = None
-        self.notifying: RemovableHandle | None = None
+        self.notify_hook: RemovableHandle | None = None
 
     def main_hook(self) -> None:
-        """Begins to answer, at the first iteration that this rank has no data for."""
+        """Starts to answer exchanges in the first iteration without data on this rank."""
         if not self._threads:
             self._start(is_last_joiner=False)
 
     def post_hook(self, is_last_joiner: bool) -> None:
-        """Ends when all ranks have run out."""
+        """Returns when all ranks have run out of data."""
         if not self._threads:
             self._start(is_last_joiner)
         for thread in self._threads:
             thread.join()
         self._threads = []
-        if self.notifying is not None:
-            self.notifying.remove()  # outside of Join a forward tells nobody, and may be one rank's alone
+        if self.notify_hook is not None:
+            self.notify_hook.remove()  # outside of Join a single rank may make a forward, without a collective
         self.raise_error()
 
     def raise_error(self) -> None:
-        """Raises what ended an exchange."""
+        """Raises the error that ended an exchange, if there was one."""
         if self._error is not None:
             raise self._error
 
     def _start(self, is_last_joiner: bool) -> None:
         for group, layers in self._layers.items():
-            # Daemons: a rank that ends with an error does not wait for the others.
+            # Daemons, so that a rank that exits with an error does not wait for the others.
             thread = threading.Thread(target=self._answer, args=(group, layers, is_last_joiner), daemon=True)
             self._threads.append(thread)
             thread.start()
@@ -165,7 +169,7 @@ class _Shadow(JoinHook):
 
 @torch.no_grad()
 def _copy_buffers(exchange: Exchange, source: int, layer: nn.Module) -> None:
-    """Gives ``layer`` the buffers of the rank in row ``source``."""
+    """Copies the buffers of ``layer`` from the rank in row ``source``."""
     buffers = list(layer.buffers(recurse=False))
     if not buffers:
         return

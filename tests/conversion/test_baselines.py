@@ -1,4 +1,4 @@
-"""The unsynced norms: what they compute, and how they take a batch norm's place."""
+"""The norms without communication: what they compute, and how they replace a batch norm."""
 
 import models
 import pytest
@@ -40,7 +40,7 @@ def test_instance_norm_is_group_norm_with_a_group_for_each_channel():
     torch.testing.assert_close(norm(X), F.instance_norm(X, weight=bn.weight, bias=bn.bias, eps=1e-3))
 
 
-def test_instance_norm_of_one_value_is_refused():
+def test_instance_norm_of_one_value_raises():
     norm = syncnorm.convert(nn.Sequential(nn.BatchNorm1d(4)), to="instance")
     with pytest.raises(InputError, match=r"needs spatial dimensions, got input of shape \(2, 4\)"):
         norm(torch.randn(2, 4))
@@ -78,7 +78,7 @@ def test_without_affine_and_without_bias():
     assert norm(X.float()).shape == X.shape
 
 
-def test_a_shared_layer_stays_one():
+def test_a_shared_layer_stays_shared():
     bn = nn.BatchNorm2d(6)
     model = syncnorm.convert(nn.ModuleDict({"a": bn, "b": nn.Sequential(bn)}), to="layer")
     assert type(model["a"]) is LayerNorm
@@ -103,7 +103,7 @@ def test_a_subclass_with_its_own_forward_runs_it_with_the_other_norm(train):
     syncnorm.convert(model, to="group", num_groups=3)
     assert model[0] is before
     torch.testing.assert_close(model(X.float()), F.leaky_relu(F.group_norm(X.float(), 3), 0.1))
-    assert syncnorm.describe(model)[0].note == "group norm (3) in the place of its batch norm"
+    assert syncnorm.describe(model)[0].note == "group norm (3) in place of its batch norm"
     assert type(syncnorm.revert(model)[0]) is models.BatchNormAct
     assert "_num_groups" not in vars(model[0])
 
@@ -114,7 +114,7 @@ def test_a_child_with_its_own_statistics_keeps_them():
     torch.testing.assert_close(syncnorm.convert(model, to="group", num_groups=3)(X.float()), want)
 
 
-def test_instance_norm_of_one_value_in_a_subclass_is_refused():
+def test_instance_norm_of_one_value_in_a_subclass_raises():
     class WithRelu(nn.BatchNorm1d):
         def forward(self, x):
             return super().forward(x).relu()
@@ -123,21 +123,21 @@ def test_instance_norm_of_one_value_in_a_subclass_is_refused():
         syncnorm.convert(WithRelu(4), to="instance")(torch.randn(2, 4))
 
 
-def test_groups_that_do_not_divide_are_named_before_anything_changes():
+def test_groups_that_do_not_divide_raise_before_anything_changes():
     model = nn.Sequential(nn.BatchNorm2d(8), nn.Sequential(nn.BatchNorm2d(12)))
     with pytest.raises(InputError) as caught:
         syncnorm.convert(model, to="group", num_groups=8)
     assert str(caught.value) == (
-        "num_groups=8 does not divide the 12 channels of layer '1.0'; nearest that do: 6 and 12"
+        "num_groups=8 does not divide the 12 channels of layer '1.0'; nearest divisors: 6 and 12"
     )
     assert type(model[0]) is nn.BatchNorm2d
-    with pytest.raises(InputError, match=r"num_groups=32 does not divide the 8 .* nearest that do: 8"):
+    with pytest.raises(InputError, match=r"num_groups=32 does not divide the 8 .* nearest divisors: 8"):
         syncnorm.convert(model, to="group")
 
 
-def test_a_lazy_layer_has_no_channels_to_group_yet():
+def test_a_lazy_layer_is_skipped_until_it_is_initialized():
     model = nn.Sequential(nn.LazyBatchNorm2d())
-    with pytest.warns(UserWarning, match="lazy, and has not seen an input yet"):
+    with pytest.warns(UserWarning, match="lazy and not initialized yet"):
         syncnorm.convert(model, to="group")
     model(torch.randn(2, 6, 3, 3))
     assert type(syncnorm.convert(model, to="group", num_groups=2)[0]) is GroupNorm

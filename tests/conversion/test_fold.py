@@ -1,4 +1,4 @@
-"""Batch norms folded into the layer before them: outputs as before, and nothing folded that must not be."""
+"""Batch norms folded into the layer before them: the outputs stay the same, and only valid pairs are folded."""
 
 import copy
 
@@ -13,7 +13,7 @@ from syncnorm.errors import InputError
 
 
 def trained(model: nn.Module) -> nn.Module:
-    """With parameters and statistics that are not those of a new layer, in fp64."""
+    """``model`` in fp64, with parameters and statistics that differ from those of a new layer."""
     torch.manual_seed(0)
     for module in model.double().modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -24,7 +24,7 @@ def trained(model: nn.Module) -> nn.Module:
 
 
 def check(model: nn.Module, x: Tensor, *, folds: int) -> nn.Module:
-    """Folds so many norms, leaves the model alone and its outputs what they were."""
+    """Checks that ``folds`` norms are folded, that outputs are equal and that ``model`` does not change."""
     before = copy.deepcopy(model)
     folded = syncnorm.fold(model)
     assert not any(m.training for m in folded.modules())
@@ -62,7 +62,7 @@ def test_each_kind_of_layer(layer, norm, x, convert):
 
 
 @pytest.mark.parametrize("convert", [True, False])
-def test_a_model_that_is_no_sequence(convert):
+def test_a_model_that_is_not_a_sequence(convert):
     model = trained(Net())
     check(syncnorm.convert(model) if convert else model, IMAGE[:, :3], folds=2)
 
@@ -98,7 +98,7 @@ def test_left_alone(layer, norm, convert):
 
 
 class Forked(nn.Module):
-    """Ways to use a convolution besides its norm."""
+    """Uses a convolution in another place than its norm."""
 
     def __init__(self, way: str, traced: bool = True) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ def test_a_layer_with_another_use_is_left_alone(way):
 
 
 class Untraceable(nn.Module):
-    """Its control flow depends on data; one sequence of it shares a convolution."""
+    """Has control flow that depends on data; one of its sequences uses a convolution twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class Untraceable(nn.Module):
         return self.twice(self.body(x)) if x.sum() < 1e9 else x
 
 
-def test_without_a_trace_neighbours_in_a_sequence_are_folded_and_a_warning_says_so():
+def test_without_a_trace_neighbors_in_a_sequence_are_folded_with_a_warning():
     model = syncnorm.convert(trained(Untraceable()))
     with pytest.warns(UserWarning, match="could not trace Untraceable with torch.fx .* in an nn.Sequential"):
         folded = check(model, IMAGE, folds=1)
@@ -144,9 +144,9 @@ def test_without_a_trace_neighbours_in_a_sequence_are_folded_and_a_warning_says_
         check(trained(Forked("norm", traced=False)), IMAGE, folds=0)
 
 
-def test_a_folded_linear_layer_refuses_what_its_norm_would_have_read_otherwise():
+def test_a_folded_linear_layer_rejects_input_of_more_than_two_dimensions():
     model = trained(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)))
     x = torch.randn(2, 6, 4, dtype=torch.float64)
     model.eval()(x)  # channels in dimension 1, features last, both 6
-    with pytest.raises(InputError, match=r"for input \(batch, features\) alone; got shape \(2, 6, 4\)"):
+    with pytest.raises(InputError, match=r"input of shape \(batch, features\); got shape \(2, 6, 4\)"):
         syncnorm.fold(model)(x)

@@ -1,6 +1,6 @@
-"""Models of timm, transformers, segmentation-models-pytorch and MONAI: converted, trained, and as they were again.
+"""Models of timm, transformers, segmentation-models-pytorch and MONAI: converted, trained and reverted.
 
-Skipped where the libraries are absent (the extra ``foreign``). ``python tests/support/foreign_models.py`` prints
+Skipped if the libraries are not installed (the extra ``foreign``). ``python tests/support/foreign_models.py`` prints
 a table.
 """
 
@@ -13,7 +13,7 @@ from torch import nn
 
 import syncnorm
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries
 
 
 def each(*names: str) -> pytest.MarkDecorator:
@@ -26,13 +26,13 @@ def each(*names: str) -> pytest.MarkDecorator:
 @pytest.fixture(autouse=True)
 def one_thread():
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the convolutions are many and small, and fp64's run group by group
+    torch.set_num_threads(1)  # many small convolutions, which fp64 runs group by group
     yield
     torch.set_num_threads(threads)
 
 
 def fingerprint(model: nn.Module) -> tuple[dict[str, type], dict[str, int]]:
-    """The class of every module, and which objects the parameters and buffers are."""
+    """The class of every module, and the identity of all parameters and buffers."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {n: type(m) for n, m in model.named_modules()}, {n: id(t) for n, t in tensors.items()}
 
@@ -43,7 +43,7 @@ def evaluated(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 @each(*MODELS)
-def test_every_batch_norm_is_synced_and_comes_back(name):
+def test_every_batch_norm_is_synced_and_reverted(name):
     model = build(name)
     before, state, count = fingerprint(model), copy.deepcopy(model.state_dict()), batch_norms(model)
     x = samples(name, 1)
@@ -52,7 +52,7 @@ def test_every_batch_norm_is_synced_and_comes_back(name):
     layers = syncnorm.describe(syncnorm.convert(model))
     assert sum(layer.synced for layer in layers) == count
     assert all(layer.note for layer in layers if not layer.synced)  # each with the reason
-    assert torch.equal(evaluated(model, x), want)  # activations and attributes in the layers are still there
+    assert torch.equal(evaluated(model, x), want)  # activations and attributes of the layers are kept
 
     syncnorm.revert(model)
     assert fingerprint(model) == before
@@ -60,13 +60,13 @@ def test_every_batch_norm_is_synced_and_comes_back(name):
 
 
 @each("timm resnet18", "transformers ResNet", "smp DeepLabV3Plus", "monai SegResNet, batch")
-def test_fused_it_trains_alike_and_comes_back(name):
+def test_a_fused_model_computes_the_same_and_is_reverted(name):
     plain, fused = build(name), build(name)
     before = fingerprint(fused)
     syncnorm.convert(fused, fuse=True)
     assert any("fused" in layer.note for layer in syncnorm.describe(fused))
     x = samples(name, 3)
-    # The norms of one rank are local, so that the model as it came is the reference.
+    # In one process the norms are local, so that the original model is the reference.
     torch.testing.assert_close(fused(x), plain(x))
     torch.testing.assert_close(dict(fused.named_buffers()), dict(plain.named_buffers()))
     assert fingerprint(syncnorm.revert(fused)) == before
@@ -80,5 +80,5 @@ def test_fused_it_trains_alike_and_comes_back(name):
     "smp FPN",
     "monai UNet, batch",
 )
-def test_a_step_on_two_ranks_is_that_of_the_whole_batch(name):
+def test_a_step_on_two_ranks_matches_the_whole_batch(name):
     assert_step_matches(name)

@@ -1,4 +1,4 @@
-"""``convert(fuse=True)``: which blocks are fused, that they compute the same bits as before, and the way back."""
+"""``convert(fuse=True)``: which blocks are fused, that they compute the same bits, and how it is undone."""
 
 import copy
 import pickle
@@ -18,7 +18,7 @@ from syncnorm.testing import run_ranks
 
 
 class Basic(nn.Module):
-    """A residual block as torchvision writes it: in place, one ReLU for two places."""
+    """A residual block as in torchvision: in-place operations, one ReLU module that is called twice."""
 
     def __init__(self, width_in: int = 4, width: int = 4):
         super().__init__()
@@ -94,7 +94,7 @@ class KeepsTheSum(Basic):
 
 
 class OmitsTheShortcut(Basic):
-    """Its caller may leave the shortcut out: to a tracer the argument is never None."""
+    """The shortcut is optional: for a tracer the argument is never None."""
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         y = self.bn1(self.conv1(x))
@@ -139,7 +139,7 @@ class Checkpoints(Basic):
         return F.relu(self.bn1(checkpoint(self.conv1, x, use_reentrant=False)))
 
 
-class DropsItself(Basic):
+class DrawsRandomNumbers(Basic):
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn1(self.conv1(x))) * (random.random() < 2)
 
@@ -205,8 +205,8 @@ FUSABLE: dict[Callable[[], nn.Module], set[str]] = {
 }
 NOT_FUSABLE = [
     *(AsksForTraining, Branches, UsesTheSumTwice, WritesToTheShortcut, WritesToItsInput, OmitsTheShortcut),
-    *(AsksForATensor, WithoutGradients, HalfPrecision, FullPrecision, Checkpoints, DropsItself, Remembers, Collects),
-    *(WritesThroughAnAlias, IsGivenNoShortcut),
+    *(AsksForATensor, WithoutGradients, HalfPrecision, FullPrecision, Checkpoints, DrawsRandomNumbers, Remembers),
+    *(Collects, WritesThroughAnAlias, IsGivenNoShortcut),
 ]
 
 
@@ -220,7 +220,7 @@ def test_what_is_fused(build):
 
 
 @pytest.mark.parametrize("build", NOT_FUSABLE)
-def test_what_is_not(build):
+def test_what_is_not_fused(build):
     block = build()
     before = {**block.__dict__, "features": list(getattr(block, "features", ()))}
     drawn = random.getstate(), torch.get_rng_state().tolist()
@@ -233,7 +233,7 @@ def test_what_is_not(build):
     assert not torch.is_autocast_enabled("cpu")
 
 
-def test_a_hook_that_would_see_the_sum_is_not_passed_by():
+def test_a_hook_that_would_see_the_sum_prevents_fusion():
     for name in ("bn1", "relu"):
         block = Basic()
         seen = []
@@ -243,8 +243,8 @@ def test_a_hook_that_would_see_the_sum_is_not_passed_by():
         assert seen
 
 
-def steps(fuse: bool, build: Callable[[], nn.Module]) -> dict[str, Tensor]:
-    """Three steps on uneven ranks, and an evaluation."""
+def _rank_steps(fuse: bool, build: Callable[[], nn.Module]) -> dict[str, Tensor]:
+    """Three training steps with uneven batches, and an evaluation."""
     torch.manual_seed(0)
     model = build()
     model(torch.zeros(2, 4, 6, 6))  # for the lazy one
@@ -267,13 +267,14 @@ def steps(fuse: bool, build: Callable[[], nn.Module]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("build", [network, *FUSABLE, AsksForTraining, UsesTheSumTwice, WritesToTheShortcut])
 def test_fused_computes_the_same_bits(build):
-    for plain, ours in zip(run_ranks(steps, 2, (False, build)), run_ranks(steps, 2, (True, build)), strict=True):
+    by_fuse = (run_ranks(_rank_steps, 2, (fuse, build)) for fuse in (False, True))
+    for plain, ours in zip(*by_fuse, strict=True):
         assert plain.keys() == ours.keys()
         for name in plain:
             assert torch.equal(plain[name], ours[name]), name
 
 
-def test_the_way_back_and_copies():
+def test_revert_and_copies():
     model = network()
     classes = [type(m) for m in model.modules()]
     syncnorm.convert(model, fuse=True)
@@ -292,14 +293,14 @@ def test_the_way_back_and_copies():
     assert state.keys() == model.state_dict().keys()
 
 
-def test_a_frozen_graph_does_not_outlive_the_mode():
+def test_a_fused_block_follows_the_training_mode():
     block = syncnorm.convert(sequential(), fuse=True)
     x = torch.randn(4, 4, 5, 5)
     trained = block(x)
     assert not torch.equal(block.eval()(x), trained)
 
 
-def test_a_class_made_from_a_fused_one_is_not_taken_off():
+def test_a_class_derived_from_a_fused_one_raises():
     model = syncnorm.convert(nn.Sequential(Basic(), Basic()), fuse=True)
     block = model[1]
     block.__class__ = type(f"FSDP{type(block).__name__}", (type(block),), {})  # as fully_shard does
@@ -317,7 +318,7 @@ def test_only_synced_layers_are_fused(to):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_layer_itself_takes_a_shortcut_and_rectifies(training):
+def test_the_layer_accepts_a_shortcut_and_applies_relu(training):
     torch.manual_seed(0)
     layer = syncnorm.SyncBatchNorm2d(4).train(training)
     plain = copy.deepcopy(layer)

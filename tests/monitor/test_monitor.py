@@ -1,4 +1,4 @@
-"""The monitor finds what was planted, changes no number, and leaves nothing behind."""
+"""The monitor finds deliberate differences, does not change the training, and leaves nothing behind."""
 
 import copy
 import importlib
@@ -19,7 +19,7 @@ from syncnorm.__main__ import main
 from syncnorm.comm.call import observers
 from syncnorm.errors import InputError, SyncNormError
 from syncnorm.monitor import monitor
-from syncnorm.monitor.findings import Findings, straggler
+from syncnorm.monitor.findings import Findings, find_straggler
 from syncnorm.testing import run_ranks
 from syncnorm.tools.diagnose import Overhead, Task, diagnose
 
@@ -34,16 +34,16 @@ def hooks_of(model: nn.Module) -> int:
     return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
 
 
-def trained(
+def _rank_train(
     every: int, synced: bool = True, shift: float = 0.0, sleep_s: float = 0.0, broadcast: bool = True, steps: int = 6
 ) -> dict[str, Any]:
-    """A few steps under the monitor; ``shift`` moves rank 1's data, ``sleep_s`` holds it up."""
+    """A few steps with the monitor; on rank 1 ``shift`` is added to the data and each step sleeps for ``sleep_s``."""
     rank, lines = dist.get_rank(), []
     model = build(synced)
     ddp = DistributedDataParallel(model, forward_sync_buffers=broadcast)
     optimizer = torch.optim.SGD(ddp.parameters(), 0.1)
     generator = torch.Generator().manual_seed(5 if shift else 5 + rank)
-    with monitor(ddp, every=every, tell=lines.append) as watch:
+    with monitor(ddp, every=every, log=lines.append) as watch:
         for _ in range(steps):
             if rank == 1:
                 time.sleep(sleep_s)
@@ -58,8 +58,8 @@ def trained(
     return {"found": watch.findings(), "lines": lines, "state": state, "left": (hooks_of(ddp), len(observers))}
 
 
-def test_same_bits_with_and_without_and_nothing_left_behind():
-    on, off = run_ranks(trained, 2, (2,)), run_ranks(trained, 2, (0,))
+def test_training_computes_the_same_bits_and_nothing_is_left_behind():
+    on, off = run_ranks(_rank_train, 2, (2,)), run_ranks(_rank_train, 2, (0,))
     for with_, without in zip(on, off, strict=True):
         assert all(torch.equal(value, without["state"][name]) for name, value in with_["state"].items())
         assert with_["left"] == without["left"] == (0, 0)
@@ -70,36 +70,38 @@ def test_same_bits_with_and_without_and_nothing_left_behind():
     assert (on[0]["found"].steps, on[0]["found"].samples) == (6, 3)
 
 
-def test_a_rank_that_sleeps_is_named():
-    # With DDP's broadcast the others wait there, without it at the first layer.
+def test_a_sleeping_rank_is_the_straggler():
+    # The others wait in DDP's broadcast, or without it in the first layer.
     for broadcast in (True, False):
-        found: Findings = run_ranks(trained, 2, (2, True, 0.0, 0.6, broadcast, 2))[0]["found"]
+        found: Findings = run_ranks(_rank_train, 2, (2, True, 0.0, 0.6, broadcast, 2))[0]["found"]
         assert (found.ddp_wait_ms is not None) == broadcast
         assert found.wait_ms[0] > 500
         assert found.straggler == 1
-        assert "rank 1 is behind" in str(found)
+        assert "rank 1 is a straggler" in str(found)
 
 
-def test_data_apart_is_spread_and_alike_is_not():
-    near, far = (run_ranks(trained, 2, (1, True, shift))[0]["found"] for shift in (1e-9, 5.0))
+def test_divergence_follows_the_data():
+    near, far = (run_ranks(_rank_train, 2, (1, True, shift))[0]["found"] for shift in (1e-9, 5.0))
     assert near.layers[0].spread_mean < 1e-6
     assert far.layers[0].spread_mean > 0.5
-    assert "so much alike" in str(near)
-    assert "That is far" in str(far)
+    assert "so similar" in str(near)
+    assert "That is large" in str(far)
 
 
-@pytest.mark.parametrize(("broadcast", "told"), [(True, "DDP overwrites them"), (False, "Nothing makes them equal")])
-def test_plain_batch_norms_differ_and_why(broadcast, told):
-    found = run_ranks(trained, 2, (3, False, 0.0, 0.0, broadcast))[0]["found"]
+@pytest.mark.parametrize(
+    ("broadcast", "consequence"), [(True, "DDP overwrites them"), (False, "Nothing makes them equal")]
+)
+def test_plain_batch_norms_differ_and_the_consequence_is_named(broadcast, consequence):
+    found = run_ranks(_rank_train, 2, (3, False, 0.0, 0.0, broadcast))[0]["found"]
     assert [layer.differing for layer in found.layers] == [("running_mean", "running_var")] * 2
     assert (found.wait_ms is not None, found.ddp_broadcasts) == (broadcast, broadcast)
-    assert told in str(found).replace("\n", " ")
-    assert ("Waiting: not known" in str(found)) == (not broadcast)
+    assert consequence in str(found).replace("\n", " ")
+    assert ("Waiting: unknown" in str(found)) == (not broadcast)
 
 
-def planted(which: str) -> Findings:
+def _rank_change_one_buffer(which: str) -> Findings:
     model = build()
-    with monitor(model, every=1, tell=None) as watch:
+    with monitor(model, every=1, log=None) as watch:
         model(torch.randn(8, 4))
         if dist.get_rank() == 1:
             model.get_buffer(which).view(-1)[0] += 1
@@ -108,30 +110,30 @@ def planted(which: str) -> Findings:
 
 
 @pytest.mark.parametrize("which", ["4.running_var", "4.num_batches_tracked"])
-def test_a_planted_difference_is_found(which):
-    found = run_ranks(planted, 2, (which,))[0]
+def test_a_changed_buffer_is_found(which):
+    found = run_ranks(_rank_change_one_buffer, 2, (which,))[0]
     assert [layer.differing for layer in found.layers] == [(), (which.partition(".")[2],)]
     assert "Buffers of 4 differ although the layers are synced" in str(found).replace("\n", " ")
     assert (found.steps, found.samples) == (1, 1)
 
 
-def spread_of_masked() -> Findings:
+def _rank_monitor_masked() -> Findings:
     layer = syncnorm.SyncBatchNorm1d(3)
     x = torch.ones(4, 3, 5).cumsum(2)
     mask = torch.arange(5) < 3
-    with monitor(layer, every=1, tell=None) as watch:  # the model is the layer
+    with monitor(layer, every=1, log=None) as watch:  # the model is the layer
         layer(x.masked_fill(~mask, 1e6 * dist.get_rank()), mask=mask)
     return watch.findings()
 
 
-def test_padding_is_left_out():
-    assert run_ranks(spread_of_masked, 2)[0].layers[0].spread_mean == 0
+def test_masked_positions_are_ignored():
+    assert run_ranks(_rank_monitor_masked, 2)[0].layers[0].spread_mean == 0
 
 
-def ending_badly() -> list[Any]:
+def _rank_exception_and_disagreement() -> list[Any]:
     model, seen = build(), []
     try:
-        with monitor(model, every=1, tell=seen.append):
+        with monitor(model, every=1, log=seen.append):
             model(torch.randn(8, 4))
             raise KeyError
     except KeyError:
@@ -149,15 +151,18 @@ def ending_badly() -> list[Any]:
 
 
 def test_nothing_is_left_after_an_exception_or_a_disagreement():
-    for seen in run_ranks(ending_badly, 2):
+    for seen in run_ranks(_rank_exception_and_disagreement, 2):
         assert seen[0] == seen[2] == (0, 0)
-        assert seen[1].endswith("where rank 0 of the group has 4, 8 channels, rank 1 has no more")
+        assert seen[1].startswith(
+            "syncnorm.monitor.monitor needs the same batch norms on all ranks: "
+            "rank 0 of the group has '4' with 8 channels, rank 1 has no further one"
+        )
 
 
-def test_copies_and_pickles_of_a_watched_model_are_the_models():
+def test_copies_and_pickles_of_a_monitored_model_are_not_monitored():
     model = build()
     x = torch.randn(8, 4)
-    with monitor(model, every=1, tell=None) as watch:
+    with monitor(model, every=1, log=None) as watch:
         model(x)
         copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
         for made in copies:
@@ -165,7 +170,7 @@ def test_copies_and_pickles_of_a_watched_model_are_the_models():
             assert torch.equal(made.eval()(x), copies[0].eval()(x))
         assert watch._forwards == 1
     assert watch.findings().samples == 1
-    assert "one rank: nothing to sync" in str(watch.findings())
+    assert "only one rank: nothing to synchronize" in str(watch.findings())
 
 
 def test_bad_arguments():
@@ -179,14 +184,14 @@ def test_bad_arguments():
     ("waits", "rank"),
     [((1.0, 9.0), 0), ((9.0, 1.0, 8.0), 1), ((0.1, 0.5), None), ((5.0, 6.0), None), (None, None), ((3.0,), None)],
 )
-def test_who_is_behind(waits, rank):
-    assert straggler(waits) == rank
+def test_the_straggler_is_the_rank_that_waits_least(waits, rank):
+    assert find_straggler(waits) == rank
 
 
-def test_the_command_prints_lines_table_and_sentences(monkeypatch, capsys, tmp_path):
+def test_the_command_prints_lines_table_and_conclusions(monkeypatch, capsys, tmp_path):
     found = diagnose(Task(build_small, data_small, steps=4, every=2, sync=False), 2)
     assert isinstance(found, Findings)
-    # By its path: the package holds a command of the module's name.
+    # By its path, because the package has a command with the name of the module.
     command = importlib.import_module("syncnorm.tools.cli.diagnose")
     monkeypatch.setattr(command, "run_diagnose", lambda task, ranks: found)
     monkeypatch.setattr(sys, "argv", ["syncnorm", "diagnose", "--json", str(tmp_path / "x.json")])
@@ -197,7 +202,7 @@ def test_the_command_prints_lines_table_and_sentences(monkeypatch, capsys, tmp_p
     assert '"schema": "syncnorm.diagnose"' in (tmp_path / "x.json").read_text()
 
 
-def test_the_overhead_is_measured_in_turns():
+def test_the_overhead_is_measured_in_interleaved_blocks():
     found = diagnose(Task(build_small, data_small, repetitions=1), 2)
     assert isinstance(found, Overhead)
     assert found.ratios["off"] == [1.0]
@@ -213,7 +218,7 @@ def test_the_overhead_is_measured_in_turns():
         (["--ranks", "1"], "diagnose needs at least 2 ranks, got 1"),
     ],
 )
-def test_bad_options_cost_one_line_and_exit_2(monkeypatch, capsys, arguments, message):
+def test_bad_options_print_one_line_and_exit_with_2(monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(sys, "argv", ["syncnorm", "diagnose", *arguments])
     assert main() == 2
     captured = capsys.readouterr()

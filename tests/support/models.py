@@ -120,6 +120,19 @@ class BatchNormNamed(nn.BatchNorm2d):
     colour = "blue"
 
 
+SUBCLASSES = [
+    BatchNormAct,
+    BatchNormPlusOne,
+    BatchNormTorchCall,
+    BatchNormAliased,
+    BatchNormKeywords,
+    BatchNormWithFrozenChild,
+    BatchNormOwnPickle,
+    BatchNormWithGroup,
+    BatchNormNamed,
+]
+
+
 class OwnArithmetic(nn.BatchNorm2d):
     """Normalises by hand."""
 

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm.comm.frames import capacity_for
 from syncnorm.errors import InputError
-from syncnorm.monitor.divergence import spread
+from syncnorm.monitor.divergence import rank_divergence
 from syncnorm.testing import run_ranks
 from syncnorm.tools.common.data import Batches, batch_indices, digits
 from syncnorm.tools.common.data_parallel import EmulatedDataParallel
@@ -397,7 +397,7 @@ def _spread_of_a_known_layer():
         halves = whole.next()[0].double().chunk(2)
         moments = [torch.var_mean(half, (0, 2), correction=0) for half in halves]
         means, variances = torch.stack([m for _, m in moments]), torch.stack([v for v, _ in moments])
-        expected.append(spread(means, variances, torch.tensor([1, 1])))
+        expected.append(rank_divergence(means, variances, torch.tensor([1, 1])))
     return found, torch.tensor(expected).double().square().mean(0).sqrt().tolist()
 
 

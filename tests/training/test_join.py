@@ -1,4 +1,4 @@
-"""Ranks with different numbers of batches, under torch's Join, against fp64 on the batches that there were."""
+"""Ranks with different numbers of batches in torch's Join, compared with one fp64 process on the same batches."""
 
 import copy
 
@@ -25,7 +25,7 @@ def batches(rank: int, steps: int) -> list[tuple[Tensor, Tensor]]:
     return [(torch.randn(n, 3, 5, 5, generator=generator), torch.randn(n, 4, generator=generator)) for n in rows]
 
 
-def train(steps: list[int], order: str, sync_buffers: bool = True) -> dict[str, Tensor]:
+def _rank_train(steps: list[int], order: str, sync_buffers: bool = True) -> dict[str, Tensor]:
     rank = dist.get_rank()
     ddp = DistributedDataParallel(syncnorm.convert(models.net()), forward_sync_buffers=sync_buffers)
     optimizer = torch.optim.SGD(ddp.parameters(), 0.05)
@@ -40,7 +40,7 @@ def train(steps: list[int], order: str, sync_buffers: bool = True) -> dict[str, 
 
 
 def reference(steps: list[int]) -> dict[str, Tensor]:
-    """One process, fp64: at each step the batches of the ranks that have one; gradients as DDP's."""
+    """One process in fp64, on the batches of the ranks that still have data; averages gradients as DDP does."""
     model = models.net().double()
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     data = [batches(rank, n) for rank, n in enumerate(steps)]
@@ -66,7 +66,7 @@ def reference(steps: list[int]) -> dict[str, Tensor]:
 )
 def test_ranks_end_with_equal_parameters_and_buffers(steps, order):
     want = reference(steps)
-    states = run_ranks(train, len(steps), (steps, order))
+    states = run_ranks(_rank_train, len(steps), (steps, order))
     for state in states:
         for name, value in state.items():
             assert torch.equal(value, states[0][name]), name
@@ -75,20 +75,20 @@ def test_ranks_end_with_equal_parameters_and_buffers(steps, order):
 
 def test_without_ddps_broadcast_of_buffers():
     want = reference([3, 1])
-    for state in run_ranks(train, 2, ([3, 1], "ddp first", False)):
+    for state in run_ranks(_rank_train, 2, ([3, 1], "ddp first", False)):
         assert_close(state["norm1.running_var"], want["norm1.running_var"], torch.float32)
         assert state["norm2.num_batches_tracked"] == 3 * EPOCHS
 
 
-def without_ddp() -> tuple[Tensor, Tensor]:
+def _rank_without_ddp() -> tuple[Tensor, Tensor]:
     rank = dist.get_rank()
     layer = syncnorm.SyncBatchNorm2d(3)
     member = joinable(layer)
-    for _ in range(2):  # a second epoch with the same one
+    for _ in range(2):  # a second epoch with the same joinable
         with Join([member]):
             for x, _ in batches(rank, 3 - rank):
                 layer(x)
-    if rank == 0:  # outside of Join nobody is told
+    if rank == 0:  # outside of Join one rank may make a forward
         layer.eval()(torch.randn(2, 3, 5, 5))
     return layer.running_mean, layer.num_batches_tracked
 
@@ -98,7 +98,7 @@ def test_a_model_without_ddp_twice():
     for _ in range(2):
         for step in range(3):
             layer(torch.cat([batches(r, 3 - r)[step][0] for r in range(2) if 3 - r > step]).double())
-    for mean, tracked in run_ranks(without_ddp):
+    for mean, tracked in run_ranks(_rank_without_ddp):
         assert tracked == 6
         assert_close(mean, layer.running_mean, torch.float32)
 
@@ -119,7 +119,7 @@ class Swapping(models.Net):
         return self.head(self.conv2(x).mean((2, 3)))
 
 
-def two_disagree_while_one_has_joined() -> None:
+def _rank_two_disagree_while_one_has_joined() -> None:
     rank = dist.get_rank()
     torch.manual_seed(0)
     ddp = DistributedDataParallel(syncnorm.convert(Swapping()))
@@ -130,7 +130,7 @@ def two_disagree_while_one_has_joined() -> None:
 
 def test_an_order_that_changes_on_one_rank_is_an_error_on_all():
     with pytest.raises(RankError) as caught:
-        run_ranks(two_disagree_while_one_has_joined, 3, timeout=40)
+        run_ranks(_rank_two_disagree_while_one_has_joined, 3, timeout=40)
     assert caught.value.exceptions.keys() == {0, 1, 2}
     for rank, error in caught.value.exceptions.items():
         assert isinstance(error, syncnorm.SyncNormError), (rank, error)
@@ -139,7 +139,7 @@ def test_an_order_that_changes_on_one_rank_is_an_error_on_all():
         assert "rank 2: has no more data (Join)" in str(error)
 
 
-def order_changes_on_all_ranks() -> int:
+def _rank_order_changes_everywhere() -> int:
     rank = dist.get_rank()
     layers = [syncnorm.convert(nn.BatchNorm2d(3)) for _ in range(2)]
     net = nn.ModuleList(layers)
@@ -150,5 +150,5 @@ def order_changes_on_all_ranks() -> int:
     return int(net[0].num_batches_tracked)
 
 
-def test_an_order_that_changes_on_all_ranks_is_none():
-    assert run_ranks(order_changes_on_all_ranks) == [4, 4]
+def test_the_order_of_layers_may_change_on_all_ranks():
+    assert run_ranks(_rank_order_changes_everywhere) == [4, 4]

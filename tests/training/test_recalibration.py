@@ -1,4 +1,4 @@
-"""Precise BN against fp64 statistics of all that reaches a layer."""
+"""Precise BN, compared with fp64 statistics of all values that reach a layer."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ from syncnorm.errors import InputError, SyncNormError
 from syncnorm.testing import assert_close, run_ranks
 from syncnorm.training import recalibrate
 
-# rows of each batch, by rank: uneven, fewer batches on a rank, none on a rank, three ranks
+# by rank, the rows of each batch: uneven batches, fewer on one rank, none on one rank, three ranks
 ROWS = [((4, 2), (3, 5)), ((4,), (3, 5, 2)), ((), (4, 3)), ((2, 6), (), (3,))]
 
 
@@ -24,7 +24,7 @@ def batches(rows: tuple[tuple[int, ...], ...], rank: int) -> list[Tensor]:
 
 
 class Net(nn.Module):
-    """Two norms in a row, the second with a forward of its own; a dropout; a frozen norm, in evaluation."""
+    """Two norms in sequence, the second with its own forward; a dropout; a norm in evaluation mode."""
 
     def __init__(self, synced: bool = True) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Net(nn.Module):
 
 
 def reference(by_step: list[list[Tensor]]) -> list[Tensor]:
-    """Mean and variance at each norm; a step's tensors are normalised together, as one list says."""
+    """Mean and variance at each norm; the tensors in each inner list are normalized together."""
     net, reaching = Net(synced=False), ([], [], [])
     for parts in by_step:
         x = torch.cat(parts)
@@ -59,7 +59,7 @@ def reference(by_step: list[list[Tensor]]) -> list[Tensor]:
     return [s for r in rows for s in (r.mean(0), r.var(0, unbiased=True))]
 
 
-def recalibrated(rows: tuple[tuple[int, ...], ...], synced: bool, kind: str) -> dict[str, Tensor]:
+def _rank_recalibrate(rows: tuple[tuple[int, ...], ...], synced: bool, kind: str) -> dict[str, Tensor]:
     net = Net(synced)
     mine = batches(rows, dist.get_rank())
     items = {"tensor": mine, "tuple": [(x, "label") for x in mine], "dict": [{"x": x} for x in mine]}[kind]
@@ -76,13 +76,13 @@ def recalibrated(rows: tuple[tuple[int, ...], ...], synced: bool, kind: str) -> 
 @pytest.mark.parametrize("synced", [True, False])
 def test_statistics_are_those_of_all_values_on_all_ranks(rows, synced):
     of_ranks = [batches(rows, rank) for rank in range(len(rows))]
-    if synced:  # the batches of a step are one
+    if synced:  # the batches of all ranks in one step are normalized together
         steps = [[b[i] for b in of_ranks if i < len(b)] for i in range(max(map(len, rows)))]
     else:
         steps = [[x] for b in of_ranks for x in b]
     want = reference(steps)
     kind = ("tensor", "tuple", "dict")[sum(map(sum, rows)) % 3]
-    ranks = run_ranks(recalibrated, len(rows), (rows, synced, kind))
+    ranks = run_ranks(_rank_recalibrate, len(rows), (rows, synced, kind))
     names = [f"norm{i}.running_{s}" for i in (1, 2, 3) for s in ("mean", "var")]
     for got in ranks:
         for name, value in zip(names, want, strict=True):
@@ -91,16 +91,16 @@ def test_statistics_are_those_of_all_values_on_all_ranks(rows, synced):
         assert [int(got[f"norm{i}.num_batches_tracked"]) for i in (1, 2, 3)] == [0, 0, 0]
 
 
-def of_groups() -> dict[str, Tensor]:
-    """Ranks 0 and 1 share statistics; rank 2 is alone."""
+def _rank_recalibrate_in_groups() -> dict[str, Tensor]:
+    """Ranks 0 and 1 share statistics; rank 2 has its own group."""
     groups = [dist.new_group([0, 1]), dist.new_group([2])]
     layer = syncnorm.SyncBatchNorm(3, process_group=groups[dist.get_rank() // 2], dtype=torch.float64)
     recalibrate(layer, batches(ROWS[3], dist.get_rank()))
     return dict(layer.named_buffers())
 
 
-def test_each_group_has_its_own():
-    for rank, got in enumerate(run_ranks(of_groups, 3)):
+def test_each_group_has_its_own_statistics():
+    for rank, got in enumerate(run_ranks(_rank_recalibrate_in_groups, 3)):
         values = torch.cat([x for r in ((2,) if rank == 2 else (0, 1)) for x in batches(ROWS[3], r)])
         assert_close(got["running_mean"], values.mean((0, 2, 3)), torch.float64)
         assert_close(got["running_var"], values.var((0, 2, 3), unbiased=True), torch.float64)
@@ -111,21 +111,21 @@ def masked(rank: int) -> dict[str, Tensor]:
     return {"input": torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(rank)) + 5, "mask": mask}
 
 
-def of_masked() -> dict[str, Tensor]:
+def _rank_recalibrate_masked() -> dict[str, Tensor]:
     layer = syncnorm.SyncBatchNorm(3)
     recalibrate(layer, [masked(dist.get_rank())] if dist.get_rank() else [masked(0), masked(2)])
     return dict(layer.named_buffers())
 
 
-def test_padding_does_not_count():
+def test_masked_positions_are_ignored():
     values = torch.cat([d["input"].movedim(1, -1)[d["mask"]] for d in map(masked, range(3))]).double()
-    for got in run_ranks(of_masked):
+    for got in run_ranks(_rank_recalibrate_masked):
         assert_close(got["running_mean"], values.mean(0), torch.float32)
         assert_close(got["running_var"], values.var(0, unbiased=True), torch.float32)
 
 
-def test_alone_the_first_batches_count_in_fp64():
-    layer = nn.BatchNorm1d(2)  # fp32, of data whose mean is far above their standard deviation
+def test_one_process_pools_the_first_batches_in_fp64():
+    layer = nn.BatchNorm1d(2)  # fp32; the mean of the data is far above their standard deviation
     data = torch.randn(50, 8, 2) + 4096
     recalibrate(layer, data, num_batches=40)
     used = data[:40].double().flatten(0, 1)
@@ -134,7 +134,7 @@ def test_alone_the_first_batches_count_in_fp64():
 
 
 class Unused(nn.Module):
-    """A norm that its forward leaves out."""
+    """Its forward does not call one of its norms."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,13 +144,13 @@ class Unused(nn.Module):
         return self.norm(x)
 
 
-def test_a_layer_that_sees_nothing_keeps_its_statistics():
+def test_a_layer_without_input_keeps_its_statistics():
     model = Unused()
     recalibrate(model, [torch.randn(4, 2) + 9])
     assert model.norm.running_mean.min() > 5
     assert model.unused.running_mean.tolist() == [0, 0]
     assert model.unused.running_var.tolist() == [1, 1]
-    recalibrate(nn.ReLU(), [])  # no norm, nothing to do
+    recalibrate(nn.ReLU(), [])  # no norm: nothing to do
 
 
 def failing(rank: int) -> Iterator[Tensor]:
@@ -160,15 +160,15 @@ def failing(rank: int) -> Iterator[Tensor]:
     yield torch.randn(4, 3)
 
 
-def one_loader_fails() -> tuple[str, list[float], bool, int]:
+def _rank_one_loader_fails() -> tuple[str, list[float], bool, int]:
     layer = syncnorm.SyncBatchNorm(3).eval()
     with pytest.raises((OSError, SyncNormError)) as caught:
         recalibrate(layer, failing(dist.get_rank()))
     return repr(caught.value), layer.running_mean.tolist(), layer.training, len(layer._forward_hooks)
 
 
-def test_a_rank_whose_batches_raise_stops_all_and_changes_nothing():
-    (other, *zero), (own, *one) = run_ranks(one_loader_fails)
+def test_an_error_of_one_loader_raises_on_all_ranks_and_changes_nothing():
+    (other, *zero), (own, *one) = run_ranks(_rank_one_loader_fails)
     assert "the batches of rank 1 raised OSError: the disk is gone" in other
     assert own == "OSError('the disk is gone')"
     assert zero == one == [[0, 0, 0], False, 0]
@@ -184,22 +184,22 @@ def test_a_model_that_raises_changes_nothing():
     assert not model[0]._forward_hooks
 
 
-def different_layers() -> str:
+def _rank_different_layers() -> str:
     with pytest.raises(SyncNormError) as caught:
         recalibrate(nn.Sequential(nn.BatchNorm1d(3 + dist.get_rank())), [torch.randn(4, 3 + dist.get_rank())])
     return str(caught.value)
 
 
-def no_batches() -> str:
+def _rank_no_batches() -> str:
     with pytest.raises(InputError) as caught:
         recalibrate(syncnorm.SyncBatchNorm(3), [])
     return str(caught.value)
 
 
-def test_refusals():
-    for message in run_ranks(different_layers):
-        assert "where rank 0 of the group has 0 of 3 channels, rank 1 has 0 of 4 channels" in message
-    for message in (*run_ranks(no_batches), no_batches()):
+def test_errors():
+    for message in run_ranks(_rank_different_layers):
+        assert "rank 0 of the group has '0' with 3 channels, rank 1 has '0' with 4 channels" in message
+    for message in (*run_ranks(_rank_no_batches), _rank_no_batches()):
         assert "no rank has one" in message
     with pytest.raises(InputError, match="tensors or dicts of them as inputs, got int"):
         recalibrate(nn.BatchNorm1d(3), [(3, "label")])

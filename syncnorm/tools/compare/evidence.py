@@ -165,7 +165,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class LayerSpread:
-    """How far the ranks' statistics lie apart in one norm layer, as `syncnorm.monitor.divergence.Spread` says it.
+    """The divergence of the ranks' statistics in one norm layer, see `syncnorm.monitor.divergence.RankDivergence`.
 
     Root mean square over a few batches; ``None`` where no channel varies.
     """

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from syncnorm.monitor.divergence import spread
+from syncnorm.monitor.divergence import rank_divergence
 from syncnorm.tools.common.data import Batches
 from syncnorm.tools.common.ranks import Ranks
 from syncnorm.tools.compare.evidence import LayerSpread
@@ -61,7 +61,7 @@ def _moments(x: Tensor) -> _Moments:
 
 def _of_layer(name: str, of_rank: list[list[_Moments]]) -> LayerSpread:
     found = [
-        spread(
+        rank_divergence(
             torch.stack([m.mean_C for m in call]),
             torch.stack([m.var_C for m in call]),
             torch.tensor([m.num_values for m in call]),

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncnorm.errors import SyncNormError
-from syncnorm.monitor.bits import bits_of
+from syncnorm.monitor.divergence import bit_digest
 from syncnorm.testing.oracle import TOLERANCES
 from syncnorm.tools.selftest.records import Measured, Verdict
 
@@ -49,4 +49,4 @@ class Trial:
 
     def same_on_all_ranks(self, what: str, tensor: Tensor) -> None:
         """To be compared bit for bit with the other ranks', when the case is over."""
-        self.verdict.bits[what] = bits_of(tensor)
+        self.verdict.bits[what] = bit_digest(tensor)

@@ -40,7 +40,7 @@ from syncnorm.tools.study.trials import (
     run_trials,
 )
 from syncnorm.training import merge_buffers, recalibrate
-from syncnorm.training.layers import running, tracking
+from syncnorm.training.buffers import running_stats, tracking_layers
 
 BATCH = 16
 RATES = (0.05, 0.1, 0.2)
@@ -140,9 +140,11 @@ def _tested(trial: Trial, model: nn.Module, images: Images, inputs: list[Tensor]
 def distance(model: nn.Module, reference: nn.Module) -> float:
     """Difference of the running means, in standard deviations of ``reference``: root mean square over channels."""
     differences = []
-    for layer, reference_layer in zip(tracking(model).values(), tracking(reference).values(), strict=True):
-        mean, var = running(reference_layer)
-        differences.append((running(layer)[0] - mean) / (var + reference_layer.eps).sqrt())
+    for layer, reference_layer in zip(
+        tracking_layers(model).values(), tracking_layers(reference).values(), strict=True
+    ):
+        mean, var = running_stats(reference_layer)
+        differences.append((running_stats(layer)[0] - mean) / (var + reference_layer.eps).sqrt())
     return float(torch.cat(differences).double().square().mean().sqrt())
 
 
