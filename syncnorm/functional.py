@@ -9,7 +9,7 @@ Source: Ioffe and Szegedy, "Batch Normalization" (2015), algorithm 1 and the der
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,14 +19,12 @@ from torch.overrides import handle_torch_function
 
 from syncnorm import comm
 from syncnorm.comm import process_groups
+from syncnorm.comm.process_groups import ProcessGroupLike
 from syncnorm.errors import REFUSED, InputError, SyncNormError
 from syncnorm.layer import checkpointing, checks, func_transforms, fused_relu, local
 from syncnorm.layer.autograd import NoGradArgs, SyncBatchNormFunction, has_own_class, plain_tensor
 from syncnorm.layer.moments import Running
 from syncnorm.layer.sync import Sync
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 
 def sync_batch_norm(
@@ -39,7 +37,7 @@ def sync_batch_norm(
     momentum: float | None = 0.1,
     eps: float = 1e-5,
     *,
-    process_group: dist.ProcessGroup | DeviceMesh | None = None,
+    process_group: ProcessGroupLike = None,
     mask: Tensor | None = None,
     residual: Tensor | None = None,
     relu: bool = False,

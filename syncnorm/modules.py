@@ -6,7 +6,7 @@ import dataclasses
 import sys
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,12 +17,10 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from syncnorm import comm, functional
 from syncnorm.comm import process_groups
 from syncnorm.comm.layer_names import LayerName, Model
+from syncnorm.comm.process_groups import ProcessGroupLike
 from syncnorm.errors import SyncNormError
 from syncnorm.layer import checks
 from syncnorm.layer.sync import Sync
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 INSTEAD = "call the layer, or syncnorm.functional.sync_batch_norm"
 
@@ -44,7 +42,7 @@ class Synced:
         return self._sync_group.group
 
     @process_group.setter
-    def process_group(self, group: dist.ProcessGroup | DeviceMesh | None) -> None:
+    def process_group(self, group: ProcessGroupLike) -> None:
         self._sync_group = process_groups.GroupHandle(process_groups.resolve(group))
         if self._sync_name is not None:
             self._sync_name = dataclasses.replace(self._sync_name, group=self._sync_group.peek())
@@ -237,7 +235,7 @@ class SyncBatchNorm(SyncMixin, BatchNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        process_group: dist.ProcessGroup | DeviceMesh | None = None,
+        process_group: ProcessGroupLike = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
