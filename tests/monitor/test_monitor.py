@@ -21,7 +21,7 @@ from syncnorm.errors import InputError, SyncNormError
 from syncnorm.monitor import monitor
 from syncnorm.monitor.findings import Findings, straggler
 from syncnorm.testing import run_ranks
-from syncnorm.tools.diagnose import Overhead, Task, diagnose
+from syncnorm.tools.diagnose import Overhead, TrainingRun, diagnose
 
 
 def build(synced: bool = True) -> nn.Module:
@@ -184,11 +184,11 @@ def test_who_is_behind(waits, rank):
 
 
 def test_the_command_prints_lines_table_and_sentences(monkeypatch, capsys, tmp_path):
-    found = diagnose(Task(build_small, data_small, steps=4, every=2, sync=False), 2)
+    found = diagnose(TrainingRun(build_small, data_small, steps=4, every=2, sync=False), 2)
     assert isinstance(found, Findings)
     # By its path: the package holds a command of the module's name.
     command = importlib.import_module("syncnorm.tools.cli.diagnose")
-    monkeypatch.setattr(command, "run_diagnose", lambda task, ranks: found)
+    monkeypatch.setattr(command, "run_diagnose", lambda run, ranks: found)
     monkeypatch.setattr(sys, "argv", ["syncnorm", "diagnose", "--json", str(tmp_path / "x.json")])
     assert main() == 0
     out = capsys.readouterr().out
@@ -198,7 +198,7 @@ def test_the_command_prints_lines_table_and_sentences(monkeypatch, capsys, tmp_p
 
 
 def test_the_overhead_is_measured_in_turns():
-    found = diagnose(Task(build_small, data_small, repetitions=1), 2)
+    found = diagnose(TrainingRun(build_small, data_small, repetitions=1), 2)
     assert isinstance(found, Overhead)
     assert found.ratios["off"] == [1.0]
     assert found.ratios.keys() == {"off", "every 50", "every 1"}
