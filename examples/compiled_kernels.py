@@ -1,10 +1,11 @@
-"""Prints the kernels that torch.compile makes of a convolution, a synced batch norm, a shortcut and a ReLU.
+"""Prints the kernels that torch.compile generates for a convolution, a synced batch norm, a shortcut and a ReLU.
 
 torchrun --nproc-per-node 2 examples/compiled_kernels.py
 
-Forward: one kernel for the local statistics, ``syncnorm::gather_moments``, one that merges and updates by channel,
-one for all that follows. Backward: one for both sums, ``syncnorm::reduce_sums``, one for dx, with the ReLU's part in
-each. The others, the first and the last, are of the convolution and the shortcut.
+Forward: one kernel for the local statistics, ``syncnorm::gather_moments``, one kernel that merges the statistics and
+updates the running statistics, and one for everything after that. Backward: one kernel for both sums,
+``syncnorm::reduce_sums``, and one for dx; both include the backward of the ReLU. The remaining kernels, first and
+last, belong to the convolution and the shortcut.
 """
 
 import re
@@ -31,7 +32,7 @@ class Block(nn.Module):
 
 
 def step() -> None:
-    """A forward and a backward."""
+    """Runs a forward and a backward."""
     block(x).square().sum().backward()
 
 
@@ -44,6 +45,6 @@ if dist.get_rank() == 0:
         calls = code[code.index("def call(") :]
         names = re.findall(r"(?:cpp_(?=fused)|ops\.syncnorm\.|ops\.aten\.)(\w+)(?:\.default)?\(", calls)
         print(f"{direction}: {', '.join(names)}")
-    normalise = re.findall(r"cpp_fused_\w*relu\w* = .*?'''\n(.*?)'''", codes[0], re.DOTALL)[0]
-    print(normalise)
+    normalize = re.findall(r"cpp_fused_\w*relu\w* = .*?'''\n(.*?)'''", codes[0], re.DOTALL)[0]
+    print(normalize)
 dist.destroy_process_group()

@@ -1,10 +1,11 @@
-"""Detection with two images a rank: a feature pyramid and a head, with batch norm in both.
+"""Detection with two images per rank: a feature pyramid and a head, both with batch norm.
 
-What it shows: the case with too few images for statistics of their own. Levels share the head's convolutions alone.
+What it shows: too few images per rank for local statistics. The levels of the pyramid share the convolutions of the
+               head, but not its batch norms.
 How to start:  torchrun --nproc-per-node 2 examples/detection.py
-What it prints: in how many of 100 new images a level's surest cell is at most one off its digit's centre, and
-the size within a quarter; how far the ranks' running statistics are apart.
-Data: synthetic, scikit-learn's digits placed at random, small and large, on a canvas of noise. Needs: scikit-learn.
+What it prints: for each level, in how many of 100 new images the cell with the highest score is at most one cell from
+the center of the digit, and the size at most 25 % wrong; the difference of the running statistics between ranks.
+Data: synthetic, a small and a large digit of scikit-learn at random places on noise. Needs: scikit-learn.
 """
 
 import torch
@@ -25,23 +26,23 @@ def conv(a: int, b: int, stride: int = 1) -> nn.Sequential:
 
 
 class Detector(nn.Module):
-    """(N, 1, 64, 64) -> (N, 2, 16, 16), (N, 2, 8, 8): a logit for "a centre is here", and log(size in cells)."""
+    """(N, 1, 64, 64) -> (N, 2, 16, 16), (N, 2, 8, 8): a logit for "a center is here", and log(size in cells)."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
         self.fine, self.coarse = nn.Sequential(conv(1, 16, 2), conv(16, width, 2)), conv(width, width, 2)
         self.head, self.last = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.Conv2d(width, 2, 3, padding=1)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for _ in range(2))  # levels differ in their statistics
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for _ in range(2))  # the statistics of the levels differ
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """The pyramid, from coarse to fine, and the head on each level."""
+        """The head on the fine and on the coarse level of the pyramid."""
         coarse = self.coarse(fine := self.fine(x))
         levels = zip(self.norms, (fine + F.interpolate(coarse, scale_factor=2), coarse), strict=True)
         return [self.last(F.relu(norm(self.head(x)))) for norm, x in levels]
 
 
 def step(count: int) -> tuple[Tensor, list[int]]:
-    """The model on new scenes, a small and a large digit on each: its loss, and how many of each it finds."""
+    """Runs the model on images with a small and a large digit each; returns the loss and the numbers found."""
     canvas, places, loss, found = torch.rand(count, 1, 64, 64) / 4, torch.randint(32, (count, 2, 2)), 0, []
     sizes = torch.tensor([10, 24]) + torch.randint(9, (count, 2))
     for image, corners, both in zip(canvas, places.tolist(), sizes.tolist(), strict=True):
@@ -61,13 +62,13 @@ def step(count: int) -> tuple[Tensor, list[int]]:
 dist.init_process_group("gloo")
 torch.manual_seed(0)
 model = syncnorm.convert(Detector())
-ddp = DistributedDataParallel(model, forward_sync_buffers=False)  # each rank keeps running statistics of its own
-optimiser = torch.optim.Adam(ddp.parameters(), lr=5e-3)
+ddp = DistributedDataParallel(model, forward_sync_buffers=False)  # DDP does not broadcast the running statistics
+optimizer = torch.optim.Adam(ddp.parameters(), lr=5e-3)
 torch.manual_seed(1 + dist.get_rank())
 for _ in range(250):
-    optimiser.zero_grad()
+    optimizer.zero_grad()
     step(2)[0].backward()
-    optimiser.step()
+    optimizer.step()
 mine = torch.cat([value for name, value in model.named_buffers() if "running" in name])
 dist.broadcast(first := mine.clone(), 0)
 dist.reduce(apart := (mine - first).abs().max(), 0, dist.ReduceOp.MAX)

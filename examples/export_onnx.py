@@ -1,10 +1,10 @@
-"""Training with synchronised batch norm, then an ONNX file with plain batch norm: ``revert`` before the export.
+"""Training with synchronized batch norm, then export to ONNX with plain batch norm: ``revert`` before the export.
 
-What it shows: the way out of training. A synced layer exchanges statistics with other ranks, which no ONNX operator
-               does; after ``revert`` the model holds the classes of before, with the trained statistics.
+What it shows: how to deploy a trained model. A synced layer exchanges statistics with other ranks, for which ONNX has
+               no operator; after ``revert`` the model has its original classes, with the trained statistics.
 How to start:  torchrun --nproc-per-node 2 examples/export_onnx.py --file digits.onnx
-What it prints: the operators of the file that normalise, and how far its output is from that of the synced model, by
-ONNX's own reference evaluator. Needs: onnx, onnxscript, scikit-learn for its digits.
+What it prints: the normalization operators in the file, and the difference of its output from that of the synced
+model, computed by ONNX's reference evaluator. Needs: onnx, onnxscript, scikit-learn for its digits.
 """
 
 import argparse
@@ -28,7 +28,7 @@ dist.init_process_group("gloo")
 torch.manual_seed(0)
 images, labels = load_digits(return_X_y=True)
 x, y = torch.tensor(images).float().view(-1, 1, 8, 8) / 16, torch.tensor(labels)
-# ReLU before the norm: else the exporter folds batch norm into the convolution
+# ReLU before the norm: otherwise the exporter folds the batch norm into the convolution.
 model = nn.Sequential(
     nn.Conv2d(1, 16, 3, padding=1),
     nn.ReLU(),
@@ -39,12 +39,12 @@ model = nn.Sequential(
 )
 model = syncnorm.convert(model)
 ddp = DistributedDataParallel(model)
-optimiser = torch.optim.SGD(ddp.parameters(), lr=0.1)
+optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
 for rows in torch.arange(320).split(8):
     mine = rows[dist.get_rank() :: dist.get_world_size()]
-    optimiser.zero_grad()
+    optimizer.zero_grad()
     F.cross_entropy(ddp(x[mine]), y[mine]).backward()
-    optimiser.step()
+    optimizer.step()
 dist.barrier()
 
 if dist.get_rank() == 0:

@@ -1,9 +1,9 @@
 """FSDP2 (``fully_shard``) over the device mesh whose ranks share statistics.
 
-What it shows: shard first, convert after: ``fully_shard`` gives a sharded module a class made from the one it had, so
-               only a conversion that comes after it can be reverted.
+What it shows: shard first, then convert: ``fully_shard`` replaces the class of a sharded module by a subclass of it,
+               so only a conversion after that can be reverted.
 How to start:  torchrun --nproc-per-node 2 examples/fsdp2.py
-What it prints: which layers are synced over which ranks; how far the weights are, after training, from those of one
+What it prints: which layers are synced over which ranks; the difference of the trained weights from those of one
 process with plain batch norm and the whole batch; the layers after ``revert``. Needs: scikit-learn for its digits.
 """
 
@@ -43,13 +43,13 @@ images, labels = load_digits(return_X_y=True)
 x = torch.tensor(images, device=mesh.device_type).float().view(-1, 1, 8, 8) / 16
 y = torch.tensor(labels, device=mesh.device_type)
 for net, part in ((model, slice(rank, None, ranks)), (whole, slice(None))):
-    optimiser = torch.optim.SGD(net.parameters(), lr=0.02)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.02)
     for step in range(20):
         batch = slice(8 * step, 8 * step + 8)
         loss = F.cross_entropy(net(x[batch][part]), y[batch][part])
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
 
 pairs = zip(model.parameters(), whole.parameters(), strict=True)
 errors = [((p.full_tensor() - q).abs().max() / q.abs().max()).item() for p, q in pairs]

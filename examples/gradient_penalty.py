@@ -1,9 +1,9 @@
-"""Steps of a critic with a gradient penalty, as in WGAN-GP, under DDP with synchronized batch norm.
+"""Trains a critic with a gradient penalty, as in WGAN-GP, in DDP with synchronized batch norm.
 
 torchrun --nproc-per-node 2 examples/gradient_penalty.py
 
-The penalty holds the gradient of the critic at its input, so training it needs the derivative of each layer's
-backward, through the statistics that all ranks share.
+The penalty contains the gradient of the critic with respect to its input, so its own gradient needs the double
+backward of each layer, through the statistics that all ranks share.
 """
 
 import torch
@@ -30,7 +30,7 @@ def main() -> None:
     critic = DistributedDataParallel(syncnorm.convert(critic))
     optimizer = torch.optim.Adam(critic.parameters(), lr=0.005)
 
-    torch.manual_seed(dist.get_rank())  # from here on each rank draws its own images
+    torch.manual_seed(dist.get_rank())  # from now on each rank draws other images
     for step in range(100):
         x = torch.randn(8, 1, 8, 8, requires_grad=True)
         score = critic(x).flatten()
@@ -46,6 +46,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # In a function, so that graphs and groups are gone before the interpreter ends: autograd's and gloo's threads do
-    # not always survive that.
+    # In a function, so that graphs and groups are freed before the interpreter shuts down, which the threads of
+    # autograd and gloo do not always survive.
     main()

@@ -1,10 +1,10 @@
-"""Hugging Face's Trainer: a callback that converts before training and reverts after it.
+"""Hugging Face Trainer: a callback that converts the model before training and reverts it afterwards.
 
 What it shows: ``Trainer(callbacks=[SyncNorm()])`` on a ResNet classifier and on SegFormer, whose decode head has a
                batch norm. Both are built from a configuration with random weights: nothing is downloaded.
 How to start:  torchrun --nproc-per-node 2 examples/hf_trainer.py
-What it prints: for each model the mean loss of the first and last 5 steps; how far the ranks' running statistics are
-apart after training (local batch norm leaves each rank with its own); the classes of its norms.
+What it prints: for each model the mean loss of the first and last 5 steps; the difference of the running statistics
+between ranks after training (large with local batch norm); the classes of its norms.
 Needs: transformers, scikit-learn for its digits.
 """
 
@@ -23,14 +23,14 @@ import syncnorm
 
 
 class SyncNorm(hf.TrainerCallback):
-    """The Trainer has wrapped the model in DDP by then; both changes are in place, so DDP sees them."""
+    """The Trainer has already wrapped the model in DDP; both changes are in place, so DDP sees them."""
 
     def on_train_begin(self, args, state, control, model, **kwargs):
-        """Convert."""
+        """Converts the model."""
         syncnorm.convert(model)
 
     def on_train_end(self, args, state, control, model, **kwargs):
-        """Revert: what is saved afterwards, or exported, is the model of before."""
+        """Reverts the model, so that its original classes are saved or exported."""
         syncnorm.revert(model)
 
 
@@ -43,7 +43,9 @@ segformer = hf.SegformerConfig(**sizes, **heads, **patches, num_labels=2)
 images, labels = load_digits(return_X_y=True)
 x = torch.tensor(images[:160]).float().view(-1, 1, 8, 8).repeat_interleave(4, 2).repeat_interleave(4, 3) / 16
 digits = [{"pixel_values": image, "labels": int(label)} for image, label in zip(x, labels, strict=False)]
-ink = [{"pixel_values": image, "labels": (image[0] > 0.5).long()} for image in x]  # which pixels are ink, (32, 32)
+ink = [
+    {"pixel_values": image, "labels": (image[0] > 0.5).long()} for image in x
+]  # (32, 32), 1 where a pixel is part of the digit
 arguments = hf.TrainingArguments(
     output_dir="out",
     use_cpu=not torch.cuda.is_available(),
@@ -56,7 +58,7 @@ arguments = hf.TrainingArguments(
     disable_tqdm=True,
     dataloader_pin_memory=False,
     ddp_find_unused_parameters=False,
-    average_tokens_across_devices=False,  # else the Trainer multiplies the loss by the number of ranks
+    average_tokens_across_devices=False,  # otherwise the Trainer multiplies the loss by the number of ranks
 )
 for model_class, config, data in [
     (hf.ResNetForImageClassification, resnet, digits),

@@ -1,10 +1,10 @@
-"""Lightning: a ``LayerSync`` plugin that converts before training and reverts after it.
+"""Lightning: a ``LayerSync`` plugin that converts the model before training and reverts it afterwards.
 
-What it shows: ``Trainer(plugins=[SyncNorm()])`` in place of ``Trainer(sync_batchnorm=True)``, which refuses CPUs and
-               rebuilds the layers; the LightningModule stays as it is.
+What it shows: ``Trainer(plugins=[SyncNorm()])`` instead of ``Trainer(sync_batchnorm=True)``, which does not support
+               CPUs and creates new layers; the LightningModule does not change.
 How to start:  python examples/lightning_layer_sync.py   # Lightning starts the second rank itself
-What it prints: each epoch's loss over both ranks' batches and how far the ranks' running means are apart (local
-batch norm leaves each rank with its own); the classes after training. Needs: lightning, scikit-learn for its digits.
+What it prints: for each epoch the mean loss over both ranks and the difference of the running means between ranks
+(large with local batch norm); the classes after training. Needs: lightning, scikit-learn for its digits.
 """
 
 import warnings
@@ -22,14 +22,14 @@ import syncnorm
 
 
 class SyncNorm(LayerSync):
-    """Lightning calls ``apply`` before it wraps the model in DDP, and ``revert`` when the fit is over."""
+    """Lightning calls ``apply`` before it wraps the model in DDP, and ``revert`` at the end of ``fit``."""
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Convert, in place."""
+        """Converts the model in place."""
         return syncnorm.convert(model)
 
     def revert(self, model: nn.Module) -> nn.Module:
-        """Back to the classes before."""
+        """Restores the original classes."""
         return syncnorm.revert(model)
 
 
@@ -45,13 +45,13 @@ class Digits(L.LightningModule):
         self.net = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Cross-entropy of one rank's batch; logged as the mean over ranks."""
+        """The cross-entropy of this rank's batch; its mean over the ranks is logged."""
         loss = F.cross_entropy(self.net(batch[0]), batch[1])
         self.log("loss", loss, on_epoch=True, on_step=False, sync_dist=True)
         return loss
 
     def on_train_epoch_end(self) -> None:
-        """Print what was logged, and how far the ranks' statistics are apart."""
+        """Prints what was logged, and the difference of the running means between ranks."""
         mine = self.net[1][1].running_mean
         dist.broadcast(first := mine.clone(), 0)
         dist.reduce(apart := (mine - first).abs().max(), 0, dist.ReduceOp.MAX)
@@ -64,7 +64,7 @@ class Digits(L.LightningModule):
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")  # Lightning's, on workers and loggers that such a small run leaves out
+    warnings.simplefilter("ignore")  # of Lightning, about workers and loggers that a small run does not need
     L.seed_everything(0, verbose=False)
     images, labels = load_digits(return_X_y=True)
     data = TensorDataset(torch.tensor(images[:400]).float().view(-1, 1, 8, 8) / 16, torch.tensor(labels[:400]))

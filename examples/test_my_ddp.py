@@ -1,9 +1,9 @@
-"""Tests of one's own DDP code on a CPU, with the pytest plugin that syncnorm brings along.
+"""How to test your own DDP code on a CPU, with the pytest plugin that is installed with syncnorm.
 
-What it shows: ``run_ranks`` and ``assert_matches_single_process``: real gloo ranks inside pytest, kept between tests.
+What it shows: ``run_ranks`` and ``assert_matches_single_process``: real gloo ranks in pytest, kept between tests.
 How to start:  pytest examples/test_my_ddp.py   # or with -n auto, under pytest-xdist
-What it prints: pytest's own summary; a rank that raises fails its test with that rank's traceback.
-Needs: pytest, scikit-learn. Copy the file and put your own ``build_model`` and ``train`` in place of these two.
+What it prints: pytest's summary; if a rank raises, its test fails with the traceback of the rank.
+Needs: pytest, scikit-learn. Copy the file and replace ``build_model`` and ``train`` by your own.
 """
 
 import pytest
@@ -28,33 +28,33 @@ def build_model() -> nn.Module:
 
 
 def train(sync: bool, batch: int = 8) -> dict[str, Tensor]:
-    """The code under test: each rank trains on its own rows of each batch; returns the state dict."""
+    """The code under test: each rank trains on its own rows of each batch. Returns the state dict."""
     model = syncnorm.convert(build_model()) if sync else build_model()
     ddp = DistributedDataParallel(model)
-    optimiser = torch.optim.SGD(ddp.parameters(), lr=0.05)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05)
     for rows in torch.arange(len(IMAGES)).split(batch):
         rows = rows[dist.get_rank() :: dist.get_world_size()]
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         F.cross_entropy(ddp(IMAGES[rows]), LABELS[rows]).backward()
-        optimiser.step()
+        optimizer.step()
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def test_two_ranks_train_like_one(run_ranks):
-    """The whole of the training: one rank with the whole batch against two with half of it each."""
+    """Compares the whole training of one rank on the whole batch with that of two ranks on half of it each."""
     (want,) = run_ranks(train, 1, (True,))
     for got in run_ranks(train, 2, (True,)):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
 
 
 def test_ranks_agree_to_the_last_bit(run_ranks):
-    """Weights and running statistics: what DDP alone does not promise of the latter."""
+    """Weights and running statistics are the same on both ranks; DDP alone guarantees only the former."""
     first, second = run_ranks(train, 2, (True,))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_without_syncing_the_statistics_drift_apart(run_ranks):
-    """The test above can fail: local batch norm fails it."""
+    """The test above can fail: it does with local batch norm."""
     first, second = run_ranks(train, 2, (False,))
     assert torch.equal(first["0.weight"], second["0.weight"])
     assert not torch.equal(first["1.running_mean"], second["1.running_mean"])
@@ -62,5 +62,5 @@ def test_without_syncing_the_statistics_drift_apart(run_ranks):
 
 @pytest.mark.parametrize("splits", [[4, 4], [7, 1], [8, 0]], ids=str)
 def test_the_model_on_uneven_ranks(assert_matches_single_process, splits):
-    """Outputs, gradients, weights and buffers of two steps against fp64 on the whole batch."""
+    """Compares outputs, gradients, weights and buffers of two steps with fp64 on the whole batch."""
     assert_matches_single_process(build_model, IMAGES[:8], world_size=2, splits=splits, steps=2)

@@ -1,11 +1,11 @@
-"""An Accelerate training script with synchronised batch norm: two lines more than the script without it.
+"""An Accelerate training script with synchronized batch norm: two lines more than without it.
 
 What it shows: ``convert`` before ``prepare``, ``revert`` before saving; the losses are those of one process.
 How to start:  accelerate launch --multi_gpu --num_processes 2 examples/train_accelerate.py  # without GPUs too
                torchrun --nproc-per-node 2 examples/train_accelerate.py                     # the same
                python examples/train_accelerate.py                                          # one process, to compare
-What it prints: the loss over the global batch every 10 steps, alike for any number of processes; then the classes
-of the norm layers that were saved. Needs: scikit-learn for its digits.
+What it prints: the loss of the global batch every 10 steps, the same for any number of processes; then the classes of
+the saved norm layers. Needs: scikit-learn for its digits.
 
 The diff::
 
@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import syncnorm
 
-# The batch of 8 below is all the ranks' together, and its order does not depend on how many they are.
+# The batch of 8 below is the global batch, and the order does not depend on the number of ranks.
 loading = DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True)
 accelerator = Accelerator(cpu=not torch.cuda.is_available(), dataloader_config=loading)  # cpu=True: gloo
 set_seed(0)

@@ -1,9 +1,9 @@
-"""Train a CNN on scikit-learn's digits with DDP and synchronised batch norm; run it again to resume.
+"""Train a CNN on scikit-learn's digits with DDP and synchronized batch norm; run it again to resume.
 
 torchrun --nproc-per-node 2 examples/train_ddp.py --epochs 3 --checkpoint digits.pt
 
-The global batch is the same on any number of ranks, and so, with synced norms, is what the model learns, but for
-rounding, also when an elastic job goes on with fewer. On several machines all must see the checkpoint's folder.
+The global batch does not depend on the number of ranks. With synced norms, neither does the result, except for
+rounding, even if an elastic job continues with fewer ranks. All machines need access to the folder of the checkpoint.
 """
 
 import argparse
@@ -33,7 +33,7 @@ if not args.checkpoint.absolute().parent.is_dir():
     parser.error(f"--checkpoint {args.checkpoint}: there is no such folder")
 
 cuda = torch.cuda.is_available()
-if not dist.is_initialized():  # Ray Train has made the group already
+if not dist.is_initialized():  # Ray Train has already initialized it
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=5))
 device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
 torch.manual_seed(0)  # the same weights and the same split on every rank
@@ -50,12 +50,12 @@ blocks = [
 ]
 model = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)).to(device)
 ddp = DistributedDataParallel(syncnorm.convert(model))
-optimiser = torch.optim.SGD(ddp.parameters(), lr=args.lr, momentum=0.9)
+optimizer = torch.optim.SGD(ddp.parameters(), lr=args.lr, momentum=0.9)
 first = 0
 if args.checkpoint.exists():
     saved = torch.load(args.checkpoint, map_location=device)
     model.load_state_dict(saved["model"])
-    optimiser.load_state_dict(saved["optimiser"])
+    optimizer.load_state_dict(saved["optimizer"])
     first = saved["epoch"] + 1
     if dist.get_rank() == 0:
         print(f"{args.checkpoint} has {first} of {args.epochs} epochs", flush=True)
@@ -64,16 +64,18 @@ for epoch in range(first, args.epochs):
     sampler.set_epoch(epoch)
     ddp.train()
     for images, labels in loader:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         nn.functional.cross_entropy(ddp(images.to(device)), labels.to(device)).backward()
-        optimiser.step()
+        optimizer.step()
     ddp.eval()
     if dist.get_rank() == 0:  # evaluation communicates nothing, so one rank may do it alone
         with torch.no_grad():
             output = model(x[test].to(device)).cpu()
         loss, accuracy = nn.functional.cross_entropy(output, y[test]), (output.argmax(1) == y[test]).float().mean()
-        state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "epoch": epoch}
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch}
         torch.save(state, unfinished := args.checkpoint.with_suffix(".unfinished"))
-        unfinished.replace(args.checkpoint)  # at once: whoever is killed meanwhile leaves the last one whole
+        unfinished.replace(
+            args.checkpoint
+        )  # atomic: if this process is killed, the previous checkpoint stays complete
         print(f"epoch {epoch}, {ranks} ranks: test loss {loss:.6f}, accuracy {accuracy:.3f}", flush=True)
 dist.destroy_process_group()

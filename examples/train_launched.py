@@ -1,4 +1,4 @@
-"""Train a CNN on scikit-learn's digits with accelerate and synchronised batch norm.
+"""Train a CNN on scikit-learn's digits with accelerate and synchronized batch norm.
 
 ACCELERATE_USE_CPU=true accelerate launch --config_file launch/accelerate/cpu.yaml examples/train_launched.py
 """
@@ -20,9 +20,9 @@ parser.add_argument("--epochs", type=int, default=3)
 parser.add_argument("--global-batch", type=int, default=48)
 args = parser.parse_args()
 
-# split_batches: a batch of the loader is divided among the ranks; with a sampler whose order does not depend on their
-# number, any number of them takes the same steps, but for rounding
-# cpu: without it accelerate leaves ranks that have no GPU unconnected, each to train alone
+# split_batches: a batch of the loader is split among the ranks. With a sampler whose order does not depend on their
+# number, any number of ranks makes the same steps, except for rounding.
+# cpu: without it, accelerate does not connect ranks that have no GPU, and each trains alone.
 loading = DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True)
 accelerator = Accelerator(cpu=not torch.cuda.is_available(), dataloader_config=loading)
 set_seed(0)
@@ -38,10 +38,10 @@ blocks = [
 ]
 model = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
 model = syncnorm.convert(model)
-optimiser = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-model, optimiser, loader, test_loader = accelerator.prepare(
+optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+model, optimizer, loader, test_loader = accelerator.prepare(
     model,
-    optimiser,
+    optimizer,
     DataLoader(train, batch_size=args.global_batch, shuffle=True, drop_last=True),
     DataLoader(test, batch_size=args.global_batch),
 )
@@ -51,9 +51,9 @@ accelerator.print(f"{accelerator.num_processes} ranks, {kind}, {accelerator.devi
 for epoch in range(args.epochs):
     model.train()
     for images, labels in loader:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         accelerator.backward(F.cross_entropy(model(images), labels))
-        optimiser.step()
+        optimizer.step()
     model.eval()
     losses, right = [], []
     with torch.no_grad():

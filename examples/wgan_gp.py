@@ -1,10 +1,10 @@
-"""Steps of a GAN with a gradient penalty (WGAN-GP): on many ranks, the very same as in one process.
+"""Trains a GAN with a gradient penalty (WGAN-GP), on several ranks with the same result as in one process.
 
-What it shows: a generator and a critic in turns under DDP, both with synchronised batch norm; a forward without
-               gradient that still syncs; a penalty differentiated through the statistics that the ranks share.
+What it shows: a generator and a critic that train alternately in DDP, both with synchronized batch norm; a forward
+               without gradient that still syncs; a penalty differentiated through the shared statistics.
 How to start:  torchrun --nproc-per-node 2 examples/wgan_gp.py
-What it prints: the gradient's mean norm, which the penalty pulls to 1, over the first and last 5 of 40 steps; how far
-all weights and running statistics are from those of one process with plain batch norm and the whole batch, in fp64.
+What it prints: the mean norm of the gradient, which the penalty pulls to 1, over the first and last 5 of 40 steps;
+the difference of all weights and running statistics from those of one process with the whole batch, in fp64.
 Needs: scikit-learn for its digits.
 """
 
@@ -18,13 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import syncnorm
 
-torch.set_default_dtype(torch.float64)  # Adam makes much of the rounding of fp32
-DIGITS = torch.tensor(load_digits().images).unsqueeze(1) / 8 - 1  # (1797, 1, 8, 8) in -1..1
+torch.set_default_dtype(torch.float64)  # Adam amplifies the rounding of fp32
+DIGITS = torch.tensor(load_digits().images).unsqueeze(1) / 8 - 1  # (1797, 1, 8, 8), in [-1, 1]
 
 
 def train(generator: nn.Module, critic: nn.Module, rows: slice) -> list[Tensor]:
-    """40 steps on these rows of each batch of 16; returns the mean norm of the gradient at the critic's input."""
-    torch.manual_seed(1)  # every rank draws the whole batch, and takes its rows
+    """Makes 40 steps on these rows of each batch of 16; returns the mean norm of the critic's input gradient."""
+    torch.manual_seed(1)  # every rank draws the whole batch and uses its own rows
     of_generator, of_critic = (
         torch.optim.Adam(net.parameters(), lr=1e-3, betas=(0.5, 0.9)) for net in (generator, critic)
     )
@@ -43,7 +43,7 @@ def train(generator: nn.Module, critic: nn.Module, rows: slice) -> list[Tensor]:
         norms.append(norm.detach().mean())
         if step % 2:
             of_generator.zero_grad()
-            bare = getattr(critic, "module", critic)  # not through DDP: the critic is not trained here
+            bare = getattr(critic, "module", critic)  # without DDP: the critic is not trained here
             (-bare(generator(z)).mean()).backward()
             of_generator.step()
     return norms

@@ -1,7 +1,7 @@
-# What: runs a torchrun script on the workers of a Ray cluster, unchanged; Ray Train makes the process group.
-# When: a cluster under Ray; without one, Ray starts on this machine. --gpu gives each worker a GPU.
+# What: runs an unchanged torchrun script on the workers of a Ray cluster; Ray Train initializes the process group.
+# When: on a Ray cluster; without one, Ray starts on this machine. --gpu gives each worker a GPU.
 # How:  python launch/ray_train.py --workers 2 examples/train_ddp.py --checkpoint /shared/digits.pt
-"""Runs a torchrun script with Ray Train: see the three lines above."""
+"""Runs a torchrun script with Ray Train; see the three lines above."""
 
 import argparse
 import os
@@ -15,17 +15,17 @@ from ray.train.torch import TorchConfig, TorchTrainer
 parser = argparse.ArgumentParser()
 parser.add_argument("--workers", type=int, default=2)
 parser.add_argument("--gpu", action="store_true")
-parser.add_argument("--storage", type=Path, help="where Ray keeps its records of runs (default: ~/ray_results)")
+parser.add_argument("--storage", type=Path, help="folder for the results of Ray (default: ~/ray_results)")
 parser.add_argument("--timeout", type=int, default=300, help="seconds that a rank waits for the others")
 parser.add_argument(
-    "script", type=Path, help="on all machines at the same path, as is the folder that this is called from"
+    "script", type=Path, help="must be at the same path on all machines, as must be the current folder"
 )
 parser.add_argument("arguments", nargs=argparse.REMAINDER)
 
 
 def train_loop_per_worker(config: dict) -> None:
-    """What each rank does: the script, with RANK, WORLD_SIZE and LOCAL_RANK in the environment, as under torchrun."""
-    os.chdir(config["directory"])  # Ray starts each run in a new folder, where a checkpoint would not be found again
+    """Runs the script on each rank, with RANK, WORLD_SIZE and LOCAL_RANK in the environment, as under torchrun."""
+    os.chdir(config["directory"])  # Ray starts each run in a new folder, where an earlier checkpoint is not found
     sys.argv = [config["script"], *config["arguments"]]
     runpy.run_path(config["script"], run_name="__main__")
 

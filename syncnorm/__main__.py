@@ -2,27 +2,24 @@
 
 import sys
 
+from syncnorm.tools.common.errors import missing_extra
 from syncnorm.tools.common.launcher import is_main_rank
-
-# Import name -> the extra that brings it.
-_EXTRAS = dict.fromkeys(("click", "rich", "sklearn", "matplotlib", "jinja2", "mlxtend"), "compare")
 
 
 def main() -> int:
-    """Runs the command line; says in one line which extra is missing where one is."""
+    """Runs the command line and returns its exit code; 2, and one line on stderr, if an extra is not installed."""
     try:
         from syncnorm.tools.cli import main as cli_main
 
         return cli_main()
     except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing not in _EXTRAS:
+        hint = missing_extra(error)
+        if hint is None:
             raise
         if is_main_rank():
-            extra = _EXTRAS[missing]
-            print(f'syncnorm: needs {missing}: pip install "syncnorm[{extra}]"', file=sys.stderr)
+            print(f"syncnorm: {hint}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # while torch is being imported; later ones are cli's
+    except KeyboardInterrupt:  # while torch is imported; the command line handles later ones
         return 130
 
 

@@ -1,6 +1,6 @@
-"""Test distributed code on a CPU: ranks that are kept, an fp64 reference, a check of your own model.
+"""Test distributed code on a CPU: ranks that stay alive between calls, an fp64 reference, a check of your own model.
 
-Nothing is imported before it is asked for: the pytest plugin should cost a test run nothing that it does not use.
+Everything is imported on first use, so that the pytest plugin does not slow down test runs that do not need it.
 """
 
 from importlib import import_module
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from syncnorm.testing.parity import assert_matches_single_process
     from syncnorm.testing.pool import RankError, run_ranks, shutdown
 
-_HOME = {
+_MODULES = {
     "TOLERANCES": "oracle",
     "BatchNormReference": "oracle",
     "RankError": "pool",
@@ -35,9 +35,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,6 +1,6 @@
-"""The caller's side of the kept ranks: spawn, send a task, await answers and deaths, end those that hang.
+"""The caller's side of the kept ranks: spawns them, sends calls, waits for reports, and ends ranks that hang.
 
-Every wait is for an event, a message or a process's end, with a deadline; nothing polls.
+It waits for messages and for the ends of processes, with deadlines, and never polls.
 """
 
 import multiprocessing
@@ -19,17 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from syncnorm.testing import _rank
-from syncnorm.testing._transport import IDLE, LEAVE, STOP, Raised, Returned, Task
+from syncnorm.testing._transport import IDLE, LEAVE, STOP, Raised, RankCall, Returned
 
-# How long the other ranks may take to report once one has failed. Closed sockets tell those that
-# communicate within milliseconds, on a machine with much else to do within a second; one that computes or waits for
-# something else is not worth a longer wait.
-GRACE_SECONDS = 2.0
-# How long a rank may take to close its process group, some 25 ms on an idle machine. One that cannot,
-# because fn left an asynchronous collective behind that never ends, is replaced.
-LEAVE_SECONDS = 5.0
-# How long a new rank may take to import torch on a machine with much else to do.
-SPAWN_SECONDS = 120.0
+# How long the other ranks may take to report once one has failed. Ranks that communicate with it notice its closed
+# sockets within milliseconds, or within a second on a busy machine. Others, which compute or wait for something else,
+# are not worth a longer wait.
+GRACE_S = 2.0
+# How long a rank may take to close its process group, which takes about 25 ms on an idle machine. A rank that cannot,
+# because fn left an asynchronous collective behind that never completes, is replaced.
+LEAVE_S = 5.0
+# How long a new rank may take to import torch on a busy machine.
+SPAWN_S = 120.0
 _WHILE_STARTING = (
     ": it died while it started, see its output above. A script has to be a file, not standard input, and to call "
     'run_ranks under `if __name__ == "__main__":`'
@@ -37,8 +37,15 @@ _WHILE_STARTING = (
 
 
 @dataclass(frozen=True)
-class Ended:
-    """A rank that reported nothing: it died, or it was ended because it did not answer."""
+class Lost:
+    """A rank that did not report: it died, or it was ended because it hung.
+
+    Attributes:
+        summary: What happened, in words that follow "rank 1 ".
+        stack: Its Python stack when it was ended by a signal; may be empty.
+        exception: For the caller.
+        at: Time of the monotonic clock.
+    """
 
     summary: str
     stack: str
@@ -46,12 +53,12 @@ class Ended:
     at: float
 
 
-Report = Returned | Raised | Ended
+Report = Returned | Raised | Lost
 
 
 @dataclass(frozen=True)
 class RankProcess:
-    """One kept rank: its process, the pipe to it, and the file that gets its stack when a signal ends it."""
+    """One kept rank: its process, the pipe to it, and the file that its stack is written to when a signal ends it."""
 
     process: SpawnProcess
     connection: Connection
@@ -59,10 +66,10 @@ class RankProcess:
 
     @classmethod
     def spawn(cls, stacks: Path) -> "RankProcess":
-        """Start the process; its first message will be IDLE."""
+        """Start the process, whose first message will be IDLE."""
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        # Not a daemon, which could have no children of its own: fn may use a DataLoader with workers.
+        # A daemon could not have children, and fn may use a DataLoader with workers.
         process = context.Process(target=_rank.main, args=(theirs, str(stacks)), daemon=False)
         try:
             process.start()
@@ -74,13 +81,13 @@ class RankProcess:
         return cls(process, ours, stacks)
 
     def send(self, message: bytes) -> None:
-        """Send; a rank that is gone shows in its sentinel, where the reason can be told."""
+        """Send ``message``; does nothing if the rank has died, which `Pool` sees from the sentinel of its process."""
         with suppress(OSError):
             self.connection.send_bytes(message)
 
     def receive(self) -> Any:
-        """Its next message, or None if it has died."""
-        # A process that the rank forked may hold the pipe open after the rank's death: never block here.
+        """The next message of the rank, or None if it has died."""
+        # Must not block: a process that the rank forked may keep the pipe open after the rank has died.
         if not self.connection.poll():
             return None
         try:
@@ -89,8 +96,8 @@ class RankProcess:
             return None
         return message if message == IDLE else pickle.loads(message)
 
-    def end(self, patience: float = GRACE_SECONDS) -> int | None:
-        """Wait for its end, kill it after ``patience`` seconds; return the exit code."""
+    def end(self, patience: float = GRACE_S) -> int | None:
+        """Wait for the process to end, kill it after ``patience`` seconds, and return its exit code."""
         self.process.join(patience)
         if self.process.is_alive():
             self.process.kill()
@@ -101,13 +108,13 @@ class RankProcess:
         return code
 
     def abort(self) -> None:
-        """Have it write its stack and die; ``end`` waits for that."""
+        """Make the process write its stack and die; ``end`` waits for that."""
         if self.process.is_alive() and self.process.pid is not None:
             with suppress(ProcessLookupError):
                 os.kill(self.process.pid, signal.SIGABRT)
 
     def stack(self) -> str:
-        """Its Python stacks when a signal ended it, the innermost call first, without our own frames."""
+        """The Python stacks when a signal ended the rank, innermost call first, without our own frames."""
         if not self.stacks.exists():
             return ""
         stacks = []
@@ -129,8 +136,8 @@ class Pool:
         self._ranks: dict[int, RankProcess] = {}
         self._calls = 0
 
-    def run(self, world_size: int, modules: dict[str, str], call: bytes, timeout: float) -> dict[int, Report]:
-        """Run the pickled call on ranks 0 to ``world_size - 1``; return every rank's report."""
+    def run(self, world_size: int, modules: dict[str, str], pickled: bytes, timeout: float) -> dict[int, Report]:
+        """Run the pickled call on ranks 0 to ``world_size - 1`` and return the report of every rank."""
         self._calls += 1
         store = self._folder / f"store{self._calls}"
         environ, cwd = dict(os.environ), os.getcwd()
@@ -138,12 +145,12 @@ class Pool:
             reports: dict[int, Report] = dict(self._make_ready(world_size))
             if not reports:
                 for rank in range(world_size):
-                    task = Task(rank, world_size, str(store), timeout, environ, sys.path, cwd, modules, call)
-                    self._ranks[rank].send(pickle.dumps(task))
+                    call = RankCall(rank, world_size, str(store), timeout, environ, sys.path, cwd, modules, pickled)
+                    self._ranks[rank].send(pickle.dumps(call))
                 reports = self._collect(world_size, timeout)
-                self._dismiss([rank for rank, report in reports.items() if not isinstance(report, Ended)])
+                self._leave_groups([rank for rank, report in reports.items() if not isinstance(report, Lost)])
         except BaseException:
-            # Ctrl-C or a test's own time limit: what the ranks are doing is unknown, so none is kept.
+            # Ctrl-C or the timeout of a test: the state of the ranks is unknown, so none is kept.
             self._kill(list(self._ranks))
             raise
         finally:
@@ -151,7 +158,7 @@ class Pool:
         return reports
 
     def close(self) -> None:
-        """End every rank; those that do not go by themselves within a second are killed."""
+        """End every rank; those that do not exit within two seconds are killed."""
         for rank in self._ranks.values():
             rank.send(STOP)
         for rank in self._ranks.values():
@@ -159,29 +166,29 @@ class Pool:
         self._ranks.clear()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _make_ready(self, world_size: int) -> dict[int, Ended]:
-        """Start the ranks that are missing; return those of them that died before they were ready."""
+    def _make_ready(self, world_size: int) -> dict[int, Lost]:
+        """Start the ranks that are missing; return those that died before they were ready."""
         for rank, kept in list(self._ranks.items()):
             if not kept.process.is_alive():
                 self._ranks.pop(rank).end()
         new = {rank for rank in range(world_size) if rank not in self._ranks}
         for rank in new:
             self._ranks[rank] = RankProcess.spawn(self._folder / f"rank{rank}.stacks")
-        failed: dict[int, Ended] = {}
-        deadline = time.monotonic() + SPAWN_SECONDS
+        failed: dict[int, Lost] = {}
+        deadline = time.monotonic() + SPAWN_S
         while new and not failed and (arrived := self._next(new, deadline)):
-            failed.update((rank, self._bury(rank, _WHILE_STARTING)) for rank, message in arrived if message is None)
+            failed = {rank: self._remove_dead(rank, _WHILE_STARTING) for rank, message in arrived if message is None}
             new -= {rank for rank, _ in arrived}
-        if new:  # one died, or the machine is stuck
-            unready = f"not ready after {SPAWN_SECONDS:.0f} s"
+        if new:  # one died, or the deadline has passed
+            unready = f"not ready after {SPAWN_S:.0f} s"
             failed = failed or {
-                min(new): Ended(unready, "", TimeoutError(f"rank {min(new)} was {unready}"), time.monotonic())
+                min(new): Lost(unready, "", TimeoutError(f"rank {min(new)} was {unready}"), time.monotonic())
             }
             self._kill([rank for rank in new if rank in self._ranks])
         return failed
 
     def _next(self, ranks: set[int], deadline: float) -> list[tuple[int, Any]]:
-        """What arrives next from ``ranks``, None for a rank that died; nothing after the deadline."""
+        """The next messages of ``ranks``, None for a rank that died; an empty list at the deadline."""
         sources: dict[Any, int] = {}
         for rank in ranks:
             sources[self._ranks[rank].connection] = sources[self._ranks[rank].process.sentinel] = rank
@@ -194,24 +201,22 @@ class Pool:
         deadline = time.monotonic() + timeout
         while pending and (arrived := self._next(pending, deadline)):
             for rank, message in arrived:
-                reports[rank] = self._bury(rank) if message is None else message
+                reports[rank] = self._remove_dead(rank) if message is None else message
                 if not isinstance(reports[rank], Returned):
-                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
             pending -= reports.keys()
         failed = any(not isinstance(report, Returned) for report in reports.values())
-        after = f"{GRACE_SECONDS:g} s after another rank had failed" if failed else f"after {timeout:g} s"
+        after = f"{GRACE_S:g} s after another rank had failed" if failed else f"after {timeout:g} s"
         for rank in pending:
             self._ranks[rank].abort()
         for rank in sorted(pending):
-            unanswered = self._ranks.pop(rank)
-            unanswered.end()
+            hung = self._ranks.pop(rank)
+            hung.end()
             summary = f"still running {after}"
-            reports[rank] = Ended(
-                summary, unanswered.stack(), TimeoutError(f"rank {rank} was {summary}"), time.monotonic()
-            )
+            reports[rank] = Lost(summary, hung.stack(), TimeoutError(f"rank {rank} was {summary}"), time.monotonic())
         return dict(sorted(reports.items()))
 
-    def _bury(self, rank: int, when: str = "") -> Ended:
+    def _remove_dead(self, rank: int, when: str = "") -> Lost:
         at = time.monotonic()
         dead = self._ranks.pop(rank)
         code = dead.end()
@@ -223,14 +228,14 @@ class Pool:
         else:
             how = f"ended its process with exit code {code}"
         how += when
-        return Ended(how, dead.stack(), ChildProcessError(f"rank {rank} {how}"), at)
+        return Lost(how, dead.stack(), ChildProcessError(f"rank {rank} {how}"), at)
 
-    def _dismiss(self, ranks: list[int]) -> None:
-        """Let the ranks that answered close their process groups, and wait until they have."""
+    def _leave_groups(self, ranks: list[int]) -> None:
+        """Make the ranks that reported close their process groups, and wait until they have."""
         for rank in ranks:
             self._ranks[rank].send(LEAVE)
         pending = set(ranks)
-        deadline = time.monotonic() + LEAVE_SECONDS
+        deadline = time.monotonic() + LEAVE_S
         while pending and (arrived := self._next(pending, deadline)):
             self._kill([rank for rank, message in arrived if message is None])
             pending -= {rank for rank, _ in arrived}

@@ -1,4 +1,4 @@
-"""What runs inside a kept rank: take a task, join a fresh process group, call, report, leave the group."""
+"""The process of a kept rank: it receives a call, joins a new process group, runs the call, reports, and leaves."""
 
 import faulthandler
 import gc
@@ -20,31 +20,29 @@ import torch
 import torch.distributed as dist
 
 from syncnorm.errors import SyncNormError
-from syncnorm.testing._transport import IDLE, STOP, Raised, Returned, Task, import_modules
+from syncnorm.testing._transport import IDLE, STOP, Raised, RankCall, Returned, import_modules
 
 SEED = 0
-# Beyond the caller's own timeout, which names the ranks that hang: this one only ends ranks that nobody
-# watches.
-GROUP_TIMEOUT_MARGIN = 60.0
+# Added to the timeout of the caller, which names the ranks that hang. This one only ends ranks without a caller.
+GROUP_TIMEOUT_MARGIN_S = 60.0
 
 
 def main(connection: Connection, stacks_path: str) -> None:
-    """Serve tasks from ``connection`` until it closes, or says to stop, or the parent process ends."""
-    # Ctrl-C reaches the whole terminal: the caller is the one who decides what becomes of its ranks.
+    """Serve calls from ``connection`` until it is closed, STOP arrives, or the parent process ends."""
+    # Ctrl-C in a terminal reaches all processes in it, but the caller decides when its ranks end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # so does the end of the terminal
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # likewise when the terminal is closed
     threading.Thread(target=_end_with_parent, args=(os.path.dirname(stacks_path),), daemon=True).start()
     if sys.platform != "win32":
         import resource
 
-        # The caller ends a rank that hangs by SIGABRT, to have its stack: that should leave no core file.
+        # The caller ends a rank that hangs with SIGABRT, to get its stack, which should not leave a core file.
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # Its functions have `group=group.WORLD` as a default. Whoever imports it first inside a task, and a
-    # first DDP does, would pin that task's group there: its sockets stay open, and later tasks use a dead
-    # group.
+    # Its functions have the default argument `group=group.WORLD`. If it is first imported during a call, as by
+    # the first DDP, it keeps the group of that call: the sockets stay open, and later calls use a closed group.
     importlib.import_module("torch.distributed.nn.functional")
-    # What is loaded by now stays: without it, the collection after each task costs 10 us instead of 80 ms.
+    # Exempts all objects that exist by now: the collection after each call takes 10 us instead of 80 ms.
     gc.collect()
     gc.freeze()
     with open(stacks_path, "w") as stacks:
@@ -60,34 +58,34 @@ def _end_with_parent(folder: str) -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
-        shutil.rmtree(folder, ignore_errors=True)  # which the parent could not
+        shutil.rmtree(folder, ignore_errors=True)  # the parent has not removed it
         os._exit(1)
 
 
-def _serve(task: Task, connection: Connection) -> None:
-    report = _run(task)
+def _serve(call: RankCall, connection: Connection) -> None:
+    report = _run(call)
     connection.send_bytes(pickle.dumps(report))
     if isinstance(report, Raised):
-        # Peers that wait for this rank in a collective fail as soon as its sockets close.
+        # Ranks that wait for this one in a collective fail as soon as its sockets are closed.
         _leave_group()
-    # A rank that is done early keeps its sockets open for those that still use them.
-    connection.recv_bytes()
+    # A rank that has returned keeps its sockets open for ranks that still use them.
+    connection.recv_bytes()  # LEAVE
     _leave_group()
-    if _out_of_step:
-        os._exit(1)  # the caller starts another in its place
+    if _join_failed:
+        os._exit(1)  # the caller starts another process in its place
     connection.send_bytes(IDLE)
 
 
-def _run(task: Task) -> Returned | Raised:
+def _run(call: RankCall) -> Returned | Raised:
     try:
-        _take_surroundings(task)
-        import_modules(task.modules)
-        fn, args = pickle.loads(task.call)
-        _join_group(task)
-        return Returned(_dump_result(fn(*args), task.rank))
-    except BaseException as error:  # SystemExit and pytest's outcomes too: the rank has to live on
+        _adopt_environment(call)
+        import_modules(call.modules)
+        fn, args = pickle.loads(call.pickled)
+        _join_group(call)
+        return Returned(_dump_result(fn(*args), call.rank))
+    except BaseException as error:  # also SystemExit and pytest's outcomes: the process has to survive
         at = time.monotonic()
-        # The first entry is this function, which tells the reader nothing.
+        # The first entry is this function, which is of no use to the reader.
         after_run = error.__traceback__.tb_next if error.__traceback__ else None
         return Raised(
             summary="".join(traceback.format_exception_only(type(error), error)).strip(),
@@ -97,40 +95,40 @@ def _run(task: Task) -> Returned | Raised:
         )
 
 
-_out_of_step = False
+_join_failed = False
 
 
-def _join_group(task: Task) -> None:
-    global _out_of_step
-    # torch names a group by a count of them, which only destroy_process_group sets back. After a failed attempt,
-    # because a peer raised and left at once, this process would wait for ever under another name than the others.
-    _out_of_step = True
-    store = dist.FileStore(task.store, task.world_size)  # type: ignore[attr-defined]
+def _join_group(call: RankCall) -> None:
+    global _join_failed
+    # torch names a group by a counter that only destroy_process_group resets. After a failed attempt, for example
+    # because another rank raised and left at once, this process would wait forever under a different name.
+    _join_failed = True
+    store = dist.FileStore(call.store, call.world_size)  # type: ignore[attr-defined]  # torch exports it untyped
     dist.init_process_group(
         "gloo",
         store=store,
-        rank=task.rank,
-        world_size=task.world_size,
-        timeout=timedelta(seconds=task.timeout + GROUP_TIMEOUT_MARGIN),
+        rank=call.rank,
+        world_size=call.world_size,
+        timeout=timedelta(seconds=call.timeout + GROUP_TIMEOUT_MARGIN_S),
     )
-    # A rank that raises at once would close its sockets on one that is still connecting to others.
-    store.set(f"joined{task.rank}", "1")
-    store.wait([f"joined{rank}" for rank in range(task.world_size)])
-    _out_of_step = False
+    # Otherwise a rank that raises at once closes its sockets while another is still connecting.
+    store.set(f"joined{call.rank}", "1")
+    store.wait([f"joined{rank}" for rank in range(call.world_size)])
+    _join_failed = False
 
 
-def _take_surroundings(task: Task) -> None:
-    """Look like the caller does now, not like it did when this process was spawned; forget the last task."""
+def _adopt_environment(call: RankCall) -> None:
+    """Take over the caller's variables, path and folder as they are now, and reset what the last call changed."""
     os.environ.clear()
-    os.environ.update(task.environ)
-    for variable, value in (("RANK", task.rank), ("WORLD_SIZE", task.world_size)):
+    os.environ.update(call.environ)
+    for variable, value in (("RANK", call.rank), ("WORLD_SIZE", call.world_size)):
         os.environ[variable] = os.environ[f"LOCAL_{variable}"] = str(value)
     if sys.platform == "linux":
-        # Else gloo asks the host's name, which resolves to nothing in many containers.
+        # Otherwise gloo resolves the name of the host, which fails in many containers.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    sys.path[:] = task.sys_path
+    sys.path[:] = call.sys_path
     with suppress(OSError):
-        os.chdir(task.cwd)
+        os.chdir(call.cwd)
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float32)
     torch.set_grad_enabled(True)
@@ -142,13 +140,13 @@ def _dump_result(result: object, rank: int) -> bytes:
         return pickle.dumps(result)
     except Exception as error:
         raise SyncNormError(
-            f"rank {rank} returned a {type(result).__qualname__} that does not pickle ({error}); "
-            "return tensors, numbers, strings, or containers of them."
+            f"rank {rank} returned a {type(result).__qualname__} that does not pickle ({error}): return tensors, "
+            "numbers, strings, or containers of them."
         ) from error
 
 
 def _dump_exception(error: BaseException) -> bytes | None:
-    """The exception's pickle, or None if it would not load again (an ``__init__`` with its own arguments)."""
+    """The pickle of the exception, or None if it cannot be loaded, as with an ``__init__`` with other arguments."""
     try:
         data = pickle.dumps(error)
         return data if isinstance(pickle.loads(data), type(error)) else None
@@ -159,5 +157,5 @@ def _dump_exception(error: BaseException) -> bytes | None:
 def _leave_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-    # A model wrapped in DDP, or a traceback, is a cycle that holds the group, and the group its sockets.
+    # A model in DDP or a traceback is a reference cycle that keeps the group alive, and with it its sockets.
     gc.collect()

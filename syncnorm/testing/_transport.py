@@ -1,7 +1,7 @@
-"""What travels between the caller and its ranks: plain pickles, and the modules that these need.
+"""The messages between the caller and its ranks: pickles, and the modules that are needed to load them.
 
-Ordinary pickle on purpose: torch's multiprocessing reductions would pass CPU tensors as file descriptors of
-shared memory, which run out, and which die with the rank that made them.
+The pickles are ordinary ones, without torch's multiprocessing reductions. These pass CPU tensors as file descriptors
+of shared memory, which run out, and which are closed when the rank that made them ends.
 """
 
 import importlib
@@ -17,15 +17,22 @@ from typing import Any
 
 from syncnorm.errors import InputError
 
-# Messages that are no pickles. Neither can be mistaken for one: a pickle starts with b"\x80".
-STOP = b"stop"  # to a rank: end
-LEAVE = b"leave"  # to a rank: every rank has answered, so the process group can be closed
-IDLE = b"idle"  # from a rank: the process group is closed, ready for the next task
+# Messages that are not pickles. None can be mistaken for one, because a pickle starts with b"\x80".
+STOP = b"stop"  # to a rank: exit
+LEAVE = b"leave"  # to a rank: all ranks have reported, close the process group
+IDLE = b"idle"  # from a rank: the process group is closed, ready for the next call
 
 
 @dataclass(frozen=True)
-class Task:
-    """One call on one rank, and what of the caller's surroundings it needs."""
+class RankCall:
+    """One call on one rank, and the state of the caller's process that the rank takes over.
+
+    Attributes:
+        store: Path of the file for the rendezvous.
+        timeout: In seconds.
+        modules: Name -> file of the modules that ``pickled`` names.
+        pickled: The function and its arguments.
+    """
 
     rank: int
     world_size: int
@@ -35,19 +42,19 @@ class Task:
     sys_path: list[str]
     cwd: str
     modules: dict[str, str]
-    call: bytes
+    pickled: bytes
 
 
 @dataclass(frozen=True)
 class Returned:
-    """The rank's function returned; ``result`` is its pickle."""
+    """The function returned; ``result`` is the pickle of what it returned."""
 
     result: bytes
 
 
 @dataclass(frozen=True)
 class Raised:
-    """The rank's function raised, at time ``at`` of the machine-wide monotonic clock."""
+    """The function raised, at time ``at`` of the monotonic clock, which all processes of a machine share."""
 
     summary: str
     traceback: str
@@ -56,7 +63,7 @@ class Raised:
 
 
 class _ModuleCollectingPickler(pickle.Pickler):
-    """Notes the module of every function and class that the pickle will name."""
+    """Collects the module of every function and class that the pickle names."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
@@ -69,8 +76,8 @@ class _ModuleCollectingPickler(pickle.Pickler):
                 self.modules[obj.__module__] = str(Path(file).resolve())
             if obj.__module__ == "__main__" and (file is None or not Path(file).exists()):
                 raise InputError(
-                    f"run_ranks got {obj.__qualname__}, defined in an interactive session or on the command "
-                    "line, where the ranks cannot import it: put it in a file."
+                    f"run_ranks got {obj.__qualname__}, which is defined in an interactive session or on the command "
+                    "line. The ranks are other processes and cannot import it from there: put it in a file."
                 )
         return NotImplemented
 
@@ -79,14 +86,14 @@ def pickle_call(fn: Callable[..., object], args: tuple[Any, ...]) -> tuple[dict[
     """Pickle ``(fn, args)``; return the modules that it names (name -> file) and the pickle.
 
     Raises:
-        InputError: ``fn`` or one of ``args`` does not pickle, or lives where no other process can import it.
+        InputError: ``fn`` or one of ``args`` does not pickle, or is defined where no other process can import it.
     """
     name = getattr(fn, "__qualname__", repr(fn))
     if "<lambda>" in name or "<locals>" in name:
         kind = "a lambda" if "<lambda>" in name else "defined inside another function"
         raise InputError(
-            f"run_ranks got {name}, which is {kind}; the ranks are other processes and import what they run: "
-            "move it to the top level of a module and pass what it needs through args."
+            f"run_ranks got {name}, which is {kind}. The ranks are other processes and import the function: move it "
+            "to the top level of a module and pass what it needs in args."
         )
     buffer = io.BytesIO()
     pickler = _ModuleCollectingPickler(buffer)
@@ -102,10 +109,10 @@ def pickle_call(fn: Callable[..., object], args: tuple[Any, ...]) -> tuple[dict[
 
 
 def import_modules(modules: dict[str, str]) -> None:
-    """Make each module (name -> file) importable by its name, so that a pickle which names it loads.
+    """Import each module (name -> file) under its name, so that a pickle that names it can be loaded.
 
-    A test module that pytest imported with ``--import-mode=importlib`` has a name (``tests.test_x``) that
-    ``sys.path`` need not lead to; and a kept rank may hold another file's module under the same name.
+    A test module that pytest imported with ``--import-mode=importlib`` has a name (``tests.test_x``) that cannot
+    always be found on ``sys.path``; and a kept rank may have a module of another file under the same name.
     """
     for name, file in modules.items():
         if _file_of(sys.modules.get(name)) == file:
@@ -128,7 +135,7 @@ def _file_of(module: ModuleType | None) -> str | None:
 
 
 def _root(name: str, file: Path) -> str | None:
-    """The folder from which ``import name`` finds ``file``, if the names of its folders say so."""
+    """The folder from which ``import name`` finds ``file``, if the names of the folders of ``file`` match."""
     parts = name.split(".")
     steps = file.parent.parts if file.name == "__init__.py" else file.with_suffix("").parts
     return str(Path(*steps[: -len(parts)])) if list(steps[-len(parts) :]) == parts else None
@@ -141,7 +148,7 @@ def _import_from_file(name: str, file: str) -> None:
         try:
             importlib.import_module(parent)
         except ImportError:
-            # `import a.b` looks for `a` first, even where sys.modules holds `a.b`
+            # `import a.b` imports `a` first, even if sys.modules has `a.b`.
             sys.modules[parent] = ModuleType(parent)
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:

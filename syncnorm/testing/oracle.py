@@ -1,6 +1,6 @@
-"""What batch norm over all ranks has to give: fp64 ``F.batch_norm`` on the concatenated batch, and how near is near.
+"""The reference for batch norm over all ranks, fp64 ``F.batch_norm`` on the concatenated batch, and the tolerances.
 
-Shapes: N rows of a rank, C channels, R values a channel over all ranks (rows times places).
+Shapes: N rows of a rank, C channels, R values per channel over all ranks (rows times spatial positions).
 """
 
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ from torch import Tensor
 
 from syncnorm.errors import InputError
 
-# The one table of tolerances, dtype -> (rtol, atol), against an fp64 reference that saw the same rounded inputs.
+# The only table of tolerances: dtype -> (rtol, atol), for an fp64 reference computed from the same rounded inputs.
 TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
-    # eps 2e-16. Sums over a batch and 1/std of small std lose a few digits; a wrong formula loses all of them.
+    # eps 2e-16. Sums over a batch and a large 1/std lose a few digits; a wrong formula loses all of them.
     torch.float64: (1e-10, 1e-10),
-    # eps 1.2e-7. Some eighty eps, for sums over a batch and for what 1/std amplifies where two values are close.
+    # eps 1.2e-7. About eighty eps, for sums over a batch and for differences of close values that 1/std amplifies.
     torch.float32: (1e-5, 1e-5),
-    # eps 9.8e-4 and 7.8e-3. Statistics are merged in fp32, so what remains is the rounding of the result, and of
-    # weight and bias where these are half precision too: two eps.
+    # eps 9.8e-4 and 7.8e-3. Statistics are merged in fp32. What remains is the rounding of the result, and of weight
+    # and bias if they are in half precision too: two eps.
     torch.float16: (2e-3, 2e-3),
     torch.bfloat16: (1.6e-2, 1.6e-2),
 }
@@ -28,15 +28,15 @@ TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class BatchNormReference:
-    """What :func:`batch_norm_oracle` returns: fp64 tensors, lists by rank.
+    """The fp64 tensors that :func:`batch_norm_oracle` returns; lists have one tensor per rank.
 
     Attributes:
-        outputs: Shape of each rank's input.
-        grad_inputs: Shape of each rank's input; this and the next two are empty without ``grad_outputs``.
-        grad_weight: (C,) each: this rank's own part, sum of dy * xhat over its rows, before DDP reduces it.
-        grad_bias: (C,) each: this rank's own part, sum of dy over its rows.
+        outputs: In the shapes of the inputs.
+        grad_inputs: In the shapes of the inputs; this and the next two are empty without ``grad_outputs``.
+        grad_weight: (C,) each: the sum of dy * xhat over the rows of this rank, before DDP reduces it.
+        grad_bias: (C,) each: the sum of dy over the rows of this rank.
         running_mean: (C,), after the step, the same on every rank; None if none was given.
-        running_var: (C,), with the variance unbiased over the whole batch.
+        running_var: (C,), likewise, from the unbiased variance of the whole batch.
     """
 
     outputs: list[Tensor]
@@ -57,21 +57,21 @@ def batch_norm_oracle(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> BatchNormReference:
-    """One training step of batch norm over the inputs of all ranks, in fp64, in this process.
+    """Computes one training step of batch norm over the inputs of all ranks, in fp64, in this process.
 
     Args:
-        inputs: One (N, C, *places) tensor a rank, 2-D to 5-D, any floating dtype. N and the places may differ
-            between ranks, and N may be 0.
-        grad_outputs: The gradient of each output, of its shape; None for a forward only.
+        inputs: One (N, C, *spatial) tensor per rank, 2-D to 5-D, any floating dtype. N and the spatial shape may
+            differ between ranks, and N may be 0.
+        grad_outputs: The gradient of each output, in its shape; None to compute the forward only.
         weight: (C,) or None for ones.
         bias: (C,) or None for zeros.
-        running_mean: (C,) or None; left as it is, the updated copy is in the result.
+        running_mean: (C,) or None. It is not changed; the result has the updated copy.
         running_var: (C,) or None.
-        momentum: Share of the batch in the running statistics; ``1 / steps`` for a cumulative average.
+        momentum: Weight of the batch in the running statistics; ``1 / steps`` for a cumulative average.
         eps: Added to the variance.
 
     Raises:
-        InputError: No inputs, or not as many gradients as inputs, or of other shapes.
+        InputError: There are no inputs, or the gradients do not match them in number and shape.
 
     Source: ``torch.nn.functional.batch_norm``.
 
@@ -82,15 +82,15 @@ def batch_norm_oracle(
         tensor([0.3000], dtype=torch.float64)
     """
     if not inputs or any(x.dim() < 2 for x in inputs):
-        raise InputError(f"needs an (N, C, ...) input a rank, got shapes {[tuple(x.shape) for x in inputs]}")
+        raise InputError(f"needs an (N, C, ...) input per rank, got shapes {[tuple(x.shape) for x in inputs]}")
     if grad_outputs is not None and [x.shape for x in inputs] != [g.shape for g in grad_outputs]:
-        raise InputError("grad_outputs has to hold a gradient of the shape of each input, rank by rank")
+        raise InputError("grad_outputs must have one gradient per rank, in the shape of its input")
     x_RC = torch.cat([_rows(x) for x in inputs]).requires_grad_()
     counts = [x.numel() // x.size(1) for x in inputs]
     mean, var = _copy(running_mean), _copy(running_var)
-    # Without a single row there is nothing to learn from, and F.batch_norm would make the running statistics NaN.
-    normalise = F.batch_norm if len(x_RC) else _identity
-    xhat_RC = normalise(x_RC, mean, var, training=True, momentum=momentum, eps=eps)
+    # Without any rows the running statistics do not change, and F.batch_norm would make them NaN.
+    normalize = F.batch_norm if len(x_RC) else _identity
+    xhat_RC = normalize(x_RC, mean, var, training=True, momentum=momentum, eps=eps)
     w_C, b_C = (_copy(p) for p in (weight, bias))
     y_RC = xhat_RC * (1.0 if w_C is None else w_C) + (0.0 if b_C is None else b_C)
     grads: dict[str, list[Tensor]] = {"x": [], "weight": [], "bias": []}
@@ -104,15 +104,15 @@ def batch_norm_oracle(
 
 
 def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    """Compare with the fp64 ``expected``, as near as ``TOLERANCES[dtype]`` says.
+    """Check that ``actual`` equals the fp64 ``expected`` within ``TOLERANCES[dtype]``.
 
     Args:
-        actual: What the code under test gave, any dtype.
-        expected: The reference, of the same shape.
-        dtype: In what the code under test computed.
+        actual: The result of the code under test, any dtype.
+        expected: The reference, in the same shape.
+        dtype: The dtype in which the code under test computed.
 
     Raises:
-        AssertionError: They differ, in shape or by more than the tolerance.
+        AssertionError: They differ in shape, or by more than the tolerance.
 
     Example:
         >>> assert_close(torch.ones(2), torch.ones(2, dtype=torch.float64), torch.float32)
@@ -124,7 +124,7 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(N, C, *places) to fp64 (N * places, C), so that ranks with other places can be put together."""
+    """Turns (N, C, *spatial) into fp64 (N * positions, C), which can be concatenated over ranks."""
     return x.detach().double().movedim(1, -1).reshape(-1, x.size(1))
 
 

@@ -1,6 +1,6 @@
-"""Whether a model on several ranks is the model on one: your model, synced and in DDP, against itself in fp64.
+"""Checks a model that is synchronized and in DDP on several ranks against the same model in one process, in fp64.
 
-Both train on the same batches with the same cotangents, and everything that training changes is compared.
+Both train on the same batches with the same output gradients, and everything that training changes is compared.
 """
 
 import copy
@@ -20,12 +20,12 @@ from syncnorm.testing.oracle import TOLERANCES
 from syncnorm.testing.pool import run_ranks
 
 _SEED = 0
-# What a step leaves behind, in the order in which a fault spreads, so that the first difference is nearest to it:
-# running statistics come from the forward, layer by layer.
+# What is compared after a step, in the order in which an error spreads, so that the first difference is the closest
+# to its cause: running statistics are updated in the forward, layer by layer.
 _KINDS = ("buffer", "output", "input gradient", "parameter gradient", "parameter")
 
-# kind -> name -> tensor
-_Step = dict[str, dict[str, Tensor]]
+# kind -> name -> tensor, after a step
+_Snapshot = dict[str, dict[str, Tensor]]
 
 
 def assert_matches_single_process(
@@ -41,33 +41,33 @@ def assert_matches_single_process(
     timeout: float = 60,
     find_unused_parameters: bool = False,
 ) -> None:
-    """Check that training on several ranks gives what training on the whole batch in one process gives.
+    """Check that training on several ranks has the same result as training on the whole batch in one process.
 
-    Each rank builds the model, converts it with ``syncnorm.convert``, wraps it in DistributedDataParallel (if
-    anything in it trains) and makes ``steps`` SGD steps on its rows of each batch, on the CPU over gloo. The same
-    model with plain batch norms makes them in this process, in fp64. The gradients that start the backward are
-    random: with ``.sum().backward()`` a batch norm passes on zeros, and any backward looks right.
-    Outputs, input gradients, parameters, their gradients and all buffers are compared on every rank after each
-    step.
+    Each rank builds the model, converts it with ``syncnorm.convert``, wraps it in DistributedDataParallel (if it has
+    trainable parameters) and makes ``steps`` SGD steps on its rows of each batch, on the CPU over gloo. The same
+    model with plain batch norms makes them in this process, in fp64. The gradients of the output are random: with
+    those of ``.sum().backward()`` the gradient of the input of a batch norm is zero and hides every error.
+    Outputs, input gradients, parameters, their gradients and all buffers are compared on every rank after each step.
 
     Args:
-        build_model: Function at the top level of a module; returns the model with plain or synced batch norms, in
-            training mode. It must draw nothing at random in its forward (no dropout). Its output is one tensor with
-            a row for each row of the input.
+        build_model: Function at the top level of a module that returns the model, with plain or synchronized batch
+            norms and in training mode. Its forward must not be random (no dropout). Its output must be one tensor
+            with a row for each row of the input.
         inputs: The whole batch, (N, ...), for every step; or a sequence of ``steps`` batches.
         world_size: Number of ranks.
-        steps: Number of SGD steps. Rounding grows with each of them.
-        splits: Rows of each rank; may be uneven, may contain 0. By default as even as possible.
+        steps: Number of SGD steps. Rounding errors grow with each of them.
+        splits: Number of rows of each rank, which may be uneven and may be 0. By default as even as possible.
         lr: Learning rate.
         rtol: Allowed error relative to each value; by default that of the dtype in
             :data:`syncnorm.testing.TOLERANCES`.
-        atol: Allowed error relative to the largest value of the same kind (to 1 for buffers), by default likewise.
-        timeout: Seconds for the ranks.
-        find_unused_parameters: As in DistributedDataParallel, for a model that leaves parameters out.
+        atol: Allowed error relative to the largest value of the same kind; for a buffer, to its own largest value or
+            to 1 if that is larger. By default likewise.
+        timeout: Time limit for the ranks, in seconds.
+        find_unused_parameters: As in DistributedDataParallel, for a model that does not use all of its parameters.
 
     Raises:
         AssertionError: Something differs. The message names the first difference: step, rank, layer, error.
-        InputError: Arguments that no rank could use, or a model whose output cannot be split by rows.
+        InputError: The arguments are invalid, or the output of the model cannot be split by rows.
         RankError: The model raised on a rank.
 
     Example:
@@ -76,25 +76,25 @@ def assert_matches_single_process(
         >>> assert_matches_single_process(model, torch.randn(6, 4), splits=[5, 1])
     """
     if world_size < 1:
-        raise InputError(f"world_size has to be 1 or more, got {world_size}")
-    pickle_call(build_model, ())  # before the training here, rather than after it
+        raise InputError(f"world_size must be 1 or more, got {world_size}")
+    pickle_call(build_model, ())  # to raise before the training in this process, not after it
     batches = _batches(inputs, steps)
     rows = [_rows(batch, world_size, splits) for batch in batches]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         model = build_model()
     if not isinstance(model, nn.Module):
-        raise InputError(f"build_model has to return an nn.Module, got {type(model).__name__}")
+        raise InputError(f"build_model must return an nn.Module, got {type(model).__name__}")
     if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
-        raise InputError("the model has lazy layers that have not seen an input: give them one in build_model")
+        raise InputError("the model has uninitialized lazy layers: run a forward in build_model")
     state = copy.deepcopy(model.state_dict())
     expected, cotangents = _single_process(model, batches, lr)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     unused = sorted(trained - expected[0]["parameter gradient"].keys())
     if unused and len(unused) < len(trained) and not find_unused_parameters:
-        raise InputError(f"{', '.join(unused)} got no gradient: DDP needs find_unused_parameters=True for that")
+        raise InputError(f"{', '.join(unused)} got no gradient: pass find_unused_parameters=True")
     arguments = (build_model, state, batches, cotangents, rows, lr, find_unused_parameters)
-    ranks = run_ranks(_train_rank, world_size, arguments, timeout)
+    ranks = run_ranks(_rank_train, world_size, arguments, timeout)
     differences = [
         difference
         for step in range(steps)
@@ -108,14 +108,14 @@ def assert_matches_single_process(
 
 def _batches(inputs: Tensor | Sequence[Tensor], steps: int) -> list[Tensor]:
     if steps < 1:
-        raise InputError(f"steps has to be 1 or more, got {steps}")
+        raise InputError(f"steps must be 1 or more, got {steps}")
     batches = [inputs] * steps if isinstance(inputs, Tensor) else list(inputs)
     for batch in batches:
         if not isinstance(batch, Tensor) or batch.dim() == 0 or len(batch) == 0:
             got = f"shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
-            raise InputError(f"inputs has to be tensors of one row or more, got {got}")
+            raise InputError(f"inputs must be tensors of one row or more, got {got}")
     if len(batches) != steps:
-        raise InputError(f"got {len(batches)} batches for steps={steps}: give one for each step, or a tensor for all")
+        raise InputError(f"got {len(batches)} batches for steps={steps}: give one per step, or one tensor for all")
     return [batch.detach() for batch in batches]
 
 
@@ -126,12 +126,12 @@ def _rows(batch: Tensor, world_size: int, splits: Sequence[int] | None) -> list[
     whole = all(isinstance(count, int) for count in splits)
     if not whole or len(splits) != world_size or min(splits) < 0 or sum(splits) != len(batch):
         raise InputError(
-            f"splits has to hold {world_size} row counts that add up to the batch of {len(batch)}, got {splits}"
+            f"splits must have {world_size} row counts that add up to the batch of {len(batch)}, got {splits}"
         )
     return list(splits)
 
 
-def _single_process(model: nn.Module, batches: list[Tensor], lr: float) -> tuple[list[_Step], list[Tensor]]:
+def _single_process(model: nn.Module, batches: list[Tensor], lr: float) -> tuple[list[_Snapshot], list[Tensor]]:
     from syncnorm.conversion.convert import revert
 
     model = revert(copy.deepcopy(model)).double()
@@ -139,7 +139,7 @@ def _single_process(model: nn.Module, batches: list[Tensor], lr: float) -> tuple
     steps, cotangents = [], []
 
     def cotangent(output: Tensor) -> Tensor:
-        # Divided by the rows, as a mean loss does. Multiples of bfloat16, so that every rank's dtype holds them.
+        # Divided by the number of rows, as by a mean loss. Rounded to bfloat16, to be exact in every dtype.
         values = torch.randn(output.shape, generator=generator, dtype=torch.float64) / max(len(output), 1)
         cotangents.append(values.bfloat16().double())
         return cotangents[-1]
@@ -149,7 +149,7 @@ def _single_process(model: nn.Module, batches: list[Tensor], lr: float) -> tuple
     return steps, cotangents
 
 
-def _train_rank(
+def _rank_train(
     build_model: Callable[[], nn.Module],
     state: dict[str, Any],
     batches: list[Tensor],
@@ -157,7 +157,7 @@ def _train_rank(
     rows: list[list[int]],
     lr: float,
     find_unused_parameters: bool,
-) -> list[_Step]:
+) -> list[_Snapshot]:
     from syncnorm.conversion.convert import convert
 
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -166,7 +166,7 @@ def _train_rank(
     model.load_state_dict(state)
     model = convert(model)
     trains = any(parameter.requires_grad for parameter in model.parameters())
-    # Buffers are compared, so DDP should not make them equal.
+    # DDP must not broadcast the buffers, which are compared.
     wrapped = model
     if trains:
         wrapped = DistributedDataParallel(
@@ -175,7 +175,7 @@ def _train_rank(
     steps = []
     for batch, cotangent, counts in zip(batches, cotangents, rows, strict=True):
         mine = torch.split(cotangent, counts)[rank]
-        # DDP averages parameter gradients over the ranks: scaled, that average is the sum, the whole batch's.
+        # DDP averages gradients over the ranks; multiplied by the world size, the average is their sum.
         step = _step(wrapped, model, torch.split(batch, counts)[rank], partial(_cast, mine * world_size), lr)
         for gradient in step["input gradient"].values():
             gradient.div_(world_size)
@@ -189,15 +189,15 @@ def _cast(gradient: Tensor, output: Tensor) -> Tensor:
 
 def _step(
     wrapped: nn.Module, model: nn.Module, batch: Tensor, cotangent: Callable[[Tensor], Tensor], lr: float
-) -> _Step:
-    """One SGD step of ``model``, called through ``wrapped``; what it gave and what it left behind."""
+) -> _Snapshot:
+    """Makes one SGD step of ``model``, called through ``wrapped``; returns its outputs, gradients and new state."""
     x = batch.clone().requires_grad_(batch.is_floating_point())
     y = wrapped(x)
     if not isinstance(y, Tensor) or y.dim() == 0 or len(y) != len(x):
         got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         raise InputError(
-            f"the model's output has to be one tensor with a row for each of the {len(x)} rows of its input, got "
-            f"{got}: wrap the model in one that returns such a tensor."
+            f"the model's output must be one tensor with a row for each of the {len(x)} rows of its input, "
+            f"got {got}: wrap the model in one that returns such a tensor."
         )
     model.zero_grad()
     gradient = cotangent(y)
@@ -216,17 +216,23 @@ def _step(
 
 
 def _differences(
-    step: int, kind: str, expected: _Step, ranks: list[_Step], rows: list[int], rtol: float | None, atol: float | None
+    step: int,
+    kind: str,
+    expected: _Snapshot,
+    ranks: list[_Snapshot],
+    rows: list[int],
+    rtol: float | None,
+    atol: float | None,
 ) -> list[str]:
-    """Every difference of a kind, described, layer by layer and rank by rank."""
+    """A description of every difference of a kind, by layer and rank."""
     wanted = expected[kind]
-    # A gradient that is zero in exact arithmetic (a bias before a batch norm) is rounding noise in fp32, as large as
-    # what cancels: the scale is that of its kind, not its own. Buffers have units of their own.
+    # A gradient that is zero in exact arithmetic (of a bias before a batch norm) is rounding noise in fp32, as large
+    # as the terms that cancel. So errors are relative to the largest value of the kind. Buffers differ in units.
     largest = max((_largest(value) for value in wanted.values()), default=0.0)
     found = []
     for name in dict.fromkeys([*wanted, *(name for rank in ranks for name in rank[kind])]):
         for rank, got in enumerate(ranks):
-            where = f"step {step}, rank {rank}: {_told(kind, name)}"
+            where = f"step {step}, rank {rank}: {_describe(kind, name)}"
             if name not in wanted or name not in got[kind]:
                 found.append(f"{where} exists only {'on the rank' if name in got[kind] else 'in the single process'}")
                 continue
@@ -258,7 +264,7 @@ def _compare(have: Tensor, want: Tensor, rtol: float, atol: float) -> str | None
     )
 
 
-def _told(kind: str, name: str) -> str:
+def _describe(kind: str, name: str) -> str:
     if not name:
         return kind
     layer, _, own = name.rpartition(".")

@@ -1,16 +1,16 @@
-"""The pytest plugin that comes with an installed syncnorm: its test helpers as fixtures."""
+"""The pytest plugin that is installed with syncnorm: its test helpers as fixtures."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-# The fixtures import what they need when a test asks for them: pytest loads this file on every run.
+# The fixtures import what they need on first use, because pytest loads this file on every run.
 
 
 @pytest.fixture(scope="session")
 def run_ranks() -> Iterator[Callable[..., list[Any]]]:
-    """``syncnorm.testing.run_ranks``; its ranks are kept for the session and end with it."""
+    """``syncnorm.testing.run_ranks``; its ranks are kept until the end of the session."""
     from syncnorm.testing.pool import run_ranks, shutdown
 
     yield run_ranks
@@ -19,7 +19,7 @@ def run_ranks() -> Iterator[Callable[..., list[Any]]]:
 
 @pytest.fixture(scope="session")
 def assert_matches_single_process(run_ranks: Callable[..., list[Any]]) -> Callable[..., None]:
-    """``syncnorm.testing.assert_matches_single_process``, in the same kept ranks."""
+    """``syncnorm.testing.assert_matches_single_process``, on the ranks of the fixture ``run_ranks``."""
     from syncnorm.testing.parity import assert_matches_single_process
 
     return assert_matches_single_process

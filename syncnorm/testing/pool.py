@@ -1,7 +1,7 @@
 """Run a function in several ranks on this machine, in processes that are kept from call to call.
 
-Spawning two ranks that import torch takes some seconds; a kept rank joins a fresh process group in about ten
-milliseconds. The rendezvous is a file, so that test runs side by side cannot take each other's ports.
+Spawning two ranks that import torch takes some seconds; a kept rank joins a new process group in about ten
+milliseconds. The rendezvous uses a file, so that concurrent test runs cannot take each other's ports.
 """
 
 import math
@@ -12,26 +12,25 @@ from multiprocessing.util import Finalize
 from typing import Any, TypeVar
 
 from syncnorm.errors import InputError, SyncNormError
-from syncnorm.testing._processes import Ended, Pool, Report
+from syncnorm.testing._processes import Lost, Pool, Report
 from syncnorm.testing._transport import Raised, Returned, pickle_call
 
 _T = TypeVar("_T")
 
-# What gloo says on a rank whose peer went away: a consequence, never what a reader has to know first.
+# Errors of gloo on a rank whose peer is gone. They are consequences of the failure and never its cause.
 _PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 class RankError(SyncNormError):
-    """At least one rank raised, died or did not end in time.
+    """At least one rank raised, died or did not finish in time.
 
-    The message names the rank that failed first, with its traceback, and says in one line what became of
-    each other rank. ``__cause__`` is the exception of the rank that failed first.
+    The message names the rank that failed first, with its traceback, and has one line for each other rank.
+    ``__cause__`` is the exception of the rank that failed first.
 
     Attributes:
         rank: The rank that failed first.
-        exceptions: Rank -> the exception that it raised. A rank that died has a ``ChildProcessError`` here,
-            one that was still running a ``TimeoutError``, and one whose exception does not pickle a
-            ``RuntimeError`` with its text.
+        exceptions: Rank -> the exception that it raised: ``ChildProcessError`` for a rank that died, ``TimeoutError``
+            for one that was still running, and ``RuntimeError`` with the text of an exception that does not pickle.
     """
 
     def __init__(self, message: str, rank: int, exceptions: dict[int, BaseException]) -> None:
@@ -46,28 +45,26 @@ class RankError(SyncNormError):
 def run_ranks(
     fn: Callable[..., _T], world_size: int = 2, args: tuple[Any, ...] = (), timeout: float = 60
 ) -> list[_T]:
-    """Call ``fn(*args)`` in ``world_size`` ranks with ``torch.distributed`` initialised; return the results.
+    """Call ``fn(*args)`` in ``world_size`` ranks with ``torch.distributed`` initialized; return the results.
 
-    Each call gives the ranks a fresh gloo process group on the CPU, one thread each, the same random seed,
-    and the caller's environment variables, ``sys.path`` and working directory, with ``RANK``,
-    ``WORLD_SIZE``, ``LOCAL_RANK`` and ``LOCAL_WORLD_SIZE`` set. The processes are kept for the next call:
-    what ``fn`` changes in a module stays. A script that calls this needs the usual ``if __name__ ==
-    "__main__":``, because ranks are spawned.
+    In each call the ranks have a new gloo process group on the CPU, one thread each, the same random seed, and the
+    caller's environment variables, ``sys.path`` and working directory; ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK`` and
+    ``LOCAL_WORLD_SIZE`` are set. The processes are kept for the next call, and with them what ``fn`` changes in a
+    module. A script that calls this needs ``if __name__ == "__main__":``, because ranks are spawned.
 
     Args:
-        fn: A function at the top level of a module. It asks ``torch.distributed.get_rank()`` who it is.
+        fn: A function at the top level of a module. It finds its rank with ``torch.distributed.get_rank()``.
         world_size: Number of ranks, 1 or more.
-        args: Arguments for ``fn``, the same on every rank. They and the results travel as pickles, tensors
-            by copy.
-        timeout: Seconds that the call may take, not counting the start of new processes.
+        args: Arguments of ``fn``, the same on every rank. They and the results are pickled, and tensors are copied.
+        timeout: Time limit of the call in seconds, not counting the start of new processes.
 
     Returns:
         The results of rank 0, 1, ...
 
     Raises:
-        RankError: A rank raised, died, or was still running after ``timeout``. Ranks that wait for it in a
-            collective fail at once; the others are given two seconds; the next call finds a pool that works.
-        InputError: ``fn`` is a lambda, a local function or does not pickle, ``args`` is no tuple,
+        RankError: A rank raised, died, or was still running after ``timeout``. Ranks that wait for it in a collective
+            fail at once, and the others get two seconds to finish. Later calls work.
+        InputError: ``fn`` is a lambda or a local function or does not pickle, ``args`` is not a tuple, or
             ``world_size`` or ``timeout`` is not positive. Nothing has been started.
 
     Example:
@@ -89,7 +86,7 @@ def run_ranks(
 
 
 def shutdown() -> None:
-    """End the ranks that are kept; the next ``run_ranks`` starts new ones. Runs by itself at exit.
+    """End the ranks that are kept; the next ``run_ranks`` starts new ones. Called automatically at exit.
 
     Example:
         >>> from syncnorm.testing import shutdown
@@ -106,11 +103,10 @@ _kept: Pool | None = None
 
 def _pool() -> Pool:
     global _kept
-    if _kept is None or _kept.owner != os.getpid():  # a forked process cannot use its parent's ranks
+    if _kept is None or _kept.owner != os.getpid():  # a forked process cannot use the ranks of its parent
         _kept = Pool()
-        # multiprocessing joins its children when this process ends, which would wait for ever for ranks
-        # that wait for the next task. Its own finalizers run just before that, in a rank that itself has
-        # ranks too; atexit's do not.
+        # At exit, multiprocessing joins its children, and would wait forever for ranks that wait for the next call.
+        # Its own finalizers run before that, also in a rank that has ranks itself, where those of atexit do not.
         Finalize(None, shutdown, exitpriority=100)
     return _kept
 
@@ -125,12 +121,14 @@ def _results(reports: dict[int, Report], world_size: int) -> list[Any]:
         try:
             results.append(pickle.loads(report.result))
         except Exception as error:
-            message = f"the result of rank {rank} does not unpickle here: {type(error).__name__}: {error}"
+            message = (
+                f"the result of rank {rank} cannot be unpickled in this process: {type(error).__name__}: {error}"
+            )
             raise RankError(message, rank, {rank: error}) from error
     return results
 
 
-def _rank_error(reports: dict[int, Report], failed: dict[int, Raised | Ended], world_size: int) -> RankError:
+def _rank_error(reports: dict[int, Report], failed: dict[int, Raised | Lost], world_size: int) -> RankError:
     by_cause = sorted(failed, key=lambda rank: (_distance_from_cause(failed[rank]), failed[rank].at))
     first = by_cause[0]
     if all(isinstance(report.exception, TimeoutError) for report in failed.values()):
@@ -148,37 +146,37 @@ def _rank_error(reports: dict[int, Report], failed: dict[int, Raised | Ended], w
             lines += ["", f"Rank {rank}:", detail]
     others = [rank for rank in reports if rank not in shown]
     if others:
-        lines += ["", *(f"Rank {rank}: {_one_line(reports[rank])}" for rank in others)]
+        lines += ["", *(f"Rank {rank}: {_outcome(reports[rank])}" for rank in others)]
     exceptions = {rank: _exception(report) for rank, report in failed.items()}
     error = RankError("\n".join(lines), first, exceptions)
     error.__cause__ = exceptions[first]
     return error
 
 
-def _distance_from_cause(report: Raised | Ended) -> int:
-    """0: failed by itself; more: because of another. Time alone cannot tell, a dead rank leaves no stamp."""
+def _distance_from_cause(report: Raised | Lost) -> int:
+    """0 if the rank failed by itself, more if because of another. A rank that died has no time of its failure."""
     if isinstance(report, Raised):
         return int(any(lost in report.summary for lost in _PEER_LOST))
     if isinstance(report.exception, TimeoutError):
-        # whoever is not in a collective is who the others wait for
+        # The others wait for the rank that is not in a collective.
         return 2 if "distributed_c10d.py" in report.stack else 1
     return 0
 
 
-def _one_line(report: Report) -> str:
+def _outcome(report: Report) -> str:
     if isinstance(report, Returned):
         return "returned"
     text = " ".join(report.summary.split())
     return f"raised {text[:300]}" if isinstance(report, Raised) else text
 
 
-def _exception(report: Raised | Ended) -> BaseException:
-    if isinstance(report, Ended):
+def _exception(report: Raised | Lost) -> BaseException:
+    if isinstance(report, Lost):
         return report.exception
     try:
         if report.exception is not None:
             loaded: BaseException = pickle.loads(report.exception)
             return loaded
-    except Exception:  # a class that only the rank can import
+    except Exception:  # of a class that only the rank can import
         pass
     return RuntimeError(report.summary)

@@ -1,11 +1,11 @@
-"""What a report of a bug needs to say about where it happened."""
+"""Describes the machine for a bug report: versions, hardware, backends and environment variables."""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +19,7 @@ from syncnorm.tools.common.provenance import cpu_count, cpu_name
 from syncnorm.tools.common.records import Record
 
 PACKAGES = ("accelerate", "triton", "numpy", "click", "rich", "matplotlib", "scikit-learn")
-# torch's own spelling, and the launchers' variables that say who is who.
+# Of variables that configure torch.distributed; and the variables of launchers that say which rank this is.
 PREFIXES = ("NCCL_", "TORCH_NCCL_", "GLOO_", "SYNCNORM_", "MASTER_", "CUDA_", "TORCH_DISTRIBUTED_", "TORCHINDUCTOR_")
 NAMES = (
     "RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "MKL_NUM_THREADS",
@@ -31,15 +31,16 @@ _SECRET = re.compile("TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(^|_)KEY(_|$)", re
 
 @dataclass(frozen=True)
 class Environment(Record):
-    """Versions, machine, backends and variables; ``None`` where something is not there.
+    """Versions, hardware, backends and variables; None for what does not exist.
 
     Attributes:
-        packages: by name, the versions of what syncnorm uses.
-        build: what torch was built with: CUDA, cuDNN, NCCL.
+        packages: name -> version of the packages that syncnorm can use.
+        build: library -> version of those that torch was built with.
         gpus: name, memory in GiB and compute capability of each.
-        backends: of torch.distributed, those that this build has.
-        launcher: that started this process, as far as its variables tell.
-        variables: that bear on distributed training; nothing secret, and the home directory as ``~``.
+        backends: those of torch.distributed that this build has.
+        launcher: the launcher that started this process, according to its variables.
+        variables: environment variables that affect distributed training, without secrets, and with ``~`` for the
+            home directory.
     """
 
     schema: ClassVar[str] = "syncnorm.env"
@@ -59,9 +60,32 @@ class Environment(Record):
     launcher: str | None
     variables: dict[str, str]
 
+    def __str__(self) -> str:
+        """Lines of ``name: value``, to paste into a bug report."""
+        return "\n".join(f"{name}: {value}" for name, value in self._lines())
+
+    def _lines(self) -> Iterator[tuple[str, str]]:
+        yield "syncnorm", self.syncnorm
+        yield "torch", self.torch
+        for name, version in self.build.items():
+            yield f"  {name}", version or "no"
+        yield "  backends", ", ".join(self.backends) or "none"
+        yield "Python", self.python
+        for name, version in self.packages.items():
+            yield f"  {name}", version or "not installed"
+        yield "system", self.system
+        yield "CPU", f"{self.cpu}, {self.cpu_count} cores, {self.threads} threads for torch"
+        yield "GPUs", "" if self.gpus else "none"
+        for index, gpu in enumerate(self.gpus):
+            yield f"  {index}", gpu
+        yield "launcher", self.launcher or "none"
+        yield "variables", "" if self.variables else "none"
+        for name, value in self.variables.items():
+            yield f"  {name}", value
+
 
 def environment() -> Environment:
-    """Looks around. Communicates nothing.
+    """Describes this process and its machine. Does not communicate.
 
     Example:
         >>> environment().torch == torch.__version__
@@ -85,18 +109,18 @@ def environment() -> Environment:
 
 
 def variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """Those of ``environ`` that bear on distributed training, sorted; without secrets, and without the home path."""
+    """The variables that affect distributed training, sorted; secrets and the home directory are replaced."""
     found = {name: value for name, value in environ.items() if name.startswith(PREFIXES) or name in NAMES}
     home = str(Path.home())
     return {
-        # A home of "/", as containers have it, hides nothing.
+        # Not if the home directory is "/", as in some containers.
         name: "(hidden)" if _SECRET.search(name) else value.replace(home, "~") if len(home) > 1 else value
         for name, value in sorted(found.items())
     }
 
 
 def launcher(environ: Mapping[str, str]) -> str | None:
-    """The launcher that set the variables in ``environ``; None without one."""
+    """The launcher that set the variables in ``environ``; None if there was none."""
     for name, variable in (
         ("accelerate launch", "ACCELERATE_MIXED_PRECISION"),
         ("torchrun", "TORCHELASTIC_RUN_ID"),
@@ -119,19 +143,19 @@ def _system() -> str:
     name = f"{platform.system()} {platform.release()} {platform.machine()}"
     try:
         return f"{name}, {platform.freedesktop_os_release()['PRETTY_NAME']}"
-    except (OSError, KeyError):  # not a Linux, or one that does not say
+    except (OSError, KeyError):  # not Linux, or a distribution without the file
         return name
 
 
 def _cudnn() -> str | None:
-    version = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    version = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return None if version is None else str(version)
 
 
 def _nccl() -> str | None:
     if not (dist.is_available() and dist.is_nccl_available()):
         return None
-    return ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+    return ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
 def _gpu(index: int) -> str:

@@ -21,7 +21,7 @@ from syncnorm.errors import InputError, SyncNormError
 from syncnorm.monitor import monitor
 from syncnorm.monitor.findings import Findings, find_straggler
 from syncnorm.testing import run_ranks
-from syncnorm.tools.diagnose import Overhead, Task, diagnose
+from syncnorm.tools.diagnose import Overhead, TrainingRun, diagnose
 
 
 def build(synced: bool = True) -> nn.Module:
@@ -188,12 +188,12 @@ def test_the_straggler_is_the_rank_that_waits_least(waits, rank):
     assert find_straggler(waits) == rank
 
 
-def test_the_command_prints_lines_table_and_conclusions(monkeypatch, capsys, tmp_path):
-    found = diagnose(Task(build_small, data_small, steps=4, every=2, sync=False), 2)
+def test_the_command_prints_lines_table_and_sentences(monkeypatch, capsys, tmp_path):
+    found = diagnose(TrainingRun(build_small, data_small, steps=4, every=2, sync=False), 2)
     assert isinstance(found, Findings)
     # By its path, because the package has a command with the name of the module.
     command = importlib.import_module("syncnorm.tools.cli.diagnose")
-    monkeypatch.setattr(command, "run_diagnose", lambda task, ranks: found)
+    monkeypatch.setattr(command, "run_diagnose", lambda run, ranks: found)
     monkeypatch.setattr(sys, "argv", ["syncnorm", "diagnose", "--json", str(tmp_path / "x.json")])
     assert main() == 0
     out = capsys.readouterr().out
@@ -202,8 +202,8 @@ def test_the_command_prints_lines_table_and_conclusions(monkeypatch, capsys, tmp
     assert '"schema": "syncnorm.diagnose"' in (tmp_path / "x.json").read_text()
 
 
-def test_the_overhead_is_measured_in_interleaved_blocks():
-    found = diagnose(Task(build_small, data_small, repetitions=1), 2)
+def test_the_overhead_is_measured_in_turns():
+    found = diagnose(TrainingRun(build_small, data_small, repetitions=1), 2)
     assert isinstance(found, Overhead)
     assert found.ratios["off"] == [1.0]
     assert found.ratios.keys() == {"off", "every 50", "every 1"}

@@ -14,7 +14,7 @@ IMAGES = torch.randn(6, 3, 5, 5) * 3 + 2
 PARTS = [IMAGES[:, :, :2], IMAGES[:4, :, 2:], IMAGES[:0]]
 
 
-def test_oracle_is_batch_norm_of_everything_in_one_rank():
+def test_oracle_is_batch_norm_of_the_whole_batch():
     x = IMAGES.double().requires_grad_()
     weight, bias = torch.rand(3).double().requires_grad_(), torch.rand(3).double().requires_grad_()
     mean, var = torch.zeros(3).double(), torch.ones(3).double()
@@ -35,7 +35,7 @@ def test_oracle_is_batch_norm_of_everything_in_one_rank():
     assert got.grad_weight[1].eq(0).all()
 
 
-def test_oracle_with_ranks_of_other_sizes():
+def test_oracle_with_ranks_of_different_shapes():
     got = batch_norm_oracle(PARTS, None, None, None, torch.zeros(3), torch.ones(3), momentum=1.0)
     values = torch.cat([part.double().transpose(0, 1).flatten(1) for part in PARTS], dim=1)
     assert_close(got.running_mean, values.mean(1), torch.float64)
@@ -44,7 +44,7 @@ def test_oracle_with_ranks_of_other_sizes():
     assert got.grad_inputs == []
 
 
-def test_oracle_of_nothing_changes_nothing():
+def test_oracle_without_rows_changes_nothing():
     empty = [IMAGES[:0]] * 2
     got = batch_norm_oracle(empty, empty, torch.ones(3), torch.zeros(3), torch.zeros(3), torch.ones(3))
     assert got.running_mean.tolist() == [0.0] * 3
@@ -53,14 +53,14 @@ def test_oracle_of_nothing_changes_nothing():
 
 
 def test_oracle_wants_matching_gradients():
-    with pytest.raises(InputError, match="rank by rank"):
+    with pytest.raises(InputError, match="one gradient per rank"):
         batch_norm_oracle([IMAGES], [IMAGES[:2]])
-    with pytest.raises(InputError, match="input a rank"):
+    with pytest.raises(InputError, match="input per rank"):
         batch_norm_oracle([])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-def test_tolerance_takes_one_rounding_and_no_wrong_formula(dtype):
+def test_tolerance_accepts_one_rounding_and_no_wrong_formula(dtype):
     value = torch.tensor([1.0, -3.0, 100.0], dtype=torch.float64) / 3
     assert_close(value.to(dtype), value, dtype)
     with pytest.raises(AssertionError):
@@ -144,7 +144,7 @@ class Broken(nn.Module):
 
 
 class Plain:
-    """Within it a layer is plain again."""
+    """Reverts a layer while the block runs."""
 
     def __init__(self, layer):
         self.layer = layer
@@ -196,7 +196,7 @@ def test_unused_parameters_as_in_ddp():
     assert_matches_single_process(with_unused, IMAGES[:, :3], steps=2, find_unused_parameters=True)
 
 
-def test_errors_of_the_model_are_told():
+def test_errors_of_the_model_are_reported():
     with pytest.raises(InputError, match=r"a row for each of the 6 rows .* got shape \(\)"):
         assert_matches_single_process(partial(Broken, "row"), torch.randn(6, 5))
     with pytest.raises(RankError, match="only on ranks"):
@@ -208,19 +208,19 @@ def test_errors_of_the_model_are_told():
     [
         ({"splits": [3, 4]}, "add up to the batch of 6, got"),
         ({"splits": [6]}, "2 row counts"),
-        ({"steps": 0}, "steps has to be 1 or more"),
+        ({"steps": 0}, "steps must be 1 or more"),
         ({"steps": 2, "inputs": [IMAGES]}, "got 1 batches for steps=2"),
         ({"build_model": list}, "return an nn.Module, got list"),
         ({"build_model": lambda: small_net()}, "lambda"),
-        ({"world_size": 0}, "world_size has to be 1 or more, got 0"),
+        ({"world_size": 0}, "world_size must be 1 or more, got 0"),
         ({"splits": [3.0, 3.0]}, r"2 row counts .* got \[3.0, 3.0\]"),
         ({"inputs": torch.tensor(1.0)}, r"tensors of one row or more, got shape \(\)"),
         ({"inputs": IMAGES[:0]}, "tensors of one row or more"),
         ({"inputs": "abc"}, "tensors of one row or more, got str"),
         ({"build_model": partial(nn.LazyBatchNorm2d)}, "lazy layers"),
-        ({"build_model": with_unused}, "left.bias, left.weight got no gradient: DDP needs find_unused_parameters"),
+        ({"build_model": with_unused}, "left.bias, left.weight got no gradient: pass find_unused_parameters=True"),
     ],
 )
-def test_mistakes_are_told(arguments, says):
+def test_invalid_arguments_raise(arguments, says):
     with pytest.raises(InputError, match=says):
         assert_matches_single_process(**{"build_model": small_net, "inputs": IMAGES, **arguments})

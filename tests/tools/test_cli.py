@@ -193,7 +193,10 @@ def launched(monkeypatch, **environ):
     ("environ", "message"),
     [
         ({"RANK": "0", "WORLD_SIZE": "x"}, "RANK='0' and WORLD_SIZE='x' must be numbers"),
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK=0 and WORLD_SIZE=2 are set, but MASTER_ADDR and MASTER_PORT not"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2"},
+            "WORLD_SIZE=2 are set, but MASTER_ADDR and MASTER_PORT are not",
+        ),
     ],
 )
 def test_half_an_environment_of_a_launcher(call, monkeypatch, environ, message):
@@ -265,6 +268,26 @@ def test_a_missing_extra_is_named():
     assert done.stderr.splitlines() == [
         f'syncnorm: needs {missing}: pip install "syncnorm[compare]"' for missing in ("click", "rich", "sklearn")
     ]
+
+
+_HIDE_ACCELERATE = """
+import runpy, sys
+from syncnorm.testing import run_ranks
+
+def _rank_hide():
+    sys.modules["accelerate"] = None
+
+if __name__ == "__main__":
+    run_ranks(_rank_hide)  # in the ranks that the command uses
+    runpy.run_module("syncnorm", run_name="__main__")
+"""
+
+
+def test_an_extra_that_is_missing_on_the_ranks_is_named(tmp_path):
+    (tmp_path / "hide.py").write_text(_HIDE_ACCELERATE)
+    done = _start(str(tmp_path / "hide.py"), "compare", *SHORT)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == 'syncnorm: needs accelerate: pip install "syncnorm[cli]"'
 
 
 def test_alone_it_starts_ranks_prints_a_table_and_writes_json(tmp_path):

@@ -1,4 +1,4 @@
-"""What ``syncnorm env`` tells, and what it keeps to itself."""
+"""What ``syncnorm env`` prints, and what it hides."""
 
 import json
 import sys

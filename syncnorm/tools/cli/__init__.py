@@ -14,19 +14,20 @@ from syncnorm.tools.cli.compare import compare
 from syncnorm.tools.cli.diagnose import diagnose
 from syncnorm.tools.cli.env import env
 from syncnorm.tools.cli.selftest import selftest
-from syncnorm.tools.cli.signals import Ended, raised_as_exceptions
+from syncnorm.tools.cli.signals import SignalExit, signals_as_exceptions
 from syncnorm.tools.cli.study import study
+from syncnorm.tools.common.errors import missing_extra
 from syncnorm.tools.common.launcher import print_error_once
-from syncnorm.tools.report.consoles import console, tolerate_any_text
+from syncnorm.tools.report.consoles import console, replace_unencodable
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="syncnorm")
 def syncnorm() -> None:
-    """Synchronized batch norm that runs wherever torch.distributed runs: is it right, and is it worth it?
+    """Tools for synchronized batch norm: is it correct, and is it worth its cost?
 
-    Exit codes: 0, done. 1, failed; what had been found by then is printed and written. 2, used wrongly. 3, done and
-    printed, but a file could not be written.
+    Exit codes: 0, success. 1, failure; results found until then have been printed and written. 2, wrong usage. 3,
+    the result was printed, but a file could not be written.
     """
 
 
@@ -41,12 +42,12 @@ syncnorm.add_command(study)
 def main() -> int:
     """Runs the command line and returns the exit code.
 
-    0: done. 1: failed. 2: used wrongly, with one line on stderr. 3: a file was not written, likewise. 130:
-    interrupted. 128 and the signal's number: ended by it. Under a launcher every rank returns the same code, but for
-    3, which is rank 0's, and rank 0 alone prints.
+    0: success. 1: failure. 2: wrong usage, or a package is missing; one line on stderr says which. 3: a file was not
+    written, likewise. 130: interrupted. 128 plus its number: ended by a signal. Under a launcher, all ranks return
+    the same code, except 3, which only rank 0 returns; only rank 0 prints.
     """
-    tolerate_any_text(sys.stdout)  # for --help; what is printed on a console would see to it
-    with raised_as_exceptions():
+    replace_unencodable(sys.stdout)  # for --help, which click prints; our consoles do it themselves
+    with signals_as_exceptions():
         return _exit_code()
 
 
@@ -58,32 +59,30 @@ def _exit_code() -> int:
         return 2
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
-        print_error_once(f"{context.command_path if context else 'syncnorm'}: {_one_line(error.format_message())}")
+        message = " ".join(error.format_message().split())
+        print_error_once(f"{context.command_path if context else 'syncnorm'}: {message}")
         return 2
     except SyncNormError as error:
-        print_error_once(f"syncnorm: {error}")
-        return 1
+        hint = missing_extra(error)  # a started rank may be the first to import a package
+        print_error_once(f"syncnorm: {hint or error}")
+        return 2 if hint else 1
     except OSError as error:
-        # Most likely stdout: whoever read it has gone. What is left in its buffer would fail again at exit.
+        # Most likely the reader of stdout has exited. Python would fail again at exit to write what is in its buffer.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, lives as long as the process
         print_error_once(f"syncnorm: {error}")
         return 1
     except (click.Abort, KeyboardInterrupt):
-        _say_the_end("interrupted")
+        _print_end("interrupted")
         return 130
-    except Ended as ended:
+    except SignalExit as end:
         with suppress(OSError):  # the terminal may be closed
-            _say_the_end(f"ended by {ended.name}")
-        return int(ended.code or 0)
-    # Without standalone mode click returns the exit code of --help and --version, and a command's own result.
+            _print_end(f"ended by {end.name}")
+        return int(end.code or 0)
+    # Without standalone mode, click returns the exit code of --help and --version, and the result of a command.
     return result if isinstance(result, int) else 0
 
 
-def _say_the_end(how: str) -> None:
-    # The rank that drew the progress bar was ended, and left the cursor hidden.
+def _print_end(how: str) -> None:
+    # The rank that drew the progress bar has been ended and has left the cursor hidden.
     console(stderr=True).show_cursor()
     print_error_once(f"syncnorm: {how}")
-
-
-def _one_line(message: str) -> str:
-    return " ".join(message.split())

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGHUP as exceptions, so that ranks end and temporary folders go."""
+"""Turns SIGTERM and SIGHUP into exceptions, so that started ranks are ended and temporary folders removed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class Ended(SystemExit):
-    """A signal ended the command; `code` is what a shell says of it."""
+class SignalExit(SystemExit):
+    """A signal ended the command. `code` is 128 plus its number, as in a shell."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -18,23 +18,23 @@ class Ended(SystemExit):
 
 
 @contextmanager
-def raised_as_exceptions() -> Iterator[None]:
-    """Has the signals raise `Ended`, but under a launcher, whose ranks are to end at once, also in a collective."""
+def signals_as_exceptions() -> Iterator[None]:
+    """Makes the signals raise `SignalExit`. Not under a launcher: it ends its ranks even inside of a collective."""
     names = () if "RANK" in os.environ else ("SIGTERM", "SIGHUP")
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    # Not where it is ignored, as under nohup.
+    # A signal that is ignored stays ignored, as SIGHUP under nohup.
     ours = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
 
-    def end(number: int, frame: FrameType | None) -> None:
+    def exit_on(number: int, frame: FrameType | None) -> None:
         for each in ours:
-            signal.signal(each, signal.SIG_IGN)  # timeout sends two, and the second would end the cleaning up
-        raise Ended(number)
+            signal.signal(each, signal.SIG_IGN)  # `timeout` sends two, and the second would interrupt the cleanup
+        raise SignalExit(number)
 
     for number in ours:
-        signal.signal(number, end)
+        signal.signal(number, exit_on)
     try:
         yield
     finally:
         for number in ours:
-            if signal.getsignal(number) is end:
+            if signal.getsignal(number) is exit_on:
                 signal.signal(number, signal.SIG_DFL)

@@ -1,1 +1,1 @@
-"""What several commands use. Commands import nothing of one another."""
+"""What several commands use. Commands import nothing from one another."""

@@ -1,4 +1,4 @@
-"""Batches in an order that depends on the seed and on nothing else; and the demo's data, scikit-learn's digits."""
+"""Batches in an order that depends on the seed alone, and the demo's data: scikit-learn's digits."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from torch import Tensor
 from torch.utils.data import TensorDataset, default_collate
 
 TEST_SHARE = 0.25
-# The split is part of the task, not of the run: --seed changes the model and the order, never who is tested.
+# The split belongs to the data set and not to the run: --seed changes the model and the order of the batches, never
+# which samples are test samples.
 SPLIT_SEED = 0
 
 
 @lru_cache(maxsize=1)
 def digits() -> tuple[TensorDataset, TensorDataset]:
-    """The 1,797 images that scikit-learn carries: 1,347 to train with, 450 to test on. Downloads nothing.
+    """The 1,797 images that scikit-learn contains, 1,347 for training and 450 for testing. Downloads nothing.
 
-    Items are an image (1, 8, 8), fp32 in [-1, 1], and its label, (), int64.
+    An item is an image (1, 8, 8), fp32 in [-1, 1], and its label, (), int64.
     """
     from sklearn.datasets import load_digits as sklearn_digits
     from sklearn.model_selection import train_test_split
@@ -34,9 +35,9 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
 
 
 def batch_indices(num_samples: int, batch: int, seed: int) -> Iterator[Tensor]:
-    """Index tensors (batch,), epoch after epoch, each shuffled anew; the incomplete last batch is dropped.
+    """Yields index tensors (batch,) forever; each epoch is shuffled anew and drops its incomplete last batch.
 
-    The same for every arm and rank, so the arms see the same global batches in the same order.
+    Every rank and every arm of a comparison gets the same global batches in the same order.
     """
     generator = torch.Generator().manual_seed(seed)
     while True:
@@ -46,16 +47,16 @@ def batch_indices(num_samples: int, batch: int, seed: int) -> Iterator[Tensor]:
 
 
 class Batches:
-    """A rank's part of each global batch, inputs and targets, step after step.
+    """This rank's part of each global batch, inputs and targets, one batch per step.
 
-    An item that is drawn anew each time (augmentation) is drawn from a seed of its own, so that it is the same
-    on whichever rank, and in whichever arm, it comes to be.
+    Each item is drawn under a seed that depends on the step and on the item's place in the global batch, so that
+    random augmentation gives the same item on whichever rank and in whichever arm it is loaded.
 
     Args:
         dataset: map-style, of (input, target).
-        batch: samples of the global batch.
-        part: which of them are this rank's.
-        seed: of the order.
+        batch: number of samples in the global batch.
+        part: which of them this rank gets.
+        seed: of the order of the samples.
     """
 
     def __init__(self, dataset: Any, batch: int, part: slice, seed: int) -> None:
@@ -64,7 +65,7 @@ class Batches:
         self._item_seed = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed)))
 
     def next(self) -> Any:
-        """Collated (inputs, targets) of the next step."""
+        """The collated (inputs, targets) of the next step."""
         index = next(self._indices)
         first, self._item_seed = self._item_seed, self._item_seed + self._batch
         items = []
@@ -75,12 +76,12 @@ class Batches:
 
 
 def collate(items: Sequence[Any]) -> Any:
-    """(inputs, targets) of a batch."""
+    """Stacks (input, target) items into (inputs, targets)."""
     return tuple(default_collate([tuple(item) for item in items]))
 
 
 def in_order(dataset: Any, batch: int) -> Iterator[tuple[int, Any]]:
-    """(number of samples, collated batch) over the whole of ``dataset``."""
+    """Yields (number of samples, collated batch) for all of ``dataset``, in its order."""
     seed_everything(0)
     for start in range(0, len(dataset), batch):
         items = [dataset[i] for i in range(start, min(start + batch, len(dataset)))]
@@ -88,10 +89,10 @@ def in_order(dataset: Any, batch: int) -> Iterator[tuple[int, Any]]:
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds what models and data draw from: torch, Python and, where it is loaded, NumPy."""
-    # torch.manual_seed asks every kind of accelerator, which takes 0.2 ms: too long for each item of each batch.
+    """Seeds the random generators of torch, Python and, if it is imported, NumPy."""
+    # torch.manual_seed looks for every kind of accelerator, which takes 0.2 ms: too long for each item of each batch.
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch leaves it untyped
         torch.cuda.manual_seed(seed)
     random.seed(seed)
     if "numpy" in sys.modules:

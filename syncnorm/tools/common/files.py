@@ -1,4 +1,4 @@
-"""Files that are whole, or are not there: a failed write leaves the file of that name as it was."""
+"""Files that are written completely or not at all: a failed write leaves the previous file as it was."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from uuid import uuid4
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Writes ``path``, replacing the file that is there; what is no file is written to.
+    """Replaces the file at ``path`` by one with ``data``; a pipe or a device is written to.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     if is_stream(path):
-        with path.open("ab") as stream:  # to append: /dev/stdout may be a file that holds what was printed
+        with path.open("ab") as stream:  # append: /dev/stdout may be a file that holds what was printed so far
             stream.write(data)
     elif path.is_file() and not os.access(path.resolve().parent, os.W_OK):
-        path.write_bytes(data)  # no other file can take its place
+        path.write_bytes(data)  # the folder admits no temporary file to replace this one with
     else:
-        _replace(path.resolve(), data)  # a link stays, and what it leads to is replaced
+        _replace(path.resolve(), data)  # a symbolic link stays, and its target is replaced
 
 
 def _replace(path: Path, data: bytes) -> None:
@@ -35,6 +35,6 @@ def _replace(path: Path, data: bytes) -> None:
 
 
 def is_stream(path: Path) -> bool:
-    """Whether ``path`` is a pipe or a device, which nothing can replace; so is ``/dev/stdout`` where it is a file."""
+    """Whether ``path`` is a pipe or a device and cannot be replaced; also ``/dev/stdout`` redirected to a file."""
     by_name = path.absolute().parts[1:2] in (("dev",), ("proc",)) and not path.is_relative_to("/dev/shm")
     return by_name or (path.exists() and not path.is_file() and not path.is_dir())

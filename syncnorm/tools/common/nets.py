@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with batch norm beside a shortcut, a 1x1 convolution where the shape changes."""
+    """Two 3x3 convolutions with batch norm and a shortcut, which is a 1x1 convolution where the shape changes."""
 
     def __init__(self, width_in: int, width: int, stride: int) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualNet(nn.Sequential):
-    """Stem, one block a width, mean over space, linear classifier: (N, 1, 8, 8) -> (N, num_classes)."""
+    """A stem, one block per width, average pooling, a linear classifier: (N, 1, 8, 8) -> (N, num_classes)."""
 
     def __init__(self, widths: tuple[int, ...] = (16, 32, 64), num_classes: int = 10) -> None:
         blocks = [
@@ -45,8 +45,8 @@ class ResidualNet(nn.Sequential):
 def build_residual_net() -> ResidualNet:
     """The network with ``nn.BatchNorm2d`` layers.
 
-    The norms' weights and biases are random too: with torch's ones and zeros, an arm that confused them or
-    dropped them would still look right after the first step.
+    The weights and biases of the norms are random too: with torch's ones and zeros, code that swaps or ignores them
+    would still give the right result of the first step.
     """
     model = ResidualNet()
     for module in model.modules():

@@ -1,13 +1,13 @@
-"""How a command tells what it is doing: one label for each stage, from rank 0."""
+"""How a command reports what it is doing: one label per stage, on rank 0."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
-# Called with the label of the stage that begins.
+# Called with the label of each stage when it begins.
 Tell = Callable[[str], None]
-# Opened with the number of stages. Rank 0 opens it in its own process, which may be a spawned one: it must pickle.
+# Called with the number of stages, in the process of rank 0. That may be a spawned process, so it must pickle.
 ProgressFactory = Callable[[int], AbstractContextManager[Tell]]
 
 

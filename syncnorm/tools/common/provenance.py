@@ -1,4 +1,4 @@
-"""Where and when a record was made: hardware, versions, date."""
+"""The hardware, the versions and the date that a record was made with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import syncnorm
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a command ran on."""
+    """The hardware that a command ran on, as one rank sees it."""
 
     device: str
     device_name: str
@@ -27,7 +27,7 @@ class Hardware:
 
 
 def hardware_of(device: torch.device, backend: str) -> Hardware:
-    """What this process runs on."""
+    """The hardware that this process runs on."""
     return Hardware(
         device=device.type,
         device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
@@ -38,12 +38,12 @@ def hardware_of(device: torch.device, backend: str) -> Hardware:
 
 
 def cpu_count() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_name() -> str:
-    """The processor as the system calls it."""
+    """The name that the operating system gives the processor."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -51,7 +51,7 @@ def cpu_name() -> str:
 
 
 class Provenance(TypedDict):
-    """Where and when a record was made, by which versions; `provenance` fills it."""
+    """The fields of a record that say how it was made; `provenance` returns them."""
 
     hardware: Hardware
     syncnorm_version: str
@@ -61,7 +61,7 @@ class Provenance(TypedDict):
 
 
 def provenance(hardware: Hardware) -> Provenance:
-    """The versions of this process and the time now (UTC)."""
+    """``hardware``, the versions in this process, and the current time (UTC)."""
     return Provenance(
         hardware=hardware,
         syncnorm_version=syncnorm.__version__,
@@ -72,5 +72,5 @@ def provenance(hardware: Hardware) -> Provenance:
 
 
 def command_line() -> str:
-    """The command that this process runs, as users type it."""
+    """The command line of this process as a user types it."""
     return " ".join(["syncnorm", *sys.argv[1:]])

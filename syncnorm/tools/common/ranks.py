@@ -1,6 +1,6 @@
-"""The ranks of a command: those that a launcher started, or gloo processes that the command starts.
+"""The ranks of a command: those of a launcher, or gloo processes that the command itself starts.
 
-`ranks_for` is the one way in: what it yields calls a function on every rank, whoever started them.
+Commands use `ranks_for`, which yields a callable that runs a function on every rank in either case.
 """
 
 from __future__ import annotations
@@ -25,28 +25,30 @@ from syncnorm.tools.common.provenance import Hardware, hardware_of
 
 DEFAULT_RANKS = 2
 
-# Ranks that have no part in an arm wait for rank 0 to train it, however long the user lets that take.
+# Ranks that do not take part in an arm wait while rank 0 trains it, however many steps the user asks for.
 WAIT = timedelta(days=1)
 
 T = TypeVar("T")
 
-# Takes a record of what has been found so far, in place of the one before, so that a later failure does not lose it.
+# Called with the results so far, which replace those of the call before, so that a later failure does not lose them.
 Keep = Callable[[Any], None]
 
 
 def discard(record: Any) -> None:
-    """A `Keep` that keeps nothing."""
+    """A `Keep` that does nothing."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others, its device, and a gloo group for barriers and records.
+    """This process's rank, the world size, its device, and a gloo group for barriers and records.
 
     Barriers have their own group because a rank that waits in NCCL keeps its GPU busy, and because the default
-    timeout of a group would end a long reference run.
+    timeout of a group would end a long run on rank 0.
 
     Attributes:
-        keep: rank 0 calls it with a record of what it has found so far; see `ranks_for`.
+        backend: of the default process group.
+        control: the gloo group.
+        keep: rank 0 calls it with a record of the results so far; see `OnRanks`.
     """
 
     rank: int
@@ -57,24 +59,24 @@ class Ranks:
     keep: Keep = discard
 
     def wait(self) -> None:
-        """Returns once every rank has called it. Collective: all ranks, one barrier."""
+        """Blocks until every rank has called it. Collective: all ranks, one barrier."""
         dist.barrier(group=self.control)
 
     def share(self, record: T | None) -> T:
-        """Rank 0's record, on every rank. Collective: all ranks, one object broadcast."""
+        """Returns rank 0's record on every rank. Collective: all ranks, one object broadcast."""
         box = [record]
         dist.broadcast_object_list(box, src=0, group=self.control)
         assert box[0] is not None
         return box[0]
 
     def collect(self, record: T) -> list[T]:
-        """Every rank's record, on every rank. Collective: all ranks, one object gather."""
+        """Returns the records of all ranks on every rank. Collective: all ranks, one object gather."""
         box: list[T | None] = [None] * self.world_size
         dist.all_gather_object(box, record, group=self.control)
         return [each for each in box if each is not None]
 
     def hardware(self) -> Hardware:
-        """What this rank runs on."""
+        """The hardware that this rank runs on."""
         return hardware_of(self.device, self.backend)
 
 
@@ -82,14 +84,14 @@ class OnRanks(Protocol):
     """What `ranks_for` yields."""
 
     def __call__(self, function: Callable[..., T], *args: Any, keep: Keep = discard) -> T:
-        """Returns what ``function(ranks, *args)`` returned on rank 0, or here under a launcher.
+        """Calls ``function(ranks, *args)`` on every rank; returns rank 0's result, or this rank's under a launcher.
 
         Args:
-            function: called on every rank with its `Ranks`. Its name, ``args`` and the result are pickled where the
-                ranks are started.
-            args: for it.
-            keep: called in this process with the record that rank 0 last passed to ``Ranks.keep``: at once under
-                a launcher, else when a started rank has failed.
+            function: called with the `Ranks` of each rank. If the command starts the ranks, the name of the
+                function, ``args`` and the result are pickled.
+            args: further arguments of ``function``.
+            keep: called in this process with what rank 0 passes to ``Ranks.keep``: at once under a launcher;
+                otherwise only if a started rank fails, with the last record.
 
         Raises:
             RankError: a started rank failed.
@@ -100,21 +102,30 @@ class OnRanks(Protocol):
 def ranks_for(
     world_size: int, timeout: float, *, device: str = "cpu", cpu: bool = False, wait: timedelta = WAIT
 ) -> Iterator[OnRanks]:
-    """The ranks of this command: a launcher's if there is one, else ``world_size`` gloo ranks on this machine.
+    """The ranks of this command: the launcher's if there is one, otherwise ``world_size`` gloo ranks on this machine.
 
     Args:
-        world_size: of the ranks to start.
-        timeout: seconds after which started ranks are taken for hung.
-        device: ``"cpu"`` or ``"cuda"``, of the ranks to start; they share the GPUs.
-        cpu: under a launcher, use gloo on the CPU even where there are GPUs.
-        wait: how long ranks wait for each other.
+        world_size: number of ranks to start.
+        timeout: seconds after which started ranks are ended as hung.
+        device: ``"cpu"`` or ``"cuda"``, for the ranks to start; they share the GPUs.
+        cpu: under a launcher, use gloo on the CPU even if there are GPUs.
+        wait: timeout of the group in which ranks wait for each other.
 
     Collective: under a launcher, all ranks.
     """
     if launched_world_size() is None:
 
         def start(function: Callable[..., T], *args: Any, keep: Keep = discard) -> T:
-            return _run_started(function, args, world_size, timeout, device, wait, keep)
+            with TemporaryDirectory(prefix="syncnorm-record-") as folder:
+                write = _WriteRecord(Path(folder) / "record")
+                arguments = (function, args, device, wait, write)
+                try:
+                    results: list[T] = run_ranks(_started_rank, world_size, arguments, timeout)
+                    return results[0]
+                except BaseException:  # KeyboardInterrupt too
+                    if write.file.exists():
+                        keep(pickle.loads(write.file.read_bytes()))
+                    raise
 
         yield start
         return
@@ -126,30 +137,10 @@ def ranks_for(
         yield call
 
 
-def _run_started(
-    function: Callable[..., T],
-    args: tuple[Any, ...],
-    world_size: int,
-    timeout: float,
-    device: str,
-    wait: timedelta,
-    keep: Keep,
-) -> T:
-    with TemporaryDirectory(prefix="syncnorm-record-") as folder:
-        write = _WriteRecord(Path(folder) / "record")
-        try:
-            results: list[T] = run_ranks(_started_rank, world_size, (function, args, device, wait, write), timeout)
-            return results[0]
-        except BaseException:  # Ctrl-C too
-            if write.file.exists():
-                keep(pickle.loads(write.file.read_bytes()))
-            raise
-
-
 def _started_rank(
     function: Callable[..., T], args: tuple[Any, ...], device: str, wait: timedelta, write: _WriteRecord
 ) -> T:
-    # Accelerate would otherwise choose the number of threads by the hardware.
+    # Otherwise accelerate chooses the number of threads from the number of cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     place = torch.device("cpu")
     if device == "cuda":
@@ -161,7 +152,7 @@ def _started_rank(
 
 @dataclass(frozen=True)
 class _WriteRecord:
-    """The `Keep` of a started rank: writes ``file``, which is whole even if the rank is killed meanwhile."""
+    """The `Keep` of a started rank: replaces ``file``, which stays complete even if the rank is killed meanwhile."""
 
     file: Path
 
@@ -173,7 +164,7 @@ class _WriteRecord:
 
 @contextmanager
 def initialized_ranks(device: torch.device, wait: timedelta = WAIT) -> Iterator[Ranks]:
-    """`Ranks` of the process group that exists already; in ``control`` they wait for each other up to ``wait``.
+    """The `Ranks` of the process group that is already initialized; ``wait`` is the timeout of ``control``.
 
     Collective: all ranks, one ``new_group``.
     """
@@ -187,9 +178,11 @@ def initialized_ranks(device: torch.device, wait: timedelta = WAIT) -> Iterator[
 
 @contextmanager
 def launched_ranks(cpu: bool = False, wait: timedelta = WAIT) -> Iterator[Ranks]:
-    """`Ranks` of a launcher's environment, on the devices and the backend that accelerate picks for them.
+    """The `Ranks` that a launcher started, with the device and the backend that accelerate chooses for them.
 
-    Gloo on the CPU if ``cpu``, and where the node has fewer GPUs than ranks: NCCL refuses two ranks on one GPU.
+    These are gloo and the CPU if ``cpu``, or if the node has fewer GPUs than ranks: NCCL does not allow two ranks on
+    one GPU.
+
     Collective: all ranks.
     """
     from accelerate import PartialState
@@ -197,7 +190,7 @@ def launched_ranks(cpu: bool = False, wait: timedelta = WAIT) -> Iterator[Ranks]
     ours = not dist.is_initialized()
     state = PartialState(cpu=cpu or not a_gpu_for_each_launched_rank())
     try:
-        # accelerate numbers CPUs ("cpu:0"), which DDP takes for a device to pin the module to.
+        # accelerate gives the CPU an index ("cpu:0"), which DDP takes for a device that the module must be on.
         with initialized_ranks(state.device if state.device.type == "cuda" else torch.device("cpu"), wait) as ranks:
             yield ranks
     finally:
@@ -206,15 +199,15 @@ def launched_ranks(cpu: bool = False, wait: timedelta = WAIT) -> Iterator[Ranks]
 
 
 def a_gpu_for_each_launched_rank() -> bool:
-    """Whether this node has as many GPUs as a launcher started ranks on it."""
+    """Whether this node has at least as many GPUs as ranks that the launcher started on it."""
     return torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
 
 
 def world_size_for(command: str, ranks: int | None, least: int = 2) -> int:
-    """How many ranks ``command`` has: the launcher's, or those that it is to start, 2 by default.
+    """The number of ranks of ``command``: those of the launcher, or those to start, 2 by default.
 
     Raises:
-        InputError: fewer than ``least``, or not as many as the launcher started.
+        InputError: the number is less than ``least``, or is not that of the launcher.
     """
     launched = launched_world_size()
     if launched is not None and ranks not in (None, launched):
@@ -222,13 +215,13 @@ def world_size_for(command: str, ranks: int | None, least: int = 2) -> int:
     world_size = launched or (DEFAULT_RANKS if ranks is None else ranks)
     if world_size < least:
         fix = "start it with torchrun --nproc-per-node 2" if launched else "ask for --ranks 2"
-        raise InputError(f"{command} needs at least {least} ranks, got {world_size}: {fix}")
+        raise InputError(f"{command} needs at least {least} rank{'s' * (least > 1)}, got {world_size}: {fix}")
     return world_size
 
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Sets the number of threads of torch's operators while the block runs: ranks on one machine share its cores."""
+    """Limits the threads of torch's operators while the block runs: ranks on one machine share its cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

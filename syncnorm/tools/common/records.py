@@ -1,4 +1,4 @@
-"""What a command found, as frozen records that pickle, print and turn into JSON and back."""
+"""The results of commands: frozen dataclasses that pickle and convert to JSON and back."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ T = TypeVar("T")
 
 
 class Record:
-    """A frozen dataclass with a schema: the base of what commands find.
+    """Base class of the frozen dataclasses that hold the result of a command.
 
     Attributes:
-        schema: ``"syncnorm."`` and the name of the command.
-        schema_version: raised whenever a field changes its name or meaning.
+        schema: ``"syncnorm."`` followed by the name of the command.
+        schema_version: incremented whenever the name or the meaning of a field changes.
     """
 
     schema: ClassVar[str]
     schema_version: ClassVar[int]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, numbers and strings; the schema's name and version are the first keys."""
+        """The record as dicts, lists, numbers and strings; the first keys are the name and version of the schema."""
         fields = asdict(self)  # type: ignore[call-overload]  # every subclass is a dataclass
         return {"schema": self.schema, "schema_version": self.schema_version, **fields}
 
     @classmethod
     def from_dict(cls: type[R], data: dict[str, Any]) -> R:
-        """The record that `to_dict` wrote, also after a trip through JSON.
+        """The inverse of `to_dict`, also for data that has been converted to JSON and back.
 
         Raises:
-            ValueError: ``data`` is of another schema or version.
+            ValueError: ``data`` has another schema or version.
         """
         fields = dict(data)
         found = (fields.pop("schema", None), fields.pop("schema_version", None))
@@ -45,21 +45,21 @@ class Record:
 
 
 def write_json(record: Any, path: Path) -> None:
-    """Writes ``record.to_dict()`` to ``path``, replacing what is there."""
+    """Writes ``record.to_dict()`` to ``path``, replacing an existing file."""
     write_file(path, (json.dumps(record.to_dict(), indent=2, allow_nan=False) + "\n").encode())
 
 
 def read_json(cls: type[R], path: Path) -> R:
-    """The record of class ``cls`` that `write_json` wrote.
+    """Reads the record of class ``cls`` that `write_json` wrote.
 
     Raises:
-        ValueError: no JSON, or of another schema or version.
+        ValueError: the file is not JSON, or has another schema or version.
     """
     return cls.from_dict(json.loads(path.read_bytes()))
 
 
 def _decode(cls: type[T], fields: dict[str, Any]) -> T:
-    """A dataclass whose fields are numbers, strings, dicts of these, dataclasses, tuples of one type, or None."""
+    """Builds a dataclass whose fields are numbers, strings, dicts, dataclasses, tuples of one type, or None."""
     hints = get_type_hints(cls)
     return cls(**{name: _value(hints.get(name), value) for name, value in fields.items()})
 

@@ -1,4 +1,4 @@
-"""Statistics that several commands state: quartiles and ratios of times, differences paired by seed."""
+"""Statistics that several commands use: quartiles and ratios of times, differences paired by seed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import inf, sqrt
 from statistics import fmean, median, quantiles, stdev
 
-# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom. With so few seeds, 2 would be too small.
+# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom. For a few seeds they are far above 1.96.
 _T = [
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
@@ -17,7 +17,7 @@ _NORMAL = 1.960
 
 
 def t_quantile(degrees: int) -> float:
-    """Two-sided 95 % quantile of Student's t."""
+    """The two-sided 95 % quantile of Student's t distribution for ``degrees`` degrees of freedom."""
     return _T[degrees - 1] if degrees <= len(_T) else _NORMAL
 
 
@@ -30,13 +30,13 @@ def quartiles(times: Sequence[float]) -> tuple[float, float, float]:
 
 
 def median_ratio(ours: Sequence[float], baseline: Sequence[float]) -> float:
-    """Median over the repetitions of ours / baseline: what made a repetition slow made both slow."""
+    """Median of ours / baseline over the repetitions: what slows a repetition down slows both, and cancels."""
     return median(a / b for a, b in zip(ours, baseline, strict=True))
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """``a - b`` for each seed that both were run with.
+    """The difference ``a - b`` for each seed that both were run with.
 
     Source: the paired t-test.
     """
@@ -45,15 +45,15 @@ class PairedDifference:
 
     @property
     def mean(self) -> float:
-        """Over the seeds."""
+        """Mean over the seeds."""
         return fmean(self.by_seed)
 
     @property
     def std_error(self) -> float:
-        """Of the mean; infinite for a single seed."""
+        """Standard error of the mean; infinite for a single seed."""
         return stdev(self.by_seed) / sqrt(len(self.by_seed)) if len(self.by_seed) > 1 else inf
 
     @property
     def half_width(self) -> float:
-        """Of the 95 % interval of the mean: t-quantile times standard error. Infinite for a single seed."""
+        """Half the width of the mean's 95 % confidence interval; infinite for a single seed."""
         return t_quantile(len(self.by_seed) - 1) * self.std_error if len(self.by_seed) > 1 else inf

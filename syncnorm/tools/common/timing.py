@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: in the exchanges of the norm layers, or elsewhere."""
+"""How much of a training step is spent in the exchanges of the norm layers."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from syncnorm.comm.call import observers
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device is idle, so that a clock read afterwards measures the work and not its launch."""
+    """Waits until the device is idle, so that a clock read afterwards includes the work and not only its launch."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @dataclass
 class ExchangeTimes:
-    """Seconds spent in exchanges, by layer and kind, and when the last gradient arrived."""
+    """Seconds spent in exchanges by layer and kind, and the time at which the last gradient was accumulated."""
 
     seconds: dict[tuple[str, Kind], float] = field(default_factory=dict)
     last_gradient: float = 0.0
 
     def add(self, call: Call, seconds: float) -> None:
-        """Adds an exchange; ``call`` says of which layer and what kind."""
+        """Adds an exchange of the layer and the kind that ``call`` names."""
         key = call.layer, call.kind
         self.seconds[key] = self.seconds.get(key, 0.0) + seconds
 
     def gradient_arrived(self, parameter: Tensor) -> None:
-        """For ``register_post_accumulate_grad_hook``."""
+        """A hook for ``register_post_accumulate_grad_hook``."""
         self.last_gradient = time.perf_counter()
 
     def total(self) -> float:
-        """Seconds in exchanges of all layers."""
+        """Seconds spent in the exchanges of all layers."""
         return sum(self.seconds.values())
 
 
 @contextmanager
 def record_exchanges(times: ExchangeTimes, model: nn.Module) -> Iterator[None]:
-    """Adds each exchange, and the arrival of each of ``model``'s gradients, to ``times`` while the block runs."""
+    """Records in ``times`` every exchange and every gradient of ``model`` while the block runs."""
     hooks = [
-        p.register_post_accumulate_grad_hook(times.gradient_arrived)  # type: ignore[no-untyped-call]
+        p.register_post_accumulate_grad_hook(times.gradient_arrived)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         for p in model.parameters()
         if p.requires_grad
     ]

@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset
 from syncnorm.conversion.convert import convert
 from syncnorm.errors import InputError
 from syncnorm.tools.common.data import collate, digits
-from syncnorm.tools.common.loading import told
+from syncnorm.tools.common.errors import one_line
 from syncnorm.tools.compare.problem import Problem
 from syncnorm.tools.compare.records import Task
 
@@ -162,7 +162,7 @@ def _try_training(problem: Problem, model: nn.Module, batch: Any) -> None:
     except Exception as error:  # the user's own code runs here
         shape = tuple(inputs.shape)
         raise InputError(
-            f"{problem.model_name}: the model raised in training, on inputs of shape {shape}: {told(error)}"
+            f"{problem.model_name}: the model raised in training, on inputs of shape {shape}: {one_line(error)}"
         ) from error
     with _told_of(f"the loss {problem.loss_name} raised in training, on outputs {_shape(outputs)}:"):
         loss = problem.loss(outputs, targets)
@@ -196,7 +196,7 @@ def _told_of(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the user's own code runs here
-        raise InputError(f"{what} {told(error)}") from error
+        raise InputError(f"{what} {one_line(error)}") from error
 
 
 def _kind(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The consoles that everything is printed on, and their tables: what others named is shown as it is."""
+"""The consoles that commands print on, and their tables. Text is shown literally, never as markup."""
 
 from __future__ import annotations
 
@@ -10,57 +10,57 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-# Longer lines of text are hard to read.
+# In columns. Longer lines of text are hard to read.
 _WIDTH = 100
-# What most tables need.
+# In columns. Enough for most tables.
 _TABLE_WIDTH = 80
 
 
 class PlainTable(Table):
-    """Columns without rules, as wide as their cells; a str is text, never markup."""
+    """A table without rules whose columns are as wide as their cells; a str is text, never markup."""
 
     def __init__(self, title: str = "", gap: int = 2, header: bool = True) -> None:
         heading = Text(title, style="bold", justify="left") if title else None
         super().__init__(title=heading, box=None, pad_edge=False, padding=(0, gap, 0, 0), show_header=header)
 
     def add_column(self, header: RenderableType = "", *args: Any, **how: Any) -> None:
-        """As rich's."""
-        super().add_column(_as_it_is(header), *args, **how)
+        """As in rich."""
+        super().add_column(_literal(header), *args, **how)
 
     def add_row(self, *cells: RenderableType | None, **how: Any) -> None:
-        """As rich's."""
-        super().add_row(*(_as_it_is(cell or "") for cell in cells), **how)
+        """As in rich."""
+        super().add_row(*(_literal(cell or "") for cell in cells), **how)
 
 
-def _as_it_is(cell: RenderableType) -> RenderableType:
+def _literal(cell: RenderableType) -> RenderableType:
     return Text(cell) if isinstance(cell, str) else cell
 
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        raise  # rich would end the process, which has files to write
+        raise  # rich would end the process, which still has files to write
 
 
 def console(stderr: bool = False) -> Console:
-    """Stdout or stderr; no str is markup, and what the stream's encoding lacks becomes a question mark."""
-    tolerate_any_text(sys.stderr if stderr else sys.stdout)
+    """A console on stdout or stderr, without markup; a question mark replaces what the encoding cannot represent."""
+    replace_unencodable(sys.stderr if stderr else sys.stdout)
     return _Console(stderr=stderr, highlight=False, markup=False, emoji=False)
 
 
 def for_tables(least: int = _TABLE_WIDTH) -> Console:
-    """Stdout, ``least`` to 100 columns wide; plain text where that is no terminal."""
+    """A console on stdout, ``least`` to 100 columns wide; it prints plain text if stdout is not a terminal."""
     wide = console()
-    # Wider than a narrow terminal if need be: it wraps lines, where a table that fits would cut the figures.
+    # On a narrower terminal, lines wrap; a table that fitted it would cut off numbers.
     wide.width = _WIDTH if not wide.is_terminal else min(_WIDTH, max(least, wide.width))
     return wide
 
 
-def say(text: str) -> None:
-    """Prints ``text`` to stdout, its lines as long as they are."""
+def print_text(text: str) -> None:
+    """Prints ``text`` to stdout without wrapping its lines."""
     console().out(text)
 
 
-def tolerate_any_text(stream: Any) -> None:
-    """Has ``stream`` replace what its encoding lacks, where it would raise."""
+def replace_unencodable(stream: Any) -> None:
+    """Makes ``stream`` replace characters that its encoding cannot represent, instead of raising."""
     if isinstance(stream, TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
         stream.reconfigure(errors="replace")

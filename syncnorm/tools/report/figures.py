@@ -1,4 +1,4 @@
-"""The figures that pictures are drawn in: names stand there as they are, and a ``$`` in one begins no formula."""
+"""The matplotlib figures that plots are drawn in. Text is shown literally: a ``$`` does not start a formula."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from syncnorm.tools.common.files import write_file
 
 @contextmanager
 def figure(file: BytesIO, size: tuple[float, float], look: dict[str, Any], layout: Any, **save: Any) -> Iterator[Any]:
-    """A matplotlib figure of ``size`` inches to draw in, saved to ``file`` at the end; ``look``: its rcParams."""
-    # Imported here: it takes a second, which only a run that draws should pay.
+    """Yields a figure of ``size`` inches with the rcParams ``look``; saves it to ``file`` when the block ends."""
+    # Imported here because it takes a second, which only a run that draws should pay.
     import matplotlib
     from matplotlib.figure import Figure
 
-    as_it_is: Any = {"text.parse_math": False, "text.usetex": False}
-    with matplotlib.rc_context(as_it_is | look), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a box stands for it
+    literal: Any = {"text.parse_math": False, "text.usetex": False}
+    with matplotlib.rc_context(literal | look), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # matplotlib draws a box in its place
         drawn = Figure(figsize=size, layout=layout)
         yield drawn
         drawn.savefig(file, **save)
@@ -31,7 +31,7 @@ def figure(file: BytesIO, size: tuple[float, float], look: dict[str, Any], layou
 def png(
     file: Path | BinaryIO, size: tuple[float, float], layout: Any = "constrained", dpi: int = 120
 ) -> Iterator[Any]:
-    """A figure of ``size`` inches to draw in, written to ``file`` at the end."""
+    """Yields a figure of ``size`` inches to draw in; writes it to ``file`` when the block ends."""
     drawn = BytesIO()
     with figure(drawn, size, {}, layout, format="png", dpi=dpi) as empty:
         yield empty

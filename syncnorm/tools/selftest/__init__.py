@@ -1,1 +1,1 @@
-"""``syncnorm selftest``: whether this machine computes and communicates as it should."""
+"""``syncnorm selftest``: whether the layer computes and communicates correctly on this machine."""

@@ -1,9 +1,9 @@
-"""What a self-test found, as plain frozen records, and how the ranks' verdicts on a case become one."""
+"""The results of the self-test, and how the verdicts of all ranks on a case become one result."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from syncnorm.tools.common.provenance import Hardware
@@ -14,7 +14,7 @@ Status = Literal["pass", "fail", "skip", "not run"]
 
 @dataclass(frozen=True)
 class Measured:
-    """One comparison on one rank: the largest ``|got - want| / (1 + |want|)``, and what it may be."""
+    """One comparison on one rank: the largest ``|got - want| / (1 + |want|)``, and the tolerance for it."""
 
     what: str
     error: float
@@ -22,7 +22,7 @@ class Measured:
 
     @property
     def used(self) -> float:
-        """Share of the tolerance; more than 1 fails."""
+        """``error / tolerance``: the comparison fails if it is more than 1."""
         if self.tolerance == 0:
             return 0.0 if self.error == 0 else float("inf")
         return self.error / self.tolerance
@@ -30,12 +30,12 @@ class Measured:
 
 @dataclass
 class Verdict:
-    """What one rank says of a case.
+    """What one rank found in a case.
 
     Attributes:
-        measured: what it compared.
-        bits: digests that must be the same on all ranks, by what they are of.
-        error: the exception that ended the case, in one line; None if none did.
+        measured: the comparisons of this rank.
+        bits: digests of tensors, by name; they must be the same on all ranks.
+        error: the exception that ended the case, in one line; None if there was none.
     """
 
     measured: list[Measured] = field(default_factory=list)
@@ -45,17 +45,17 @@ class Verdict:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """One case on all ranks.
+    """The result of one case on all ranks.
 
     Attributes:
-        name: in a few words.
-        status: ``"skip"`` is for what this machine cannot run; ``"not run"``, for what a failure before prevented.
-        what: the comparison that came nearest to its tolerance, or furthest beyond it.
-        rank: the rank of that comparison; in a failure, the first rank that failed.
-        error: as in `Measured`; None where nothing was compared, or infinity was found.
+        name: of the case.
+        status: ``"skip"`` if this machine cannot run the case, ``"not run"`` if an earlier failure prevented it.
+        what: the comparison with the largest error relative to its tolerance.
+        rank: the rank of that comparison; after a failure, the first rank that failed.
+        error: as in `Measured`; None if nothing was compared or the error is infinite.
         tolerance: of that comparison.
-        message: why it failed, was skipped or not run; else None.
-        seconds: on rank 0.
+        message: why the case failed, was skipped or did not run; otherwise None.
+        seconds: how long the case took on rank 0.
     """
 
     name: str
@@ -70,7 +70,7 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class SelfTest(Record):
-    """A whole run."""
+    """The result of a whole self-test."""
 
     schema: ClassVar[str] = "syncnorm.selftest"
     schema_version: ClassVar[int] = 1
@@ -86,20 +86,20 @@ class SelfTest(Record):
 
     @property
     def passed(self) -> bool:
-        """Whether every case passed or cannot run here."""
+        """Whether every case passed or cannot run on this machine."""
         return all(case.status in ("pass", "skip") for case in self.cases)
 
     def count(self, status: Status) -> int:
-        """Cases with that status."""
+        """The number of cases with that status."""
         return sum(case.status == status for case in self.cases)
 
     def to_dict(self) -> dict[str, Any]:
-        """As of any `Record`, and ``passed``."""
+        """As for every `Record`, and ``passed``."""
         return {**super().to_dict(), "passed": self.passed}
 
 
-def outcome(name: str, verdicts: Sequence[Verdict], seconds: float) -> CaseResult:
-    """The result of a case from what each rank said of it, in rank order: one rank that fails is enough."""
+def combine(name: str, verdicts: Sequence[Verdict], seconds: float) -> CaseResult:
+    """The result of a case from the verdicts of all ranks, in rank order; it fails if it fails on any rank."""
     errors = {rank: verdict.error for rank, verdict in enumerate(verdicts) if verdict.error is not None}
     if errors:
         message = "; ".join(f"rank {rank}: {error}" for rank, error in errors.items())
@@ -107,18 +107,18 @@ def outcome(name: str, verdicts: Sequence[Verdict], seconds: float) -> CaseResul
     for what, bits in verdicts[0].bits.items():
         others = [rank for rank, verdict in enumerate(verdicts) if verdict.bits.get(what) != bits]
         if others:
-            message = f"rank {others[0]}: {what} is not, bit for bit, that of rank 0"
+            message = f"rank {others[0]}: {what} is not bitwise equal to that of rank 0"
             return CaseResult(name, "fail", what=what, rank=others[0], message=message, seconds=seconds)
     found = [(measured, rank) for rank, verdict in enumerate(verdicts) for measured in verdict.measured]
     if not found:
         return CaseResult(name, "pass", seconds=seconds)
     worst, rank = max(found, key=lambda each: each[0].used)
     finite = worst.error if worst.error < float("inf") else None
-    case = CaseResult(name, "pass", worst.what, rank, finite, worst.tolerance, seconds=seconds)
+    result = CaseResult(name, "pass", worst.what, rank, finite, worst.tolerance, seconds=seconds)
     if worst.used <= 1:
-        return case
+        return result
+    message = f"rank {rank}: error of {worst.what} is {worst.error:.1e}, tolerance {worst.tolerance:.0e}"
     failed = sorted({rank for measured, rank in found if measured.used > 1})
-    message = f"rank {rank}: {worst.what} is {worst.error:.1e} off, {worst.tolerance:.0e} allowed"
     if len(failed) > 1:
         message += f"; ranks {', '.join(map(str, failed))} failed"
-    return CaseResult(**{**asdict(case), "status": "fail", "message": message})
+    return replace(result, status="fail", message=message)
