@@ -130,7 +130,7 @@ BAD = [
     (["--model", "nets:plain"], "nets:plain() returns a Linear without batch norm layers"),
     (["--data", "nets:broken"], "nets:broken() raised KeyError: 'weights'"),
     (["--data", "nets:nothing"], "nets:nothing() must return two datasets, (training, test), got None"),
-    (["--data", "nets:triple"], "nets:triple() must return two datasets, (training, test), got 4 of them"),
+    (["--data", "nets:triple"], "nets:triple() must return two datasets, (training, test), got 4 values"),
     (["--data", "nets:iterable"], "the training data of nets:iterable is not map-style"),
     (["--data", "nets:empty"], "the test data of nets:empty is empty"),
     (["--data", "nets:bare"], "the training data of nets:bare: items must be (input, target), got Tensor"),
@@ -141,12 +141,12 @@ BAD = [
     ),
     (
         ["--model", "nets:build", "--data", "nets:floats"],
-        "cross-entropy needs targets of int64 class indices, got",
+        "cross-entropy needs targets that are int64 class indices, got",
     ),
     (["--model", "nets:build", "--data", "nets:datasets", "--loss", "nets:each"], "nets:each must return a scalar"),
     (
         ["--data", "nets:datasets", "--batch-per-rank", "17"],
-        "2 ranks of 17 samples make a global batch of 34, more than the 32 training samples of nets:datasets",
+        "2 ranks with 17 samples each make a global batch of 34, more than the 32 training samples of nets:datasets",
     ),
     (["--arms", "ddp+snycbn"], "no arm is called 'ddp+snycbn': did you mean ddp+syncbn? the arms are single, dp,"),
     (["--arms", "zzz"], "no arm is called 'zzz': the arms are single, dp, ddp,"),
@@ -299,7 +299,7 @@ def test_the_users_model_and_data_in_ranks_of_our_own(nets):
     assert comparison.settings.num_groups == 2  # 6 and 4 channels
     synced = comparison["ddp+syncbn"].parity[0]
     assert synced.within_rounding  # though the model has dropout
-    assert comparison["ddp"].parity[0].departs_at == "1"
+    assert comparison["ddp"].parity[0].first_divergent_layer == "1"
     assert "Verdict" in done.stdout
     assert comparison.verdict[0] in " ".join(done.stdout.split())
 
@@ -307,18 +307,18 @@ def test_the_users_model_and_data_in_ranks_of_our_own(nets):
 def test_the_users_model_and_loss_under_torchrun(nets):
     done = _torchrun(*USERS, "--loss", "nets:summed", "--arms", "ddp+syncbn", "--json", "out.json")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Difference to single") == 1
+    assert done.stdout.count("Relative difference from single") == 1
     assert "2 ranks x 4 samples" in done.stdout
     synced = _of_nets(nets / "out.json")["ddp+syncbn"].parity[0]
     assert synced.gradient_factor == pytest.approx(0.5, rel=1e-4)
-    assert "the loss adds up its samples" in synced.note
+    assert "the loss is a sum over samples" in synced.note
 
 
 def test_the_users_model_under_accelerate_launch(nets):
     launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
     done = _start(*launcher, "-m", "syncnorm", *USERS, "--arms", "ddp+syncbn", "--json", "out.json")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Difference to single") == 1
+    assert done.stdout.count("Relative difference from single") == 1
     assert _of_nets(nets / "out.json")["ddp+syncbn"].parity[0].within_rounding
 
 
