@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
@@ -28,7 +28,7 @@ class Arm:
     name: str
     about: str
     parallelism: Literal["single", "dp", "ddp"]
-    convert_norms: Callable[[nn.Module, int], Any]
+    convert_norms: Callable[[nn.Module, int], nn.Module]
     synced: bool = False
     torch_may_refuse: bool = False
 
@@ -37,8 +37,9 @@ def _unchanged(model: nn.Module, num_groups: int) -> nn.Module:
     return model
 
 
-def _torch_synced(model: nn.Module, num_groups: int) -> Any:
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+def _torch_synced(model: nn.Module, num_groups: int) -> nn.Module:
+    convert_sync_batchnorm: Callable[[nn.Module], nn.Module] = nn.SyncBatchNorm.convert_sync_batchnorm
+    return convert_sync_batchnorm(model)
 
 
 SINGLE = Arm("single", "one process with the global batch: the reference", "single", _unchanged)
