@@ -80,7 +80,7 @@ class Late(nn.Linear):
         return super().forward(x)
 
 
-def _rank_wait_for_a_late_rank():
+def _rank_measure_wait():
     model = Late(2, 2)
     wrapper = DistributedDataParallel(model)
 
@@ -95,7 +95,7 @@ def _rank_wait_for_a_late_rank():
 
 
 def test_ddp_waits_for_a_rank_that_is_late():
-    both = run_ranks(_rank_wait_for_a_late_rank)
+    both = run_ranks(_rank_measure_wait)
     assert both[0] == both[1]
     assert both[0].norm_seconds == 0
     assert 0.02 < both[0].ddp_seconds < both[0].step_seconds  # the mean of 50 ms and almost zero
