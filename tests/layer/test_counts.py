@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import syncnorm
 from syncnorm.comm.frames import capacity_for
 from syncnorm.testing import run_ranks
-from syncnorm.tools.compare.measure import CollectiveRecorder
+from syncnorm.tools.compare.measurements import CollectiveRecorder
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 VIEWS = {"aten.view.default", "aten.split.Tensor", "aten.detach.default", "aten.t.default", "aten.slice.Tensor"}

@@ -1,26 +1,29 @@
-"""A comparison made by hand: of each kind of arm one, with what such an arm has and lacks."""
+"""A comparison made by hand, with one arm of each kind."""
 
 from syncnorm.tools.common.provenance import Hardware
-from syncnorm.tools.compare.evidence import (
+from syncnorm.tools.compare.records import (
+    ArmResult,
     CollectiveCount,
-    Gap,
+    CompareSettings,
+    Comparison,
+    LayerDivergence,
     LayerParity,
-    LayerSpread,
-    Memory,
+    MaxError,
     Parity,
+    PeakMemory,
     Point,
     SeedResult,
+    Task,
     Wait,
 )
-from syncnorm.tools.compare.records import ArmResult, Comparison, Settings, Task
 
 LAYERS = ("0.1", "1.norm1")
 
 
 def parity(rel):
-    gap = Gap(rel / 2, rel)
-    layers = tuple(LayerParity(name, *[gap] * 5) for name in LAYERS)
-    return tuple(Parity(step, *[gap] * 5, layers=layers) for step in (1, 10))
+    error = MaxError(rel / 2, rel)
+    layers = tuple(LayerParity(name, *[error] * 5) for name in LAYERS)
+    return tuple(Parity(step, *[error] * 5, layers=layers) for step in (1, 10))
 
 
 def seed(seed, accuracy):
@@ -43,7 +46,7 @@ def arm(name, **changes):
         "samples_per_second": 1000.0,
         "collectives": (CollectiveCount("all_reduce", "ddp", 1, 2048),),
         "wait": Wait(0.0, 0.0015, 0.008),
-        "memory": Memory(3 * 2**20, "rss growth"),
+        "memory": PeakMemory(3 * 2**20, "rss growth"),
         "wall_seconds": 12.34,
     }
     return ArmResult(name, **{**values, **changes})
@@ -51,10 +54,10 @@ def arm(name, **changes):
 
 def comparison() -> Comparison:
     synced = (CollectiveCount("all_reduce", "ddp", 1, 2048), CollectiveCount("all_gather", "norm", 9, 1024))
-    gap = Gap(0.01, 0.02)
-    other_norm = tuple(Parity(step, gap, gap, gap, None, None) for step in (1, 10))
+    error = MaxError(0.01, 0.02)
+    other_norm = tuple(Parity(step, error, error, error, None, None) for step in (1, 10))
     return Comparison(
-        settings=Settings(("single",), 2, 4, 504, 10, (0, 1), 0.02, 0.9, 8),
+        settings=CompareSettings(("single",), 2, 4, 504, 10, (0, 1), 0.02, 0.9, 8),
         task=Task("a residual CNN", "scikit-learn's digits", "cross-entropy", "accuracy", 77754, LAYERS, 1347, 450),
         hardware=Hardware(
             "cpu", "A processor with a name as long as vendors like to make them @ 2.0 GHz", "gloo", 2, 1
@@ -72,7 +75,7 @@ def comparison() -> Comparison:
             arm("ddp+group", parity=other_norm, memory=None),
             ArmResult("ddp+torch-syncbn", "ddp+torch-syncbn", 2, not_run="torch refuses: [CPU]"),
         ),
-        spread=tuple(LayerSpread(name, 0.1234, None) for name in LAYERS),
-        verdict=("Local BN is enough here: nothing asks for SyncBN.", "A second sentence."),
+        spread=tuple(LayerDivergence(name, 0.1234, None) for name in LAYERS),
+        verdict=("Local BN is sufficient here: SyncBN is not needed.", "A second sentence."),
         wall_seconds=61.0,
     )

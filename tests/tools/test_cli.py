@@ -16,7 +16,7 @@ SHORT = ["--steps", "2", "--parity-steps", "1"]
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """The command line in this process: (exit code, stdout, stderr)."""
+    """Runs the command line in this process and returns (exit code, stdout, stderr)."""
 
     def call_main(*arguments):
         monkeypatch.setattr(sys, "argv", ["syncnorm", *arguments])
@@ -28,7 +28,7 @@ def call(monkeypatch, capsys):
 
 @pytest.fixture
 def nets(tmp_path, monkeypatch):
-    """A folder with the user's module, as the current one; forgotten afterwards."""
+    """The current directory, with the user's module, which is unloaded afterwards."""
     for name, text in (("nets", NETS), ("needy", "import not_installed_anywhere"), ("bad", "1 / 0")):
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.chdir(tmp_path)
@@ -130,7 +130,7 @@ BAD = [
     (["--model", "nets:plain"], "nets:plain() returns a Linear without batch norm layers"),
     (["--data", "nets:broken"], "nets:broken() raised KeyError: 'weights'"),
     (["--data", "nets:nothing"], "nets:nothing() must return two datasets, (training, test), got None"),
-    (["--data", "nets:triple"], "nets:triple() must return two datasets, (training, test), got 4 of them"),
+    (["--data", "nets:triple"], "nets:triple() must return two datasets, (training, test), got 4 values"),
     (["--data", "nets:iterable"], "the training data of nets:iterable is not map-style"),
     (["--data", "nets:empty"], "the test data of nets:empty is empty"),
     (["--data", "nets:bare"], "the training data of nets:bare: items must be (input, target), got Tensor"),
@@ -141,12 +141,12 @@ BAD = [
     ),
     (
         ["--model", "nets:build", "--data", "nets:floats"],
-        "cross-entropy needs targets of int64 class indices, got",
+        "cross-entropy needs targets that are int64 class indices, got",
     ),
     (["--model", "nets:build", "--data", "nets:datasets", "--loss", "nets:each"], "nets:each must return a scalar"),
     (
         ["--data", "nets:datasets", "--batch-per-rank", "17"],
-        "2 ranks of 17 samples make a global batch of 34, more than the 32 training samples of nets:datasets",
+        "2 ranks with 17 samples each make a global batch of 34, more than the 32 training samples of nets:datasets",
     ),
     (["--arms", "ddp+snycbn"], "no arm is called 'ddp+snycbn': did you mean ddp+syncbn? the arms are single, dp,"),
     (["--arms", "zzz"], "no arm is called 'zzz': the arms are single, dp, ddp,"),
@@ -164,7 +164,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD)
-def test_bad_arguments_cost_one_line_and_exit_2(call, nets, arguments, message):
+def test_bad_arguments_print_one_line_and_exit_with_2(call, nets, arguments, message):
     code, out, err = call("compare", *arguments)
     assert (code, out) == (2, "")
     assert err.startswith("syncnorm compare: ")
@@ -173,10 +173,10 @@ def test_bad_arguments_cost_one_line_and_exit_2(call, nets, arguments, message):
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD)
-def test_bad_arguments_under_a_launcher_are_told_by_rank_0_first(call, nets, monkeypatch, arguments, message):
+def test_bad_arguments_under_a_launcher_are_reported_by_rank_0_first(call, nets, monkeypatch, arguments, message):
     launched(monkeypatch, RANK="1", LOCAL_RANK="1", WORLD_SIZE="2")
     pauses = []
-    monkeypatch.setattr("time.sleep", pauses.append)  # so that rank 0 has spoken before the launcher ends it
+    monkeypatch.setattr("time.sleep", pauses.append)  # so that rank 0 reports before the launcher ends it
     code, out, err = call("compare", *arguments)
     assert len(pauses) == 1
     assert (code, out) == (2, "")
@@ -199,7 +199,7 @@ def launched(monkeypatch, **environ):
         ),
     ],
 )
-def test_half_an_environment_of_a_launcher(call, monkeypatch, environ, message):
+def test_incomplete_environment_of_a_launcher(call, monkeypatch, environ, message):
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environ.items():
@@ -211,7 +211,7 @@ def test_half_an_environment_of_a_launcher(call, monkeypatch, environ, message):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_the_json_outlives_a_broken_stdout(tmp_path):
+def test_the_json_is_written_although_stdout_fails(tmp_path):
     file = tmp_path / "out.json"
     with open("/dev/full", "w") as full:
         done = _start("-m", "syncnorm", "compare", "--arms", "ddp", *SHORT, "--json", str(file), stdout=full)
@@ -221,7 +221,7 @@ def test_the_json_outlives_a_broken_stdout(tmp_path):
     assert json.loads(file.read_text())["arms"]
 
 
-def test_a_launcher_that_started_one_rank_is_told_what_to_do(call, monkeypatch):
+def test_a_launcher_that_started_one_rank_is_an_error_with_a_fix(call, monkeypatch):
     launched(monkeypatch, RANK="0", WORLD_SIZE="1")
     code, _, err = call("compare")
     assert code == 2
@@ -290,7 +290,7 @@ def test_an_extra_that_is_missing_on_the_ranks_is_named(tmp_path):
     assert done.stderr.splitlines()[-1] == 'syncnorm: needs accelerate: pip install "syncnorm[cli]"'
 
 
-def test_alone_it_starts_ranks_prints_a_table_and_writes_json(tmp_path):
+def test_without_a_launcher_it_starts_ranks_prints_a_table_and_writes_json(tmp_path):
     file = tmp_path / "result.json"
     done = _start("-m", "syncnorm", "compare", *SHORT, "--arms", "ddp+syncbn", "--json", str(file))
     assert (done.returncode, done.stderr.splitlines()[0][:12]) == (0, "1/2 single: ")
@@ -312,7 +312,7 @@ def _of_nets(file):
     return comparison
 
 
-def test_the_users_model_and_data_in_ranks_of_our_own(nets):
+def test_the_users_model_and_data_on_started_ranks(nets):
     done = _start(
         "-m", "syncnorm", *USERS, "--arms", "ddp,ddp+syncbn,ddp+group", "--seeds", "2", "--json", "out.json"
     )
@@ -322,7 +322,7 @@ def test_the_users_model_and_data_in_ranks_of_our_own(nets):
     assert comparison.settings.num_groups == 2  # 6 and 4 channels
     synced = comparison["ddp+syncbn"].parity[0]
     assert synced.within_rounding  # though the model has dropout
-    assert comparison["ddp"].parity[0].departs_at == "1"
+    assert comparison["ddp"].parity[0].first_divergent_layer == "1"
     assert "Verdict" in done.stdout
     assert comparison.verdict[0] in " ".join(done.stdout.split())
 
@@ -330,18 +330,18 @@ def test_the_users_model_and_data_in_ranks_of_our_own(nets):
 def test_the_users_model_and_loss_under_torchrun(nets):
     done = _torchrun(*USERS, "--loss", "nets:summed", "--arms", "ddp+syncbn", "--json", "out.json")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Difference to single") == 1
+    assert done.stdout.count("Relative difference from single") == 1
     assert "2 ranks x 4 samples" in done.stdout
     synced = _of_nets(nets / "out.json")["ddp+syncbn"].parity[0]
     assert synced.gradient_factor == pytest.approx(0.5, rel=1e-4)
-    assert "the loss adds up its samples" in synced.note
+    assert "the loss is a sum over samples" in synced.note
 
 
 def test_the_users_model_under_accelerate_launch(nets):
     launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
     done = _start(*launcher, "-m", "syncnorm", *USERS, "--arms", "ddp+syncbn", "--json", "out.json")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Difference to single") == 1
+    assert done.stdout.count("Relative difference from single") == 1
     assert _of_nets(nets / "out.json")["ddp+syncbn"].parity[0].within_rounding
 
 
@@ -353,12 +353,12 @@ def test_several_batch_sizes_under_torchrun(nets):
     assert [each["settings"]["batch_per_rank"] for each in sweep["comparisons"]] == [2, 4]
 
 
-def test_under_torchrun_a_bad_argument_is_one_line_of_ours():
+def test_under_torchrun_a_bad_argument_prints_one_line():
     done = _torchrun("compare", "--arms", "nonsense")
     assert done.returncode != 0
     assert done.stdout == ""
     assert done.stderr.count("no arm is called 'nonsense'") == 1
-    assert "syncnorm/cli" not in done.stderr  # the traceback that torchrun prints is its own
+    assert "syncnorm/cli" not in done.stderr  # torchrun prints a traceback of its own code
 
 
 def test_under_torchrun_a_rank_that_fails_alone_says_why(nets):

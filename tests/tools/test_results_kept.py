@@ -97,7 +97,7 @@ class TestFullDisk:
     def test_the_other_files_of_a_real_run_are_written(self, run, tmp_path):
         done = run(*COMPARE, "--json", FULL, "--html", "out.html")
         assert done.returncode == NOT_WRITTEN
-        assert "Difference to single" in done.stdout.decode()
+        assert "Relative difference from single" in done.stdout.decode()
         assert done.stderr.decode().splitlines()[-1].endswith(f"cannot write {FULL}: No space left on device")
         assert "<html" in (tmp_path / "out.html").read_text(encoding="utf-8")
 

@@ -14,79 +14,89 @@ from syncnorm.tools.common.loading import load
 from syncnorm.tools.common.ranks import DEFAULT_RANKS
 from syncnorm.tools.common.records import write_json
 from syncnorm.tools.compare import ARMS
+from syncnorm.tools.compare.problem import Problem
 from syncnorm.tools.compare.records import Comparison, Sweep
 from syncnorm.tools.compare.runner import (
     DEFAULT_BATCH_PER_RANK,
     DEFAULT_LR,
     DEFAULT_PARITY_STEPS,
     DEFAULT_STEPS,
+    make_settings,
     sweep,
 )
-from syncnorm.tools.report.html import write_html
+from syncnorm.tools.report.compare_html import write_html
+from syncnorm.tools.report.compare_terminal import print_comparison
 from syncnorm.tools.report.progress import progress_on_stderr
-from syncnorm.tools.report.terminal import print_comparison
 
 FUNCTION = "MODULE:FUNCTION"
 
 
 @click.command(short_help="DataParallel, DDP and synchronized batch norm side by side.")
 @click.option(
-    "--model", metavar=FUNCTION, help="Returns the model, with its batch norms; a small residual network by default."
+    "--model", metavar=FUNCTION, help="Returns the model with its batch norms; a small residual network by default."
 )
 @click.option(
     "--data",
     metavar=FUNCTION,
-    help="Returns a training and a test dataset, map-style, of (input, target); scikit-learn's digits by default.",
+    help="Returns map-style training and test datasets of (input, target); scikit-learn's digits by default.",
 )
 @click.option("--loss", metavar=FUNCTION, help="(output, target) -> mean over the samples; cross-entropy by default.")
 @click.option(
-    "--arms", metavar="A,B,...", help=f"Arms to run; single is always run. All by default: {', '.join(ARMS)}."
+    "--arms", metavar="A,B,...", help=f"Arms to run in addition to single; all by default: {', '.join(ARMS)}."
 )
 @click.option(
     "--ranks",
     type=int,
     metavar="N",
-    help=f"Ranks to start, {DEFAULT_RANKS} by default; not under a launcher.",
+    help=f"Number of ranks to start, {DEFAULT_RANKS} by default; omit it under a launcher.",
 )
 @click.option(
     "--batch-per-rank",
     default=str(DEFAULT_BATCH_PER_RANK),
     show_default=True,
     metavar="N,M,...",
-    help="Samples that a rank sees a step; of several, a comparison each.",
+    help="Samples per rank and step; several values make one comparison each.",
 )
-@click.option("--steps", type=int, default=DEFAULT_STEPS, show_default=True, metavar="N", help="Steps of each run.")
+@click.option(
+    "--steps", type=int, default=DEFAULT_STEPS, show_default=True, metavar="N", help="Training steps of each run."
+)
 @click.option(
     "--parity-steps",
     type=int,
     metavar="K",
-    help=f"Measure parity in a few steps, the last of them K, {DEFAULT_PARITY_STEPS} by default.",
+    help=f"Measure parity at a few steps up to step K, {DEFAULT_PARITY_STEPS} by default.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the weights and of the order of the data.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="First seed of the weights and of the order of the data."
+)
 @click.option(
     "--seeds",
     type=int,
     default=1,
     show_default=True,
     metavar="N",
-    help="Train every arm with N seeds, from --seed on; a verdict needs 3 or so.",
+    help="Train every arm with N consecutive seeds; a verdict needs about 3.",
 )
 @click.option(
-    "--lr", type=float, default=DEFAULT_LR, show_default=True, help="Of SGD with momentum; falls along a cosine."
+    "--lr",
+    type=float,
+    default=DEFAULT_LR,
+    show_default=True,
+    help="Initial learning rate of SGD with momentum and a cosine schedule.",
 )
 @click.option(
     "--json",
     "json_file",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Write the result to FILE as well.",
+    help="Also write the result to FILE.",
 )
 @click.option(
     "--html",
     "html_file",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Write a report with plots to FILE, one page that stands alone.",
+    help="Also write a report with plots to FILE, a self-contained page.",
 )
 def compare(
     model: str | None,
@@ -98,37 +108,35 @@ def compare(
     html_file: Path | None,
     **numbers: Any,
 ) -> int:
-    """Do I need SyncBN, is it right, what does it cost, or should I take GroupNorm?
+    """Do I need SyncBN, is it correct, what does it cost, or is GroupNorm as good?
 
-    Trains a model with each, from the same weights on the same batches: yours, or a small one on scikit-learn's
-    digits. Functions are named as package.module:function; those of the current directory are found.
+    Trains your model, or a small one on scikit-learn's digits, with each way of normalizing, from the same weights
+    on the same batches. Functions are given as package.module:function; modules in the current directory are found.
 
     syncnorm compare --model nets:build --data nets:datasets --arms ddp,ddp+syncbn,ddp+group --seeds 3
 
-    Alone it starts gloo ranks on this machine. Under a launcher it uses the ranks that it is given:
+    Without a launcher it starts gloo ranks on this machine. Under a launcher it runs on the launched ranks:
 
     torchrun --nproc-per-node 2 -m syncnorm compare
     """
     if html_file is not None:
         for package in ("jinja2", "matplotlib"):
-            importlib.import_module(package)  # missing: told now, not after the training
+            importlib.import_module(package)  # if missing, fail now and not after the training
     sizes = _sizes(batch_per_rank)
 
     def write_record(found: Sequence[Comparison], path: Path) -> None:
         write_json(Sweep(tuple(found)) if len(sizes) > 1 else found[0], path)
 
     with Results(_print_last, (json_file, write_record), (html_file, write_html)) as results:
-        comparisons = sweep(
-            sizes,
+        problem = Problem.of(
             None if model is None else load(model, "--model"),
             None if data is None else load(data, "--data"),
             None if loss is None else load(loss, "--loss"),
-            arms=None if arms is None else [name.strip() for name in arms.split(",")],
-            progress=progress_on_stderr,
-            **numbers,
         )
+        names = None if arms is None else [name.strip() for name in arms.split(",")]
+        settings = [make_settings(arms=names, batch_per_rank=size, **numbers) for size in sizes]
         found: list[Comparison] = []
-        for comparison in comparisons:
+        for comparison in sweep(problem, settings, progress_on_stderr):
             found.append(comparison)
             results.keep(found)
             if len(found) < len(sizes):
@@ -144,5 +152,5 @@ def _sizes(text: str) -> list[int]:
     try:
         sizes = [int(part) for part in text.split(",")]
     except ValueError:
-        raise click.UsageError(f"--batch-per-rank takes numbers such as 4, or 2,4,8; got {text!r}") from None
+        raise click.UsageError(f"--batch-per-rank must be numbers such as 4, or 2,4,8; got {text!r}") from None
     return list(dict.fromkeys(sizes))

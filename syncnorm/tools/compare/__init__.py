@@ -1,19 +1,23 @@
-"""One model, one data order, one seed after the other: trained side by side with every way of normalising a batch."""
+"""Trains a model with each way of normalizing a batch, from the same weights on the same data, and compares them."""
 
 from syncnorm.tools.compare.arms import ARMS, Arm
-from syncnorm.tools.compare.evidence import (
+from syncnorm.tools.compare.records import (
     ROUNDING,
+    ArmResult,
     CollectiveCount,
-    Gap,
+    CompareSettings,
+    Comparison,
+    LayerDivergence,
     LayerParity,
-    LayerSpread,
-    Memory,
+    MaxError,
     Parity,
+    PeakMemory,
     Point,
     SeedResult,
+    Sweep,
+    Task,
     Wait,
 )
-from syncnorm.tools.compare.records import ArmResult, Comparison, Settings, Sweep, Task
 from syncnorm.tools.compare.runner import run
 
 __all__ = [
@@ -22,15 +26,15 @@ __all__ = [
     "Arm",
     "ArmResult",
     "CollectiveCount",
+    "CompareSettings",
     "Comparison",
-    "Gap",
+    "LayerDivergence",
     "LayerParity",
-    "LayerSpread",
-    "Memory",
+    "MaxError",
     "Parity",
+    "PeakMemory",
     "Point",
     "SeedResult",
-    "Settings",
     "Sweep",
     "Task",
     "Wait",

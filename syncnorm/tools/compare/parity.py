@@ -1,8 +1,8 @@
-"""How far an arm is from ``single`` in a training step: norm layer by norm layer, and over the whole model."""
+"""How much an arm differs from ``single`` in a training step, for each norm layer and over the whole model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isfinite
@@ -13,15 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from syncnorm.tools.compare.evidence import Gap, LayerParity, Parity
+from syncnorm.tools.compare.records import LayerParity, MaxError, Parity
 
 Tensors = Mapping[str, Tensor]
 KINDS = ("output", "gradients", "params", "running_mean", "running_var")
-# A layer that hardly matters has gradients of rounding alone: they count as this share of the model's largest.
-LEAST_SHARE = 1e-3
-# Gradients that are those of ``single`` but for a factor.
-SAME = 1e-3
-# The first steps, in which an error has had no time to grow, and a few of those in which it does.
+# Gradients that consist of rounding alone have no meaningful relative error. So the error of a layer is relative to
+# the layer's largest value, or to this share of the model's largest value if that is larger.
+MIN_REFERENCE_SHARE = 1e-3
+# Gradients are equal up to a factor if the factor and the remaining relative error are this accurate.
+FACTOR_TOLERANCE = 1e-3
+# The first steps, in which an error has not been amplified yet, and some later ones.
 _STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 
 _DROPOUTS = {
@@ -36,17 +37,17 @@ _DROPOUTS = {
 
 
 def steps_to_measure(parity_steps: int) -> tuple[int, ...]:
-    """1, 2, 5, 10, ... and ``parity_steps`` itself, the last."""
+    """1, 2, 5, 10, ... up to and including ``parity_steps``."""
     return (*(step for step in _STEPS if step < parity_steps), parity_steps)
 
 
 class WithoutDropout(TorchFunctionMode):
-    """While active, dropout passes its input on: ranks and the single process would drop different values."""
+    """Makes dropout return its input, because ranks and the single process would drop different values."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Runs all else as it is."""
+        """Runs every other function unchanged."""
         kwargs = kwargs or {}
         if func in _DROPOUTS:
             return args[0] if args else kwargs["input"]
@@ -55,39 +56,39 @@ class WithoutDropout(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Copies of a model's tensors in one step, by kind and then by name; ``output`` by norm layer."""
+    """Copies of a model's tensors in one step, by kind and then by name; outputs by the name of the norm layer."""
 
     tensors: dict[str, dict[str, Tensor]]
 
-    def of(self, kind: str, layer: str) -> Tensors:
-        """Those of ``kind`` that belong to one norm layer itself."""
-        mine = {n: t for n, t in self.tensors[kind].items() if n.rpartition(".")[0] == layer}
-        return {n: t for n, t in self.tensors[kind].items() if n == layer} if kind == "output" else mine
+    def of_layer(self, kind: str, layer: str) -> Tensors:
+        """The output, or the parameters or buffers of ``kind``, of one norm layer."""
+        tensors = self.tensors[kind].items()
+        return {n: t for n, t in tensors if (n if kind == "output" else n.rpartition(".")[0]) == layer}
 
 
 @dataclass
 class Recorder:
-    """Takes snapshots of a model that is being trained: outputs in the forward, the rest when asked.
+    """Takes snapshots of a model in training: `recording` around the forward, `record_gradients`, then `snapshot`.
 
     Args:
         model: without its wrapper.
         layers: names of its norm layers.
-        rows: (numerator, denominator) of the part of a batch whose outputs are kept: its first rows.
+        part: (numerator, denominator) of the first part of each batch, whose outputs are copied.
     """
 
     model: nn.Module
     layers: Sequence[str]
-    rows: tuple[int, int]
+    part: tuple[int, int]
     _outputs: dict[str, Tensor] = field(default_factory=dict)
     _gradients: dict[str, Tensor] = field(default_factory=dict)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Around forward and backward."""
+        """Copies the outputs of the norm layers inside the block, which runs forward and backward."""
         self._outputs.clear()
         hooks = [
             self.model.get_submodule(name).register_forward_hook(
-                lambda module, args, output, name=name: self._keep(name, output)
+                lambda module, args, output, name=name: self._record_output(name, output)
             )
             for name in self.layers
         ]
@@ -97,13 +98,13 @@ class Recorder:
             for hook in hooks:
                 hook.remove()
 
-    def keep_gradients(self) -> None:
-        """Between backward and update."""
+    def record_gradients(self) -> None:
+        """Copies the gradients; to be called between backward and update."""
         named = self.model.named_parameters()
         self._gradients = {name: _copy(p.grad) for name, p in named if p.grad is not None}
 
     def snapshot(self) -> Snapshot:
-        """After the update."""
+        """The copies, and the weights and running statistics; to be called after the update."""
         buffers = dict(self.model.named_buffers())
         return Snapshot(
             {
@@ -117,35 +118,37 @@ class Recorder:
             }
         )
 
-    def _keep(self, name: str, output: Tensor) -> None:
-        # The first call's, where a layer is called more than once. A copy now: what follows may work in place.
+    def _record_output(self, name: str, output: Tensor) -> None:
+        # Only the first call of a layer counts. It is copied now because the next layer may work in place.
         if name not in self._outputs:
-            part, whole = self.rows
+            part, whole = self.part
             self._outputs[name] = _copy(output[: len(output) * part // whole])
 
 
-def parity(step: int, ours: Snapshot, reference: Snapshot, layers: Sequence[str], world_size: int) -> Parity:
-    """What two snapshots of the same step are apart."""
-    largest = {kind: _largest(reference.tensors[kind].values()) for kind in KINDS}
+def measure_parity(step: int, ours: Snapshot, reference: Snapshot, layers: Sequence[str], world_size: int) -> Parity:
+    """The differences between two snapshots of the same step."""
+    floors = {kind: MIN_REFERENCE_SHARE * _max_abs(reference.tensors[kind].values()) for kind in KINDS}
     by_layer = tuple(
         LayerParity(
             layer,
-            *(_gap(ours.of(kind, layer), reference.of(kind, layer), LEAST_SHARE * largest[kind]) for kind in KINDS),
+            *(_max_error(ours.of_layer(k, layer), reference.of_layer(k, layer), floors[k]) for k in KINDS),
         )
         for layer in layers
     )
-    gaps = {kind: _gap(ours.tensors[kind], reference.tensors[kind]) for kind in KINDS[1:]}
-    # A model that keeps no running statistics has none that differ.
-    gaps |= {kind: Gap(0.0, 0.0) for kind in KINDS[3:] if not ours.tensors[kind] and not reference.tensors[kind]}
+    errors = {kind: _max_error(ours.tensors[kind], reference.tensors[kind]) for kind in KINDS[1:]}
+    # Models that both have no running statistics do not differ in them.
+    errors |= {
+        kind: MaxError(0.0, 0.0) for kind in KINDS[3:] if not ours.tensors[kind] and not reference.tensors[kind]
+    }
     outputs = [each.output for each in by_layer if each.output is not None]
-    factor = _factor(ours.tensors["gradients"], reference.tensors["gradients"])
+    factor = _gradient_factor(ours.tensors["gradients"], reference.tensors["gradients"])
     return Parity(
         step,
-        output=max(outputs, key=lambda gap: gap.max_rel, default=None),
-        gradients=gaps["gradients"],
-        params=gaps["params"],
-        running_mean=gaps["running_mean"],
-        running_var=gaps["running_var"],
+        output=max(outputs, key=lambda error: error.max_rel, default=None),
+        gradients=errors["gradients"],
+        params=errors["params"],
+        running_mean=errors["running_mean"],
+        running_var=errors["running_var"],
         gradient_factor=factor,
         note=_note(ours.tensors["gradients"], reference.tensors["gradients"], factor, world_size),
         layers=by_layer,
@@ -153,38 +156,38 @@ def parity(step: int, ours: Snapshot, reference: Snapshot, layers: Sequence[str]
 
 
 def _note(ours: Tensors, reference: Tensors, factor: float | None, world_size: int) -> str | None:
-    if factor is None or world_size < 2 or abs(factor * world_size - 1) > SAME:
+    if factor is None or world_size < 2 or abs(factor * world_size - 1) > FACTOR_TOLERANCE:
         return None
-    # Other statistics turn gradients as well as scale them: then nothing is explained by a factor.
-    rest = _gap({name: tensor.double() * world_size for name, tensor in ours.items()}, reference)
-    if rest is None or rest.max_rel > SAME:
+    # Different statistics also change the direction of the gradients: then the factor explains nothing.
+    rest = _max_error({name: tensor.double() * world_size for name, tensor in ours.items()}, reference)
+    if rest is None or rest.max_rel > FACTOR_TOLERANCE:
         return None
     return (
-        f"gradients are 1/{world_size} of single's: the loss adds up its samples, and DDP averages gradients over "
-        f"{world_size} ranks. Take the mean in the loss, or {world_size} times the learning rate"
+        f"gradients are 1/{world_size} of those of single: the loss is a sum over samples, and DDP averages "
+        f"gradients over {world_size} ranks. Use the mean in the loss, or {world_size} times the learning rate"
     )
 
 
-def _gap(ours: Tensors, reference: Tensors, least: float = 0.0) -> Gap | None:
+def _max_error(ours: Tensors, reference: Tensors, min_reference: float = 0.0) -> MaxError | None:
     if not ours or ours.keys() != reference.keys() or any(ours[n].shape != b.shape for n, b in reference.items()):
         return None
-    # fp64, so that the subtraction itself adds no rounding to the rounding that is measured.
-    difference = max(float((ours[n].double() - b.double()).abs().max()) for n, b in reference.items() if b.numel())
-    largest = max(_largest(reference.values()), least)
-    relative = difference / largest if largest else float(difference > 0)
-    return Gap(difference, relative) if isfinite(difference) and isfinite(relative) else None
+    # In fp64, so that the subtraction adds no rounding to the rounding that is measured.
+    max_abs = max(float((ours[n].double() - b.double()).abs().max()) for n, b in reference.items() if b.numel())
+    scale = max(_max_abs(reference.values()), min_reference)
+    max_rel = max_abs / scale if scale else float(max_abs > 0)
+    return MaxError(max_abs, max_rel) if isfinite(max_abs) and isfinite(max_rel) else None
 
 
-def _largest(tensors: Any) -> float:
+def _max_abs(tensors: Iterable[Tensor]) -> float:
     return max((float(t.double().abs().max()) for t in tensors if t.numel()), default=0.0)
 
 
-def _factor(ours: Tensors, reference: Tensors) -> float | None:
+def _gradient_factor(ours: Tensors, reference: Tensors) -> float | None:
     if not reference or ours.keys() != reference.keys():
         return None
-    along = sum(float((ours[n].double() * b.double()).sum()) for n, b in reference.items())
-    length = sum(float(b.double().square().sum()) for b in reference.values())
-    factor = along / length if length else float("nan")
+    projection = sum(float((ours[n].double() * b.double()).sum()) for n, b in reference.items())
+    squared_norm = sum(float(b.double().square().sum()) for b in reference.values())
+    factor = projection / squared_norm if squared_norm else float("nan")
     return factor if isfinite(factor) else None
 
 

@@ -1,25 +1,29 @@
-"""``run``: checks what is asked, finds or starts the ranks, and has them compare."""
+"""``run`` and ``sweep``: check the arguments, find or start the ranks, and run every arm on them."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from syncnorm.errors import InputError
 from syncnorm.testing.pool import RankError
-from syncnorm.tools.common.provenance import command_line
-from syncnorm.tools.common.ranks import WAIT, OnRanks, ranks_for, world_size_for
+from syncnorm.tools.common.provenance import command_line, provenance
+from syncnorm.tools.common.ranks import WAIT, Ranks, ranks_for, world_size_for
+from syncnorm.tools.compare.arm_runner import ArmProgressFactory, ArmRunner, no_progress
 from syncnorm.tools.compare.arms import ARMS, SINGLE
-from syncnorm.tools.compare.examination import examine
-from syncnorm.tools.compare.problem import Loss, Problem, problem
-from syncnorm.tools.compare.progress import ProgressFactory, silent
-from syncnorm.tools.compare.records import Comparison, Settings, Task
-from syncnorm.tools.compare.session import compare_on_rank
+from syncnorm.tools.compare.problem import Loss, Problem, check_problem
+from syncnorm.tools.compare.records import CompareSettings, Comparison, Task
+from syncnorm.tools.compare.verdict import verdict
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 DEFAULT_BATCH_PER_RANK = 4
 # Three epochs of the digits at the default global batch of 8.
@@ -42,100 +46,73 @@ def run(
     seed: int = 0,
     seeds: int = 1,
     lr: float = DEFAULT_LR,
-    progress: ProgressFactory = silent,
+    progress: ArmProgressFactory = no_progress,
 ) -> Comparison:
-    """Trains the arms one after the other, from the same weights on the same batches, and measures them.
+    """Trains the arms in turn, from the same weights on the same batches, and measures them.
 
-    Under a launcher (``torchrun``, ``accelerate launch``) it uses the ranks that it was given; alone it
-    starts gloo ranks on this machine, which import the functions by their names.
+    Under a launcher (``torchrun``, ``accelerate launch``) it runs on the launched ranks. Otherwise it starts gloo
+    ranks on this machine, which import the functions by their names.
 
     Args:
-        build_model: () -> the model, with its batch norms and as training begins with it; seeded before it is
-            called. A residual network for the digits by default.
+        build_model: () -> the model, with its batch norms and initial weights; the random generators are seeded
+            before the call. A residual network for the digits by default.
         datasets: () -> (training data, test data), map-style, of ``(input, target)``; scikit-learn's digits by
-            default. The same on every rank, which is why it is seeded too.
+            default. It must return the same on every rank; the random generators are seeded before the call.
         loss: (output, target) -> scalar, the mean over the samples; cross-entropy by default.
-        arms: names out of `ARMS`; all of them by default. ``single`` is always run, and first: the others are
-            measured against it.
-        ranks: how many ranks to start; 2 by default. Under a launcher it must agree with the launcher's.
-        batch_per_rank: samples that each rank sees a step; ``single`` and ``dp`` see ``ranks`` times as many.
-        steps: optimiser steps of each arm and seed.
-        parity_steps: parity is measured in a few steps up to this one; by default 10, or ``steps`` if less.
-        seed: the first; of the initial weights and of the order of the batches.
-        seeds: how many, each one more than the one before. A verdict on accuracy needs at least two.
-        lr: of SGD with momentum 0.9, which falls to zero along a cosine.
-        progress: opened by rank 0, in its own process, to follow the run.
+        arms: names from `ARMS`; all of them by default. ``single`` always runs, first, because the others are
+            compared with it.
+        ranks: number of ranks to start; 2 by default. Under a launcher it must equal the launcher's.
+        batch_per_rank: samples per rank and step; ``single`` and ``dp`` have the global batch, ``ranks`` times as
+            many.
+        steps: optimizer steps of each arm and seed.
+        parity_steps: parity is measured at a few steps up to this one; 10 by default, or ``steps`` if that is less.
+        seed: the first seed, of the initial weights and of the order of the batches.
+        seeds: number of consecutive seeds. A verdict on accuracy needs at least two.
+        lr: initial learning rate of SGD with momentum 0.9; it falls to zero with a cosine schedule.
+        progress: called on rank 0, in its process, to report the progress of the run.
 
     Returns:
         The record, the same on every rank.
 
     Raises:
-        InputError: an argument that cannot be used. Judged before anything starts, alike on every rank.
+        InputError: an argument that cannot be used; raised before anything is started, on every rank.
 
     Collective: under a launcher, all ranks.
     """
-    sizes = [batch_per_rank]
-    (found,) = sweep(sizes, build_model, datasets, loss, arms, ranks, steps, parity_steps, seed, seeds, lr, progress)
-    return found
+    settings = make_settings(
+        arms=arms,
+        ranks=ranks,
+        batch_per_rank=batch_per_rank,
+        steps=steps,
+        parity_steps=parity_steps,
+        seed=seed,
+        seeds=seeds,
+        lr=lr,
+    )
+    (comparison,) = sweep(Problem.of(build_model, datasets, loss), [settings], progress)
+    return comparison
 
 
-def sweep(
-    sizes: Sequence[int],
-    build_model: Callable[[], nn.Module] | None = None,
-    datasets: Callable[[], Any] | None = None,
-    loss: Loss | None = None,
+def make_settings(
+    *,
     arms: Sequence[str] | None = None,
     ranks: int | None = None,
+    batch_per_rank: int = DEFAULT_BATCH_PER_RANK,
     steps: int = DEFAULT_STEPS,
     parity_steps: int | None = None,
     seed: int = 0,
     seeds: int = 1,
     lr: float = DEFAULT_LR,
-    progress: ProgressFactory = silent,
-) -> Iterator[Comparison]:
-    """A comparison for each of ``sizes``, samples of a rank's step, as soon as it is made; the rest as in `run`.
+) -> CompareSettings:
+    """The settings for the arguments of `run`; `sweep` determines ``num_groups`` from the model.
 
     Raises:
-        InputError: as `run`, for whichever size, before anything is started.
-
-    Collective: as `run`.
+        InputError: an argument is out of range.
     """
-    asked = problem(build_model, datasets, loss)
-    planned = []
-    for size in sizes:
-        settings = _settings(arms, ranks, size, steps, parity_steps, seed, seeds, lr)
-        task, num_groups = examine(asked, settings.world_size, size, seed)
-        planned.append((asked, task, replace(settings, num_groups=num_groups)))
-    with ranks_for(world_size_for("compare", ranks), WAIT.total_seconds()) as on_ranks:
-        for each in planned:
-            yield _compare(on_ranks, *each, command_line(), progress)
-
-
-def _compare(
-    on_ranks: OnRanks, asked: Problem, task: Task, settings: Settings, command: str, progress: ProgressFactory
-) -> Comparison:
-    try:
-        return on_ranks(compare_on_rank, asked, task, settings, command, progress)
-    except RankError as error:
-        if isinstance(error.__cause__, InputError):
-            raise error.__cause__ from error
-        raise
-
-
-def _settings(
-    arms: Sequence[str] | None,
-    ranks: int | None,
-    batch_per_rank: int,
-    steps: int,
-    parity_steps: int | None,
-    seed: int,
-    seeds: int,
-    lr: float,
-) -> Settings:
-    least_of = (("batch_per_rank", batch_per_rank, 1), ("steps", steps, 1), ("seed", seed, 0), ("seeds", seeds, 1))
-    for name, value, least in least_of:
-        if value < least:
-            raise InputError(f"{name} must be at least {least}, got {value}")
+    minima = (("batch_per_rank", batch_per_rank, 1), ("steps", steps, 1), ("seed", seed, 0), ("seeds", seeds, 1))
+    for name, value, minimum in minima:
+        if value < minimum:
+            raise InputError(f"{name} must be at least {minimum}, got {value}")
     if seed + seeds > 2**62:
         raise InputError(f"seed must be less than 2**62, got {seed}")
     if not 0 < lr < math.inf:
@@ -143,7 +120,7 @@ def _settings(
     parity_steps = min(DEFAULT_PARITY_STEPS, steps) if parity_steps is None else parity_steps
     if not 1 <= parity_steps <= steps:
         raise InputError(f"parity_steps must be between 1 and steps ({steps}), got {parity_steps}")
-    return Settings(
+    return CompareSettings(
         arms=_arm_names(arms),
         world_size=world_size_for("compare", ranks),
         batch_per_rank=batch_per_rank,
@@ -161,8 +138,81 @@ def _arm_names(names: Sequence[str] | None) -> tuple[str, ...]:
         return tuple(ARMS)
     for name in names:
         if name not in ARMS:
-            near = get_close_matches(name, ARMS, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}? " if near else ""
+            close = get_close_matches(name, ARMS, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]}? " if close else ""
             raise InputError(f"no arm is called {name!r}: {hint}the arms are {', '.join(ARMS)}")
     # The reference comes first; an arm that is named twice runs once.
     return tuple(dict.fromkeys((SINGLE.name, *names)))
+
+
+def sweep(
+    problem: Problem, settings: Sequence[CompareSettings], progress: ArmProgressFactory = no_progress
+) -> Iterator[Comparison]:
+    """A comparison for each of ``settings``, which have the same world size, as soon as it is complete.
+
+    Raises:
+        InputError: the problem does not fit one of the settings; raised before anything is started.
+
+    Collective: as `run`.
+    """
+    checked = [(each, *check_problem(problem, each)) for each in settings]
+    with ranks_for(settings[0].world_size, WAIT.total_seconds()) as on_ranks:
+        for each, task, num_groups in checked:
+            complete = replace(each, num_groups=num_groups)
+            try:
+                comparison = on_ranks(compare_on_rank, problem, task, complete, command_line(), progress)
+            except RankError as error:
+                if isinstance(error.__cause__, InputError):
+                    raise error.__cause__ from error
+                raise
+            yield comparison
+
+
+def compare_on_rank(
+    ranks: Ranks,
+    problem: Problem,
+    task: Task,
+    settings: CompareSettings,
+    command: str,
+    open_progress: ArmProgressFactory,
+) -> Comparison:
+    """Trains and measures every arm of ``settings``; the same record on every rank.
+
+    Collective: all ranks.
+    """
+    started = time.perf_counter()
+    # Imports of the user's data can take seconds, which must not count as the first arm's time.
+    datasets = problem.datasets()
+    with _accelerator(ranks) as accelerator:
+        # The same applies to the first optimizer, the first DDP and the first collectives.
+        with no_progress(1) as progress:
+            short = replace(settings, steps=1, parity_steps=1, seeds=settings.seeds[:1])
+            ArmRunner(problem, task, datasets, short, ranks, accelerator, progress).run(ARMS["ddp+syncbn"])
+        with (open_progress if ranks.rank == 0 else no_progress)(len(settings.arms)) as progress:
+            runner = ArmRunner(problem, task, datasets, settings, ranks, accelerator, progress)
+            results = tuple(runner.run(ARMS[name]) for name in settings.arms)
+    comparison = Comparison(
+        settings=settings,
+        task=task,
+        **provenance(ranks.hardware()),
+        command=command,
+        arms=results,
+        spread=runner.divergence,
+        wall_seconds=time.perf_counter() - started,
+    )
+    comparison = replace(comparison, verdict=tuple(verdict(comparison)))
+    return ranks.share(comparison if ranks.rank == 0 else None)
+
+
+@contextmanager
+def _accelerator(ranks: Ranks) -> Iterator[Accelerator]:
+    """Accelerate on the existing process group; its state is reset at the end, as a rank may get another group."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+
+    created_here = not PartialState._shared_state
+    try:
+        # Full precision, whatever the launcher is configured for, because arms are compared to fp32 rounding.
+        yield Accelerator(cpu=ranks.device.type != "cuda", mixed_precision="no")
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=created_here)

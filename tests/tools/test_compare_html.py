@@ -1,4 +1,4 @@
-"""The report as a page: what stands in it, that it stands alone, and that what users named cannot break it."""
+"""The HTML report: its content, that it is self-contained, and that names from the user cannot break it."""
 
 import re
 from dataclasses import replace
@@ -8,11 +8,11 @@ import pytest
 import records
 
 from syncnorm.tools.compare import Comparison
-from syncnorm.tools.report.html import render_html, write_html
+from syncnorm.tools.report.compare_html import render_html, write_html
 
 
 class Page(HTMLParser):
-    """Tags that are open, and text and attributes that were seen."""
+    """The open tags, and the text and attributes of the page."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -35,10 +35,10 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def comparison() -> Comparison:
-    return replace(records.comparison(), verdict=("SyncBN recovers it.", "Take SyncBN."))
+    return replace(records.comparison(), verdict=("SyncBN recovers the difference.", "Use SyncBN."))
 
 
-def test_a_page_has_verdict_tables_and_pictures(comparison, tmp_path):
+def test_a_page_has_verdict_tables_and_plots(comparison, tmp_path):
     write_html([comparison], tmp_path / "report.html")
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert page.open == []
@@ -51,14 +51,14 @@ def test_a_page_has_verdict_tables_and_pictures(comparison, tmp_path):
     assert titles == [
         "Test accuracy, % by arm",
         "Learning curves",
-        "Difference to single over depth",
-        "Difference to single over steps",
-        "Spread of the statistics, layer by layer",
-        "Time of a step",
+        "Difference from single by depth",
+        "Difference from single by step",
+        "Divergence of the statistics by layer",
+        "Step time",
     ]
 
 
-def test_a_page_asks_nothing_of_the_network(comparison):
+def test_a_page_needs_no_network(comparison):
     text = render_html([comparison])
     for _, key, value in Page(text).attributes:
         if key in ("src", "href"):
@@ -68,17 +68,17 @@ def test_a_page_asks_nothing_of_the_network(comparison):
     assert not re.search(r"url\(|@import|<link", text)
 
 
-def test_several_batches_have_a_picture_over_them_and_stand_in_order(comparison):
+def test_several_batches_are_sorted_and_have_a_plot_of_all(comparison):
     larger = replace(comparison, settings=replace(comparison.settings, batch_per_rank=64))
     page = Page(render_html([larger, comparison]))
     titles = [value for tag, key, value in page.attributes if (tag, key) == ("img", "alt")]
     assert titles[0] == "Test accuracy, % against batch per rank"
-    headings = [t for t in page.text if re.fullmatch(r"\d+ samples? a rank, \d+ in all", t)]
+    headings = [t for t in page.text if re.fullmatch(r"\d+ samples? per rank, global batch \d+", t)]
     assert headings == sorted(headings, key=lambda h: int(h.split()[0]))
     assert len(headings) == 2
 
 
-def test_names_are_text(comparison):
+def test_names_are_escaped(comparison):
     task = replace(comparison.task, model="<b>nets</b>:build")
     page = Page(render_html([replace(comparison, task=task, command="a && <i>b</i>")]))
     assert "b" not in [tag for tag, *_ in page.attributes]
@@ -90,7 +90,7 @@ def test_what_was_not_measured_is_left_out(comparison):
     arms = tuple(replace(a, wait=None, memory=None, parity=(), collectives=None) for a in comparison.arms)
     page = Page(render_html([replace(comparison, arms=arms, spread=(), verdict=())]))
     titles = [value for tag, key, value in page.attributes if (tag, key) == ("img", "alt")]
-    assert titles == ["Test accuracy, % by arm", "Learning curves", "Time of a step"]
+    assert titles == ["Test accuracy, % by arm", "Learning curves", "Step time"]
     assert any("No verdict" in t for t in page.text)
 
 

@@ -4,9 +4,9 @@ import pytest
 import records
 from rich.console import Console
 
-from syncnorm.tools.compare.records import Comparison, Settings, Task
+from syncnorm.tools.compare.records import CompareSettings, Comparison, Task
+from syncnorm.tools.report.compare_terminal import print_comparison
 from syncnorm.tools.report.progress import progress_on_stderr
-from syncnorm.tools.report.terminal import print_comparison
 
 
 @pytest.fixture
@@ -26,9 +26,14 @@ def _rows(text, start):
 
 def test_the_verdict_comes_first(comparison):
     text = _printed(comparison, width=100)
-    at = [text.index(part) for part in ("Verdict\n", "Local BN is enough", "A second", "Difference to single")]
+    at = [
+        text.index(part)
+        for part in ("Verdict\n", "Local BN is sufficient", "A second", "Relative difference from single")
+    ]
     assert at == sorted(at)
-    assert "a residual CNN (77,754 parameters, 2 norm layers) learns 1,347 samples of scikit-learn's digits" in text
+    assert (
+        "a residual CNN (77,754 parameters, 2 norm layers), trained on 1,347 samples of scikit-learn's digits" in text
+    )
     assert "seeds 0, 1." in text
 
 
@@ -44,7 +49,7 @@ def test_layer_rows(comparison):
     assert _rows(_printed(comparison, width=100), "1.norm1") == [["1.norm1", "4e-03", "2e-07", "0.123", "-"]]
 
 
-def test_of_many_layers_some_are_shown_from_first_to_last(comparison):
+def test_of_many_layers_ten_are_shown_from_first_to_last(comparison):
     names = tuple(f"stage.{i}.a_rather_long_name_of_a_block.norm{i}" for i in range(60))
     task = Task(**{**vars(comparison.task), "norm_layers": names})
     text = _printed(Comparison(**{**vars(comparison), "task": task}), width=80)
@@ -60,7 +65,7 @@ def test_result_rows(comparison):
     assert "Not run: ddp+torch-syncbn: torch refuses: [CPU]" in text
 
 
-def test_losses_where_there_are_no_classes(comparison):
+def test_losses_if_there_are_no_classes(comparison):
     task = Task(**{**vars(comparison.task), "metric": "loss"})
     text = _printed(Comparison(**{**vars(comparison), "task": task}), width=100)
     assert _rows(text, "ddp+syncbn")[1] == ["ddp+syncbn", "1.5", "0.2", "±", "0", "1,000", "12.3"]
@@ -87,7 +92,7 @@ def test_fits_a_terminal_in_whole_words(comparison, width):
     assert "…" not in text
 
 
-def test_piped_output_is_plain_and_a_hundred_wide(comparison, capsys, monkeypatch):
+def test_piped_output_is_plain_and_100_columns_wide(comparison, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     print_comparison(comparison)
     text = capsys.readouterr().out
@@ -95,22 +100,22 @@ def test_piped_output_is_plain_and_a_hundred_wide(comparison, capsys, monkeypatc
     assert _rows(text, "ddp+syncbn")[0][-2:] == ["yes", "(rounding)"]
 
 
-def test_terminal_output_is_coloured(comparison):
+def test_terminal_output_is_colored(comparison):
     assert "\x1b[" in _printed(comparison, width=100, force_terminal=True, color_system="standard", no_color=False)
 
 
 def test_one_parity_step_makes_one_group_of_columns(comparison):
-    settings = Settings(("single",), 2, 4, 1, 1, (0,), 0.02, 0.9, 8)
+    settings = CompareSettings(("single",), 2, 4, 1, 1, (0,), 0.02, 0.9, 8)
     text = _printed(Comparison(**{**vars(comparison), "settings": settings}), width=100)
     assert "step 10" not in text
     assert _rows(text, "single")[0] == ["single", "0", "0", "0", "0", "the", "reference"]
 
 
-def test_progress_is_a_line_an_arm_where_stderr_is_no_terminal(comparison, capsys):
+def test_progress_is_one_line_per_arm_if_stderr_is_not_a_terminal(comparison, capsys):
     with progress_on_stderr(2) as progress:
         for arm in (comparison["single"], comparison["ddp+torch-syncbn"]):
             progress.start(arm.name, 504)
             progress.step()
             progress.finish(arm)
-    expected = "1/2 single: 97.5% right\n2/2 ddp+torch-syncbn: not run: torch refuses: [CPU]\n"
+    expected = "1/2 single: test accuracy 97.5%\n2/2 ddp+torch-syncbn: not run: torch refuses: [CPU]\n"
     assert capsys.readouterr().err == expected

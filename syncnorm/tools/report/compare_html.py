@@ -1,4 +1,4 @@
-"""Comparisons as one page that stands alone: verdict, tables and pictures, without network and without scripts."""
+"""Comparisons as one self-contained HTML page: verdict, tables and plots, without scripts or network access."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from syncnorm.tools.common.files import write_file
-from syncnorm.tools.compare.evidence import Gap
-from syncnorm.tools.compare.records import ArmResult, Comparison
-from syncnorm.tools.report.compare_plots import Picture, over_batch, pictures
+from syncnorm.tools.compare.records import ArmResult, Comparison, MaxError
+from syncnorm.tools.report.compare_plots import Plot, plot_against_batch, plots
 
 
 class _Table(NamedTuple):
@@ -21,18 +20,18 @@ class _Table(NamedTuple):
 
 
 def write_html(comparisons: Sequence[Comparison], path: Path) -> None:
-    """Writes the report of comparisons that differ in their batch per rank, or of one, to ``path``.
+    """Writes the report of one comparison, or of several that differ only in their batch per rank, to ``path``.
 
     Raises:
         ValueError: no comparison.
     """
     if not comparisons:
-        raise ValueError("a report needs at least one comparison")
-    write_file(path, render_html(comparisons).encode(errors="replace"))  # the command may hold any bytes
+        raise ValueError("a report needs at least one comparison, got none")
+    write_file(path, render_html(comparisons).encode(errors="replace"))  # the command may contain any bytes
 
 
 def render_html(comparisons: Sequence[Comparison]) -> str:
-    """The page. What users named (models, layers, commands) is escaped."""
+    """The page. Names from the user (of models, layers, commands) are escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -42,7 +41,7 @@ def render_html(comparisons: Sequence[Comparison]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals["picture"] = _figure
+    environment.globals["figure"] = _figure
     template = environment.get_template("comparison.html.j2")
     comparisons = sorted(comparisons, key=lambda c: c.settings.batch_per_rank)
     first = comparisons[0]
@@ -50,25 +49,23 @@ def render_html(comparisons: Sequence[Comparison]) -> str:
     return template.render(
         title=f"Which norm for {task.model}?",
         subtitle=(
-            f"{task.num_parameters:,} parameters, {len(task.norm_layers)} norm layers, learning {task.num_train:,} "
-            f"samples of {task.data} in {settings.steps:,} steps on {settings.world_size} ranks, {_seeds(first)}."
+            f"{task.num_parameters:,} parameters, {len(task.norm_layers)} norm layers, trained on {task.num_train:,} "
+            f"samples of {task.data} for {settings.steps:,} steps on {settings.world_size} ranks, "
+            f"{_count(len(settings.seeds), 'seed')}."
         ),
-        overview=over_batch(comparisons),
+        overview=plot_against_batch(comparisons),
         parts=[_part(comparison) for comparison in comparisons],
-        made=_made(comparisons),
+        provenance=_provenance(comparisons),
     )
 
 
 def _part(comparison: Comparison) -> dict[str, Any]:
     settings = comparison.settings
     return {
-        "heading": (
-            f"{settings.batch_per_rank} sample{'s' * (settings.batch_per_rank > 1)} a rank, "
-            f"{settings.global_batch} in all"
-        ),
-        "verdict": comparison.verdict or ("No verdict: none of the arms that it rests on was run.",),
+        "heading": f"{_count(settings.batch_per_rank, 'sample')} per rank, global batch {settings.global_batch}",
+        "verdict": comparison.verdict or ("No verdict: the arms that it is based on did not run.",),
         "tables": [_result_table(comparison), _parity_table(comparison)],
-        "pictures": list(pictures(comparison)),
+        "plots": list(plots(comparison)),
         "not_run": [f"Not run: {arm.label}: {arm.not_run}" for arm in comparison.arms if arm.not_run],
     }
 
@@ -78,13 +75,12 @@ def _result_table(comparison: Comparison) -> _Table:
     rows = []
     for arm in (each for each in comparison.arms if not each.not_run):
         value = arm.test_accuracy if accuracy else arm.test_loss
-        deviation = arm.spread_over_seeds(comparison.task.metric)
         scale = 100 if accuracy else 1
         rows.append(
             (
                 arm.label,
                 _number(value, scale, ".1f" if accuracy else ".4f"),
-                _number(deviation, scale, ".1f" if accuracy else ".4f"),
+                _number(arm.std(comparison.task.metric), scale, ".1f" if accuracy else ".4f"),
                 _number(arm.samples_per_second, 1, ",.0f"),
                 _number(arm.step_seconds, 1e3, ".1f"),
                 _number(arm.wait.norm_seconds if arm.wait else None, 1e3, ".1f"),
@@ -97,18 +93,19 @@ def _result_table(comparison: Comparison) -> _Table:
     head = (
         "arm",
         "test accuracy, %" if accuracy else "test loss",
-        "± over seeds",
-        "samples a second",
-        "ms a step",
-        "waiting in norms, ms",
+        "standard deviation over seeds",
+        "samples per second",
+        "ms per step",
+        "waiting in norm layers, ms",
         "waiting in DDP, ms",
-        "collectives a step, DDP + norm",
-        "KiB a step",
+        "collectives per step, DDP + norm",
+        "KiB per step",
         f"peak memory, MiB ({_memory(comparison)})",
     )
     legend = (
-        f"On {comparison.task.num_test:,} samples that no arm trained on. single and dp are one process, the others "
-        "all ranks. Collectives and KiB: rank 0's calls in one step and the tensors that it hands in."
+        f"On {comparison.task.num_test:,} samples that were not used for training. single and dp use one "
+        "process, the other arms use all ranks. Collectives and KiB: rank 0's calls in one step, and the size of the "
+        "tensors that it passes in."
     )
     return _Table("Result and cost", head, rows, legend)
 
@@ -119,54 +116,63 @@ def _parity_table(comparison: Comparison) -> _Table:
         if arm.name == "single" or not arm.parity:
             continue
         first = arm.parity[0]
-        gaps = (first.output, first.gradients, first.params, first.running_mean, first.running_var)
-        rows.append((arm.label, *(_gap(gap) for gap in gaps), _says(arm)))
-    head = ("arm", "outputs of the norms", "gradients", "weights", "running means", "running variances", "says")
-    legend = (
-        "max|a - b| / max|b| over everything of its kind. Weights and batches are the same in all arms, so one that "
-        "trains like one process differs by fp32 rounding alone, about 1e-7."
+        errors = (first.output, first.gradients, first.params, first.running_mean, first.running_var)
+        rows.append((arm.label, *(_relative(error) for error in errors), _conclusion(arm)))
+    head = (
+        "arm",
+        "outputs of norm layers",
+        "gradients",
+        "weights",
+        "running means",
+        "running variances",
+        "conclusion",
     )
-    return _Table("Difference to one process with the whole batch, after step 1", head, rows, legend)
+    legend = (
+        "max|a - b| / max|b| over all tensors of a kind. Weights and batches are the same in all arms, so an arm "
+        "that is equivalent to one process differs only by fp32 rounding, about 1e-7."
+    )
+    return _Table("Difference from one process with the global batch, after step 1", head, rows, legend)
 
 
-def _says(arm: ArmResult) -> str:
+def _conclusion(arm: ArmResult) -> str:
     first = arm.parity[0]
     if first.within_rounding:
-        said = "the same to rounding"
+        conclusion = "equal up to rounding"
     elif first.running_mean is None:
-        said = "another norm"
+        conclusion = "a different norm"
     else:
-        said = "other statistics" + (f", from {first.departs_at} on" if first.departs_at else "")
-    return f"{said}. {first.note}" if first.note else said
+        layer = first.first_divergent_layer
+        conclusion = "different statistics" + (f", from layer {layer} on" if layer else "")
+    return f"{conclusion}. {first.note}" if first.note else conclusion
 
 
-def _made(comparisons: Sequence[Comparison]) -> list[str]:
+def _provenance(comparisons: Sequence[Comparison]) -> list[str]:
     first = comparisons[0]
     hardware, settings = first.hardware, first.settings
     return [
         *dict.fromkeys(f"Command: {c.command}" for c in comparisons),
         f"{first.date}, {sum(c.wall_seconds for c in comparisons):.0f} s.",
-        f"{hardware.device_name}, {hardware.cpu_count} cores, {hardware.threads_per_rank} thread(s) a rank, "
+        f"{hardware.device_name}, {hardware.cpu_count} cores, {hardware.threads_per_rank} thread(s) per rank, "
         f"{hardware.backend}.",
         f"torch {first.torch_version}, syncnorm {first.syncnorm_version}, Python {first.python_version}.",
-        f"SGD, learning rate {settings.lr:g} along a cosine, momentum {settings.momentum:g}, {first.task.loss}; the "
-        "same weights and the same batches in the same order for every arm of a seed.",
+        f"SGD, learning rate {settings.lr:g} with a cosine schedule, momentum {settings.momentum:g}, "
+        f"{first.task.loss}; for each seed, all arms have the same initial weights and the same batches in the same "
+        "order.",
     ]
 
 
-def _figure(picture: Picture) -> Any:
+def _figure(plot: Plot) -> Any:
     from markupsafe import Markup
 
-    # An image of its own: ids of one drawing would meet those of the next.
-    data = b64encode(picture.svg.encode()).decode()
+    # A data URL rather than inline SVG, because the ids of several drawings would collide.
+    data = b64encode(plot.svg.encode()).decode()
     return Markup(
         '<figure><h3>{}</h3><img alt="{}" src="data:image/svg+xml;base64,{}"><figcaption>{}</figcaption></figure>'
-    ).format(picture.title, picture.title, data, picture.caption)
+    ).format(plot.title, plot.title, data, plot.caption)
 
 
-def _seeds(comparison: Comparison) -> str:
-    count = len(comparison.settings.seeds)
-    return f"{count} seed{'s' * (count > 1)}"
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number > 1)}"
 
 
 def _memory(comparison: Comparison) -> str:
@@ -178,7 +184,7 @@ def _number(value: float | None, scale: float, spec: str) -> str:
     return "-" if value is None else format(value * scale, spec)
 
 
-def _gap(gap: Gap | None) -> str:
-    if gap is None:
+def _relative(error: MaxError | None) -> str:
+    if error is None:
         return "-"
-    return "0" if gap.max_rel == 0 else f"{gap.max_rel:.0e}"
+    return "0" if error.max_rel == 0 else f"{error.max_rel:.0e}"

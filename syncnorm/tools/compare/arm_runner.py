@@ -1,0 +1,228 @@
+"""One arm, from the model to its result: parity, a training run for each seed, and the cost of a step."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from syncnorm.tools.common.data import Batches
+from syncnorm.tools.common.data_parallel import EmulatedDataParallel, data_parallel
+from syncnorm.tools.common.ranks import Ranks
+from syncnorm.tools.compare.arms import SINGLE, Arm
+from syncnorm.tools.compare.measurements import measure_divergence, measure_wait, median_step, watch_memory
+from syncnorm.tools.compare.parity import Recorder, Snapshot, measure_parity
+from syncnorm.tools.compare.problem import Problem
+from syncnorm.tools.compare.records import (
+    ArmResult,
+    CompareSettings,
+    LayerDivergence,
+    Parity,
+    PeakMemory,
+    Point,
+    SeedResult,
+    Task,
+)
+from syncnorm.tools.compare.training import Trainer, curve, evaluate
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+# Evaluations during a training run, including the one at its end.
+EVALUATIONS = 4
+
+
+class ArmProgress:
+    """Receives the progress of a comparison on rank 0; this base class shows nothing."""
+
+    def start(self, label: str, steps: int) -> None:
+        """An arm of ``steps`` training steps begins."""
+
+    def step(self) -> None:
+        """One of its training steps is done."""
+
+    def finish(self, result: ArmResult) -> None:
+        """The arm is done."""
+
+
+# Called with the number of arms in the process of rank 0, which may be a spawned one: it must pickle.
+ArmProgressFactory = Callable[[int], AbstractContextManager[ArmProgress]]
+
+
+def no_progress(num_arms: int) -> AbstractContextManager[ArmProgress]:
+    """An `ArmProgressFactory` that shows nothing."""
+    return nullcontext(ArmProgress())
+
+
+@dataclass
+class ArmRunner:
+    """Runs the arms of a comparison on this rank.
+
+    Attributes:
+        reference: the snapshots of ``single``, which must run first; on rank 0.
+        divergence: of the ``ddp`` arm's statistics between ranks, once that arm has run.
+    """
+
+    problem: Problem
+    task: Task
+    datasets: Any
+    settings: CompareSettings
+    ranks: Ranks
+    accelerator: Accelerator
+    progress: ArmProgress
+    reference: dict[int, Snapshot] = field(default_factory=dict)
+    divergence: tuple[LayerDivergence, ...] = ()
+
+    def run(self, arm: Arm) -> ArmResult:
+        """Trains ``arm`` with every seed. Collective: all ranks, including those that do not take part in the arm."""
+        started = time.perf_counter()
+        self.progress.start(arm.name, self.settings.steps * len(self.settings.seeds))
+        if arm.parallelism == "ddp" or self.ranks.rank == 0:
+            result = self._measure(arm)
+        else:
+            result = ArmResult(arm.name, arm.name, ranks=1)
+        self.ranks.wait()
+        result = replace(result, wall_seconds=None if result.not_run else time.perf_counter() - started)
+        self.progress.finish(result)
+        return result
+
+    def _measure(self, arm: Arm) -> ArmResult:
+        settings = self.settings
+        result = ArmResult(arm.name, arm.name, self.ranks.world_size if arm.parallelism == "ddp" else 1)
+        trainer, not_run = self._first_trainer(arm)
+        if trainer is None:
+            return replace(result, not_run=not_run)
+        if isinstance(trainer.wrapper, EmulatedDataParallel):
+            result = replace(result, label=f"{arm.name} (emulated)")
+        result = replace(result, parity=self._parity(arm, trainer))
+        self._release(trainer)
+
+        runs: list[SeedResult] = []
+        for seed in settings.seeds:
+            peak_memory = watch_memory(self.ranks.device)
+            trainer = self._trainer(arm, seed)
+            runs.append(self._train(arm, trainer))
+            if seed == settings.seeds[0]:
+                result = replace(result, memory=self._max_over_ranks(arm, peak_memory()))
+                result = self._measure_step(arm, trainer, result)
+            self._release(trainer)
+        step_seconds = median(run.step_seconds for run in runs)
+        return replace(
+            result,
+            seeds=tuple(runs),
+            step_seconds=step_seconds,
+            samples_per_second=settings.global_batch / step_seconds,
+        )
+
+    def _first_trainer(self, arm: Arm) -> tuple[Trainer | None, str | None]:
+        """The first seed's trainer; or why the arm cannot run, which is the same on all of its ranks."""
+        trainer, error_here = None, None
+        try:
+            trainer = self._trainer(arm, self.settings.seeds[0])
+            self._try_forward(arm, trainer.model)
+        except ValueError as error:
+            error_here = f"torch refuses: {error}" if arm.torch_may_refuse else str(error)
+        errors = self.ranks.collect(error_here) if arm.parallelism == "ddp" else [error_here]
+        not_run = next((each for each in errors if each), None)
+        return (None, not_run) if not_run else (trainer, None)
+
+    def _trainer(self, arm: Arm, seed: int) -> Trainer:
+        settings, ranks = self.settings, self.ranks
+        model = arm.convert_norms(self.problem.model(seed), settings.num_groups).to(ranks.device)
+        wrapper = model
+        if arm.parallelism == "ddp":
+            wrapper = self.accelerator.prepare(model)
+        elif arm.parallelism == "dp":
+            wrapper = data_parallel(model, ranks.world_size, ranks.device)
+        batches = Batches(self.datasets[0], settings.global_batch, self._samples(arm), seed)
+        return Trainer(wrapper, model, self.problem.loss, batches, seed, settings, ranks, self.accelerator)
+
+    def _samples(self, arm: Arm) -> slice:
+        """The samples of each global batch that this rank trains on."""
+        per_rank, rank = self.settings.batch_per_rank, self.ranks.rank
+        if arm.parallelism == "ddp":
+            return slice(rank * per_rank, (rank + 1) * per_rank)
+        return slice(0, self.settings.global_batch)
+
+    @torch.no_grad()
+    def _try_forward(self, arm: Arm, model: nn.Module) -> None:
+        """One forward without communication, to find out before the training that a norm rejects such inputs."""
+        if arm.synced:
+            return
+        samples = slice(0, self.settings.batch_per_rank) if arm.parallelism == "dp" else self._samples(arm)
+        batches = Batches(self.datasets[0], self.settings.global_batch, samples, self.settings.seeds[0])
+        copy.deepcopy(model).train()(batches.next()[0].to(self.ranks.device))
+
+    def _parity(self, arm: Arm, trainer: Trainer) -> tuple[Parity, ...]:
+        settings, layers = self.settings, self.task.norm_layers
+        # Rank 0's samples are the first of the global batch.
+        part = (settings.batch_per_rank, settings.global_batch) if arm.parallelism == "single" else (1, 1)
+        # The replicas of nn.DataParallel run in threads, in no fixed order; the emulation runs replica 0 first.
+        hooked = () if isinstance(trainer.wrapper, nn.DataParallel) else layers
+        recorder = Recorder(trainer.model, hooked, part) if self.ranks.rank == 0 else None
+        snapshots = trainer.record(settings.parity_steps, recorder)
+        if arm is SINGLE:
+            self.reference = snapshots
+        if not self.reference:
+            return ()
+        world_size = self.ranks.world_size if arm.parallelism == "ddp" else 1
+        return tuple(
+            measure_parity(step, snapshot, self.reference[step], layers, world_size)
+            for step, snapshot in snapshots.items()
+        )
+
+    def _train(self, arm: Arm, trainer: Trainer) -> SeedResult:
+        steps, metric = self.settings.steps, self.task.metric
+        evaluated_after = {round(steps * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)} - {0}
+        seconds: list[float] = []
+        points: list[tuple[int, float | None, float | None]] = []
+        for step in range(1, steps + 1):
+            seconds.append(trainer.step().seconds)
+            self.progress.step()
+            if step in evaluated_after:
+                if self.ranks.rank == 0:
+                    results = evaluate(trainer.model, self.problem.loss, self.datasets[1], metric, self.ranks.device)
+                    points.append((step, *results))
+                if arm.parallelism == "ddp":
+                    self.ranks.wait()
+        losses = torch.stack(trainer.losses).double().cpu()
+        if arm.parallelism == "ddp":
+            losses = torch.stack(self.ranks.collect(losses)).mean(0)
+        last = points[-1] if points else (steps, None, None)
+        return SeedResult(
+            seed=trainer.seed,
+            test_accuracy=last[1],
+            test_loss=last[2],
+            step_seconds=median_step(seconds),
+            train_loss=curve(losses.tolist()),
+            test_accuracies=tuple(Point(p[0], p[1]) for p in points) if metric == "accuracy" else (),
+            test_losses=tuple(Point(p[0], p[2]) for p in points),
+        )
+
+    def _measure_step(self, arm: Arm, trainer: Trainer, result: ArmResult) -> ArmResult:
+        """Measures collectives, waiting and divergence in further steps, which change the model: evaluate before."""
+        result = replace(result, collectives=trainer.count_collectives())
+        if arm.parallelism != "ddp":
+            return result
+        if self.ranks.device.type != "cuda":
+            result = replace(result, wait=measure_wait(trainer.step, trainer.wrapper, trainer.model, self.ranks))
+        if arm.name == "ddp":
+            layers = self.task.norm_layers
+            self.divergence = measure_divergence(trainer.model, layers, trainer.batches, self.ranks)
+        return result
+
+    def _max_over_ranks(self, arm: Arm, memory: PeakMemory | None) -> PeakMemory | None:
+        by_rank = self.ranks.collect(memory) if arm.parallelism == "ddp" else [memory]
+        return max((m for m in by_rank if m is not None), key=lambda m: m.peak_bytes, default=None)
+
+    def _release(self, trainer: Trainer) -> None:
+        # The next arm's memory must not include this one's.
+        trainer.wrapper = trainer.model = trainer.optimizer = None  # type: ignore[assignment]  # not used again
+        self.accelerator.free_memory()
