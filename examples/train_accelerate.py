@@ -5,7 +5,7 @@ How to start:  accelerate launch --multi_gpu --num_processes 2 examples/train_ac
                torchrun --nproc-per-node 2 examples/train_accelerate.py                     # the same
                python examples/train_accelerate.py                                          # one process, to compare
 What it prints: the loss over the global batch every 10 steps, alike for any number of processes; then the classes
-of the norm layers that were saved. Needs: scikit-learn for its digits.
+of the norm layers that were saved. Needs: accelerate, and scikit-learn for its digits (the extra ``compare``).
 
 The diff::
 

@@ -5,7 +5,7 @@ import sys
 from syncnorm.tools.common.launcher import is_main_rank
 
 # Import name -> the extra that brings it.
-_EXTRAS = dict.fromkeys(("click", "rich", "sklearn", "matplotlib", "jinja2", "mlxtend"), "compare")
+_EXTRAS = dict.fromkeys(("accelerate", "click", "rich", "sklearn", "matplotlib", "jinja2", "mlxtend"), "compare")
 
 
 def main() -> int:
