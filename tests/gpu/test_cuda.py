@@ -25,7 +25,7 @@ def batches(rows: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Tensor], li
     return list(x.to(dtype).split(rows)), list(dy.to(dtype).split(rows))
 
 
-def step(rows: tuple[int, ...], dtype: torch.dtype, layout: str) -> dict[str, Tensor]:
+def _rank_step(rows: tuple[int, ...], dtype: torch.dtype, layout: str) -> dict[str, Tensor]:
     rank = dist.get_rank()
     inputs, grads = batches(rows, dtype)
     x = inputs[rank].cuda().contiguous(memory_format=FORMATS[layout]).requires_grad_()
@@ -45,7 +45,7 @@ def step(rows: tuple[int, ...], dtype: torch.dtype, layout: str) -> dict[str, Te
 def test_two_ranks_on_one_card_are_the_full_batch(rows, dtype, layout):
     inputs, grads = batches(rows, dtype)
     want = batch_norm_oracle(inputs, grads, torch.ones(5), torch.zeros(5), torch.zeros(5), torch.ones(5), 1.0, 1e-5)
-    for rank, got in enumerate(run_ranks(step, 2, (rows, dtype, layout))):
+    for rank, got in enumerate(run_ranks(_rank_step, 2, (rows, dtype, layout))):
         assert_close(got["y"], want.outputs[rank], dtype)
         assert_close(got["dx"], want.grad_inputs[rank], dtype)
         assert_close(got["dw"], want.grad_weight[rank], torch.float32)

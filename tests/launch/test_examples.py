@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from launches import ROOT, run
+from launches import ROOT, SUPPORT, run
 
-SHIMS = ROOT / "tests" / "shims"  # where these import torchvision, which PyPI has for CUDA alone
+SHIMS = SUPPORT / "shims"  # where these import torchvision, which PyPI has for CUDA alone
 pytestmark = pytest.mark.timeout(300)  # three processes a test, which import torch: slow on a machine that does more
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launches import ROOT, TRAIN, environment, epochs, free_port, run
+from launches import ROOT, SUPPORT, TRAIN, environment, epochs, free_port, run
 
 LAUNCH = ROOT / "launch"
 FIRST_EPOCH = (*TRAIN, "--epochs", "1", "--checkpoint")
@@ -28,7 +28,7 @@ def test_a_recipe_says_what_it_is_for(file):
 
 
 def test_torchrun_takes_the_same_steps_on_one_rank_and_on_two(tmp_path):
-    recipe = "bash", str(LAUNCH / "torchrun.sh"), str(ROOT / "tests" / "in_double.py"), *FIRST_EPOCH
+    recipe = "bash", str(LAUNCH / "torchrun.sh"), str(SUPPORT / "in_double.py"), *FIRST_EPOCH
     one, two = (run(*recipe, f"{ranks}.pt", cwd=tmp_path, RANKS=ranks) for ranks in "12")
     ((_, ranks_of_one, loss_of_one),) = epochs(one)
     ((_, ranks_of_two, loss_of_two),) = epochs(two)
@@ -111,7 +111,7 @@ def test_accelerate_takes_the_steps_of_one_process(tmp_path, one_process, config
 
 
 def test_accelerate_shards_and_takes_the_steps_of_one_process(tmp_path, one_process):
-    sharded = *accelerate("fsdp2.yaml"), str(ROOT / "tests" / "sharded.py")
+    sharded = *accelerate("fsdp2.yaml"), str(SUPPORT / "sharded.py")
     shards, what, loss = run(*sharded, *LAUNCHED, cwd=tmp_path).splitlines()
     assert shards == "7229 of 14458 parameters on rank 0"
     assert what == "2 ranks, FSDP, cpu"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launches import ROOT, TRAIN, environment, epochs, run
+from launches import ROOT, SUPPORT, TRAIN, environment, epochs, run
 
 FIRST, SECOND = "10.213.7.1", "10.213.7.2"
 PATIENCE = 200  # seconds; a quiet machine needs a tenth of it
@@ -106,9 +106,7 @@ def nodes(tmp_path: Path) -> Iterator[tuple[Node, Node]]:
 
 def test_a_cut_cable_ends_both_nodes_with_an_error_that_names_the_layer(nodes):
     for node in nodes:
-        node.torchrun(
-            str(ROOT / "tests" / "launched.py"), "--timeout", "4", "--seconds", "200", NODES="2", RESTARTS="0"
-        )
+        node.torchrun(str(SUPPORT / "launched.py"), "--timeout", "4", "--seconds", "200", NODES="2", RESTARTS="0")
     for rank, node in enumerate(nodes):  # ranks follow addresses
         node.wait_for(f"rank {rank} of 2 agrees with the whole batch")
     ip("-n", nodes[0].name, "link", "set", "cable", "down")
@@ -124,7 +122,7 @@ def test_a_cut_cable_ends_both_nodes_with_an_error_that_names_the_layer(nodes):
 
 
 def test_an_elastic_job_loses_a_node_and_takes_the_same_steps(nodes, tmp_path):
-    script = str(ROOT / "tests" / "in_double.py"), *TRAIN, "--epochs", "6", "--checkpoint"
+    script = str(SUPPORT / "in_double.py"), *TRAIN, "--epochs", "6", "--checkpoint"
     for node in nodes:
         node.torchrun(*script, "shared.pt")
     nodes[0].wait_for("epoch 0, 2 ranks")

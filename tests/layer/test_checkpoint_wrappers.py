@@ -65,7 +65,9 @@ def data(step: int) -> tuple[Tensor, Tensor]:
     return x + step, dy
 
 
-def steps(rows: tuple[int, ...], build: type[nn.Module], change: Callable[..., None], reentrant: bool) -> list[Any]:
+def _rank_steps(
+    rows: tuple[int, ...], build: type[nn.Module], change: Callable[..., None], reentrant: bool
+) -> list[Any]:
     """Steps of a layer that is checkpointed and changed between the runs."""
     rank = dist.get_rank() if len(rows) > 1 else 0
     layer = syncnorm.convert(build(4))
@@ -116,11 +118,11 @@ def check(rows: tuple[int, ...], results: list[list[Any]], own_forward: bool) ->
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("rows", [(5,), ROWS])
 def test_what_the_first_run_did_not_do_the_second_does(rows, reentrant, change, build):
-    results = run_ranks(steps, len(rows), (rows, build, change, reentrant), timeout=30)
+    results = run_ranks(_rank_steps, len(rows), (rows, build, change, reentrant), timeout=30)
     check(rows, results, build is Act)
 
 
-def repeated(same_input: bool, reentrant: bool) -> list[Any]:
+def _rank_repeated(same_input: bool, reentrant: bool) -> list[Any]:
     """Two segments alive, each of which runs one layer twice, untracked at first; rank 2 has no values."""
     rank = dist.get_rank()
     layer = syncnorm.convert(nn.Sequential(nn.BatchNorm2d(4))).double()
@@ -148,7 +150,7 @@ def test_a_layer_that_a_segment_runs_twice(same_input, reentrant):
         y = y + layer(x if same_input else 2 * y.square())
         y.backward(data(i)[1])
         gradients[i] = x.grad
-    for rank, (*dx, mean, var, count) in enumerate(run_ranks(repeated, 3, (same_input, reentrant), timeout=30)):
+    for rank, (*dx, mean, var, count) in enumerate(run_ranks(_rank_repeated, 3, (same_input, reentrant), timeout=30)):
         for i in range(2):
             assert_close(dx[i], gradients[i].split(ROWS)[rank], torch.float64)
         assert_close(mean, layer.running_mean, torch.float64)
@@ -156,7 +158,7 @@ def test_a_layer_that_a_segment_runs_twice(same_input, reentrant):
         assert count == 4
 
 
-def two_statistics(reentrant: bool) -> list[Tensor]:
+def _rank_two_statistics(reentrant: bool) -> list[Tensor]:
     """One input, two sets of running statistics, as where domains or splits have their own."""
     rank = dist.get_rank()
     sets = [(torch.zeros(4).double(), torch.ones(4).double()) for _ in range(2)]
@@ -177,7 +179,7 @@ def two_statistics(reentrant: bool) -> list[Tensor]:
 def test_two_sets_of_statistics_for_one_input(reentrant):
     x, dy = data(0)
     want = batch_norm_oracle([x], [3 * dy])
-    for rank, (dx, first, second) in enumerate(run_ranks(two_statistics, len(ROWS), (reentrant,), timeout=30)):
+    for rank, (dx, first, second) in enumerate(run_ranks(_rank_two_statistics, len(ROWS), (reentrant,), timeout=30)):
         assert_close(dx, want.grad_inputs[0].split(ROWS)[rank], torch.float64)
         assert_close(first, 0.1 * x.mean((0, 2, 3)), torch.float64)
         assert_close(second, 0.3 * x.mean((0, 2, 3)), torch.float64)
@@ -188,7 +190,7 @@ class Rectified(nn.BatchNorm1d):
         return F.relu(super().forward(x))
 
 
-def first_run_in_a_backward(build: type[nn.BatchNorm1d]) -> list[Any]:
+def _rank_first_run_in_a_backward(build: type[nn.BatchNorm1d]) -> list[Any]:
     """A layer that runs for the first time in a backward, as implicit layers do: it moves its statistics."""
     layer = syncnorm.convert(build(3))
 
@@ -212,12 +214,12 @@ def first_run_in_a_backward(build: type[nn.BatchNorm1d]) -> list[Any]:
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("build", [nn.BatchNorm1d, Rectified])
 def test_a_first_run_in_a_backward_counts(world_size, build):
-    for mean, count in run_ranks(first_run_in_a_backward, world_size, (build,)):
+    for mean, count in run_ranks(_rank_first_run_in_a_backward, world_size, (build,)):
         assert count == 1
         assert_close(mean, torch.tensor([0.45, 0.55, 0.65]), torch.float32)
 
 
-def kept_alive(needs_grad: bool, frozen: bool) -> list[int]:
+def _rank_kept_alive(needs_grad: bool, frozen: bool) -> list[int]:
     """Records that live on, step by step, under hooks that live on."""
     from syncnorm.layer import checkpointing
 
@@ -257,12 +259,12 @@ def _unpack(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("needs_grad", "frozen"), [(True, False), (False, False), (False, True)])
 def test_records_under_hooks_that_live_on_are_those_of_one_step(needs_grad, frozen):
-    for alive in run_ranks(kept_alive, args=(needs_grad, frozen)):
+    for alive in run_ranks(_rank_kept_alive, args=(needs_grad, frozen)):
         assert alive[0] <= 2  # layers
         assert alive[1:] == [0] * 5
 
 
-def graphs_outlive_their_hooks() -> list[Tensor]:
+def _rank_graphs_outlive_their_hooks() -> list[Tensor]:
     """Hooks that are made once and compute again: what belongs to a graph that is still alive is still known."""
     layer = syncnorm.SyncBatchNorm(3).double()
     rank = dist.get_rank()
@@ -292,7 +294,7 @@ def graphs_outlive_their_hooks() -> list[Tensor]:
 
 
 def test_what_graphs_need_is_kept_though_their_hook_lives_on():
-    results = run_ranks(graphs_outlive_their_hooks)
+    results = run_ranks(_rank_graphs_outlive_their_hooks)
     want = torch.zeros(3).double()
     for i in range(3):
         parts = [

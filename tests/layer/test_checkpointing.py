@@ -64,7 +64,7 @@ class Count:
         exchange.Exchange.start = self.original
 
 
-def steps(kind: str, order: list[int], norm: type[nn.BatchNorm2d]) -> dict[str, Any]:
+def _rank_steps(kind: str, order: list[int], norm: type[nn.BatchNorm2d]) -> dict[str, Any]:
     """Two forwards alive at once, and their backwards in the given order."""
     rank = dist.get_rank()
     model = syncnorm.convert(net(norm)).double()
@@ -98,7 +98,7 @@ def steps(kind: str, order: list[int], norm: type[nn.BatchNorm2d]) -> dict[str, 
     ],
 )
 def test_equals_the_whole_batch_without_checkpoints(kind, norm, order):
-    ranks = run_ranks(steps, len(SPLITS), (kind, order, norm), timeout=60)
+    ranks = run_ranks(_rank_steps, len(SPLITS), (kind, order, norm), timeout=60)
     model = net(norm).double()
     inputs = [data(seed)[0].double().requires_grad_() for seed in (0, 1)]
     outputs = [model(x) for x in inputs]
@@ -116,7 +116,7 @@ def test_equals_the_whole_batch_without_checkpoints(kind, norm, order):
         assert r["kept"] == 0
 
 
-def frozen_and_unsynced(kind: str) -> tuple[list[str], int, Tensor]:
+def _rank_frozen_and_unsynced(kind: str) -> tuple[list[str], int, Tensor]:
     """A segment that needs no gradient itself; then a segment on rank 0 alone."""
     model = syncnorm.convert(net())
     model[0].requires_grad_(False)
@@ -132,7 +132,7 @@ def frozen_and_unsynced(kind: str) -> tuple[list[str], int, Tensor]:
 
 @pytest.mark.parametrize("kind", ["reentrant", "non-reentrant"])
 def test_frozen_segments_and_segments_of_one_rank(kind):
-    results = run_ranks(frozen_and_unsynced, args=(kind,), timeout=30)
+    results = run_ranks(_rank_frozen_and_unsynced, args=(kind,), timeout=30)
     for calls, tracked, mean in results:
         assert calls.count("FORWARD") == 4
         assert tracked == 1
@@ -152,7 +152,7 @@ def test_one_process_counts_a_batch_once_too(reentrant):
     torch.testing.assert_close(x.grad, z.grad)
 
 
-def same_here_other_there() -> str:
+def _rank_same_here_other_there() -> str:
     layer = syncnorm.SyncBatchNorm1d(3)
     x = torch.ones(4, 3) * torch.arange(4).view(4, 1)
     inputs = [(x + (dist.get_rank() * i)).requires_grad_() for i in range(2)]
@@ -165,4 +165,4 @@ def same_here_other_there() -> str:
 
 
 def test_what_cannot_be_told_apart_is_an_error():
-    assert "cannot tell which of 2 checkpointed forwards" in run_ranks(same_here_other_there, timeout=30)[0]
+    assert "cannot tell which of 2 checkpointed forwards" in run_ranks(_rank_same_here_other_there, timeout=30)[0]

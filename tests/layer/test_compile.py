@@ -31,7 +31,7 @@ def compiled(model: Any, backend: str = "aot_eager", **options: Any) -> Any:
     return torch.compile(model, fullgraph=True, backend=backend, **options)
 
 
-def steps_of(case: Case, backend: str = "aot_eager") -> tuple[int, list[dict[str, Tensor]]]:
+def _rank_steps_of(case: Case, backend: str = "aot_eager") -> tuple[int, list[dict[str, Tensor]]]:
     """How many graphs a case took, and what came out of each of its steps."""
     layer = case.layer()
     model, results = compiled(layer, backend), []
@@ -56,8 +56,8 @@ CASES = {
 }
 
 
-def run_cases(cases: dict[str, Case]) -> dict[str, tuple[int, list[dict[str, Tensor]]]]:
-    return {name: steps_of(case) for name, case in cases.items()}
+def _rank_run_cases(cases: dict[str, Case]) -> dict[str, tuple[int, list[dict[str, Tensor]]]]:
+    return {name: _rank_steps_of(case) for name, case in cases.items()}
 
 
 def judge(case: Case, ranks: list[tuple[int, list[dict[str, Tensor]]]]) -> None:
@@ -80,17 +80,19 @@ def judge(case: Case, ranks: list[tuple[int, list[dict[str, Tensor]]]]) -> None:
 
 
 def test_a_layer_in_one_graph_equals_the_whole_batch():
-    ranks = run_ranks(run_cases, 2, (CASES,), TIMEOUT)
+    ranks = run_ranks(_rank_run_cases, 2, (CASES,), TIMEOUT)
     for name, case in CASES.items():
         judge(case, [rank[name] for rank in ranks])
 
 
 def test_a_layer_through_inductor():
     case = Case((3, 2), steps=2)
-    judge(case, run_ranks(steps_of, 2, (case, "inductor"), TIMEOUT))
+    judge(case, run_ranks(_rank_steps_of, 2, (case, "inductor"), TIMEOUT))
 
 
-def train(build: Callable[[], nn.Module], compiling: bool, rows: tuple[int, ...]) -> tuple[int, dict[str, Tensor]]:
+def _rank_train(
+    build: Callable[[], nn.Module], compiling: bool, rows: tuple[int, ...]
+) -> tuple[int, dict[str, Tensor]]:
     """Some steps on this rank's part of each batch of 12, and the state after them."""
     model = syncnorm.convert(build()).double()
     step = compiled(model) if compiling else model
@@ -110,25 +112,25 @@ def train(build: Callable[[], nn.Module], compiling: bool, rows: tuple[int, ...]
 @pytest.mark.parametrize("build", [models.net, models.net_with_activations])
 def test_a_model_trains_like_one_process(build):
     """Also one whose layers have a forward of their own."""
-    _, want = train(build, False, ())
-    for count, state in run_ranks(train, 2, (build, True, (5, 7)), TIMEOUT):
+    _, want = _rank_train(build, False, ())
+    for count, state in run_ranks(_rank_train, 2, (build, True, (5, 7)), TIMEOUT):
         assert count == 1
         for name, value in want.items():
             torch.testing.assert_close(state[name], value, rtol=1e-6, atol=1e-8)
 
 
-def compiled_on_rank_0(build: Callable[[], nn.Module]) -> dict[str, Tensor]:
-    return train(build, dist.get_rank() == 0, (5, 7))[1]
+def _rank_with_rank_0_compiled(build: Callable[[], nn.Module]) -> dict[str, Tensor]:
+    return _rank_train(build, dist.get_rank() == 0, (5, 7))[1]
 
 
 def test_a_compiled_rank_and_an_eager_one_share_statistics():
-    _, want = train(models.net, False, ())
-    for state in run_ranks(compiled_on_rank_0, 2, (models.net,), TIMEOUT):
+    _, want = _rank_train(models.net, False, ())
+    for state in run_ranks(_rank_with_rank_0_compiled, 2, (models.net,), TIMEOUT):
         for name, value in want.items():
             torch.testing.assert_close(state[name], value, rtol=1e-6, atol=1e-8)
 
 
-def batch_sizes(dynamic: bool | None) -> list[int]:
+def _rank_batch_sizes(dynamic: bool | None) -> list[int]:
     """How many graphs there were after each of several sizes of batch."""
     layer = syncnorm.SyncBatchNorm2d(3)
     model, counts = compiled(layer, dynamic=dynamic), []
@@ -140,7 +142,7 @@ def batch_sizes(dynamic: bool | None) -> list[int]:
 
 @pytest.mark.parametrize(("dynamic", "expected"), [(None, [1, 2, 2, 2]), (True, [1, 1, 1, 1])])
 def test_batches_of_other_sizes_compile_once_more_at_most(dynamic, expected):
-    assert run_ranks(batch_sizes, 2, (dynamic,), TIMEOUT) == [expected, expected]
+    assert run_ranks(_rank_batch_sizes, 2, (dynamic,), TIMEOUT) == [expected, expected]
 
 
 class Unused(nn.Module):
@@ -157,7 +159,7 @@ class Unused(nn.Module):
         return self.used(x)
 
 
-def calls_of_a_step(backend: str) -> tuple[list[str], list[int]]:
+def _rank_calls_of_a_step(backend: str) -> tuple[list[str], list[int]]:
     """What was exchanged in the second step, and the counts of batches of all layers after it."""
     model = Unused()
     step = compiled(model, backend)
@@ -183,12 +185,12 @@ def calls_of_a_step(backend: str) -> tuple[list[str], list[int]]:
 def test_each_collective_happens_once_and_in_order_whether_its_result_is_used_or_not(backend):
     """Layers are named in the order in which they first run."""
     want = ["FORWARD 5 1", "FORWARD 6 2", "FORWARD 7 3", "BACKWARD 7 3"]  # of the second step
-    for calls, counts in run_ranks(calls_of_a_step, 2, (backend,), TIMEOUT):
+    for calls, counts in run_ranks(_rank_calls_of_a_step, 2, (backend,), TIMEOUT):
         assert calls == want
         assert counts == [2, 2, 2]
 
 
-def masked(rows: tuple[int, ...]) -> tuple[int, Tensor, Tensor]:
+def _rank_masked(rows: tuple[int, ...]) -> tuple[int, Tensor, Tensor]:
     layer = syncnorm.SyncBatchNorm1d(3)
     model = compiled(layer)
     for _ in range(2):
@@ -210,7 +212,7 @@ def test_masks():
     x, mask = masked_batch()
     valid = x.double().transpose(1, 2)[mask].requires_grad_()
     F.batch_norm(valid, None, None, training=True).square().square().sum().backward()
-    ranks = run_ranks(masked, 2, ((2, 3),), TIMEOUT)
+    ranks = run_ranks(_rank_masked, 2, ((2, 3),), TIMEOUT)
     assert [count for count, *_ in ranks] == [1, 1]
     y, dx = (torch.cat([rank[i] for rank in ranks]).transpose(1, 2) for i in (1, 2))
     assert_close(y[mask], F.batch_norm(valid, None, None, training=True).detach(), torch.float32)
@@ -219,7 +221,7 @@ def test_masks():
     assert not dx[~mask].any()
 
 
-def without_syncing() -> list[Tensor]:
+def _rank_without_syncing() -> list[Tensor]:
     layer = syncnorm.SyncBatchNorm2d(3)
     model = compiled(layer)
     model(torch.randn(4, 3, 5, 5))
@@ -233,10 +235,10 @@ def without_syncing() -> list[Tensor]:
 
 
 def test_no_sync_stats_is_seen_by_compiled_code():
-    assert run_ranks(without_syncing, 2, (), TIMEOUT) == [[True, True]] * 2
+    assert run_ranks(_rank_without_syncing, 2, (), TIMEOUT) == [[True, True]] * 2
 
 
-def checkpointed(reentrant: bool, compiling: bool) -> tuple[list[str], dict[str, Tensor]]:
+def _rank_checkpointed(reentrant: bool, compiling: bool) -> tuple[list[str], dict[str, Tensor]]:
     """Checkpoints around a layer, compiled or not; two forwards alive."""
     torch._dynamo.reset()
     rank = dist.get_rank()
@@ -264,8 +266,8 @@ def checkpointed(reentrant: bool, compiling: bool) -> tuple[list[str], dict[str,
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpoints_around_compiled_code(reentrant):
     for eager, ours in zip(
-        run_ranks(checkpointed, args=(reentrant, False), timeout=100),
-        run_ranks(checkpointed, args=(reentrant, True), timeout=100),
+        run_ranks(_rank_checkpointed, args=(reentrant, False), timeout=100),
+        run_ranks(_rank_checkpointed, args=(reentrant, True), timeout=100),
         strict=True,
     ):
         assert ours[0].count("FORWARD") == ours[0].count("BACKWARD") == 2
@@ -273,7 +275,7 @@ def test_checkpoints_around_compiled_code(reentrant):
             torch.testing.assert_close(ours[1][name], value, msg=name)
 
 
-def refused(fullgraph: bool) -> str:
+def _rank_refused(fullgraph: bool) -> str:
     torch._dynamo.reset()
     layer = torch.compile(syncnorm.SyncBatchNorm2d(3), backend="aot_eager", fullgraph=fullgraph)
     channels = 3 + dist.get_rank()
@@ -286,13 +288,13 @@ def refused(fullgraph: bool) -> str:
 
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_a_refused_input_is_told_to_the_other_ranks(fullgraph):
-    told = run_ranks(refused, args=(fullgraph,), timeout=60)
+    told = run_ranks(_rank_refused, args=(fullgraph,), timeout=60)
     assert "rank 1 did not take part" in told[0]
     for rank, text in enumerate(told):
         assert "expected 3 channels in dimension 1, got 4" in text, (rank, text)
 
 
-def ddp_steps(how: str) -> list[Tensor]:
+def _rank_ddp_steps(how: str) -> list[Tensor]:
     torch._dynamo.reset()
     model = syncnorm.convert(models.net()).double()
     if how == "compiled inside":
@@ -311,9 +313,9 @@ def ddp_steps(how: str) -> list[Tensor]:
 
 
 def test_ddp_inside_and_outside():
-    want = run_ranks(ddp_steps, args=("eager",))
+    want = run_ranks(_rank_ddp_steps, args=("eager",))
     for how in ("compiled inside", "compiled outside"):
-        for got, expected in zip(run_ranks(ddp_steps, args=(how,), timeout=100), want, strict=True):
+        for got, expected in zip(run_ranks(_rank_ddp_steps, args=(how,), timeout=100), want, strict=True):
             torch.testing.assert_close(got, expected)
 
 

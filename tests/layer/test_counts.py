@@ -42,7 +42,7 @@ class Operators(TorchDispatchMode):
         return result
 
 
-def counts_of_a_step(memory_format: str) -> tuple[list[str], list[str], list[Any]]:
+def _rank_counts_of_a_step(memory_format: str) -> tuple[list[str], list[str], list[Any]]:
     torch.manual_seed(dist.get_rank())
     layer = syncnorm.SyncBatchNorm2d(64)
     x = torch.randn(8, 64, 16, 16).contiguous(memory_format=FORMATS[memory_format]).requires_grad_()
@@ -66,7 +66,7 @@ PASSES = {
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_a_step_costs_no_more_than_this(memory_format):
     world_size, channels = 2, 64
-    for passes, small, collectives in run_ranks(counts_of_a_step, world_size, args=(memory_format,)):
+    for passes, small, collectives in run_ranks(_rank_counts_of_a_step, world_size, args=(memory_format,)):
         assert " ".join(p.split(".")[1] for p in passes) == PASSES[memory_format]
         assert len(small) <= 39, Counter(small)
         # One forward, one backward; each hands every rank a frame of 2C numbers of fp32 under a header.
@@ -74,7 +74,7 @@ def test_a_step_costs_no_more_than_this(memory_format):
         assert collectives == [("all_to_all", "norm", 2, sent)]
 
 
-def capacities(widths: list[int]) -> list[int]:
+def _rank_capacities(widths: list[int]) -> list[int]:
     """Bytes of the frames in the third round over layers of these widths."""
     layers = [syncnorm.SyncBatchNorm1d(width) for width in widths]
     sent: list[int] = []
@@ -89,14 +89,14 @@ def capacities(widths: list[int]) -> list[int]:
 
 def test_frames_are_as_large_as_what_they_carry_whatever_came_before():
     widths = [16, 1024, 16, 64, 300]
-    for sent in run_ranks(capacities, args=(widths,)):
+    for sent in run_ranks(_rank_capacities, args=(widths,)):
         assert sent == [capacity_for(8 * width) for width in widths]
         assert all(
             8 * width < frame <= max(512, 8 * width + 40 + 63) for frame, width in zip(sent, widths, strict=True)
         )
 
 
-def refused_after_narrow_frames() -> str:
+def _rank_refused_after_narrow_frames() -> str:
     """Rank 0's input is wrong in a step whose frames are known to be small."""
     layer = syncnorm.SyncBatchNorm1d(3)
     for _ in range(3):
@@ -109,6 +109,6 @@ def refused_after_narrow_frames() -> str:
 
 
 def test_the_reason_of_a_refusal_fits_the_smallest_frame():
-    own, told = run_ranks(refused_after_narrow_frames)
+    own, told = run_ranks(_rank_refused_after_narrow_frames)
     assert "expected 3 channels" in own
     assert own in told

@@ -33,7 +33,7 @@ def layer(affine: bool) -> syncnorm.SyncBatchNorm:
     return made
 
 
-def second_derivatives(
+def _rank_second_derivatives(
     rows: tuple[int, ...], dtype: str, affine: bool, layout: str, only_dx: bool
 ) -> dict[str, Tensor | None]:
     rank = dist.get_rank()
@@ -79,7 +79,7 @@ def reference(rows: tuple[int, ...], dtype: str, affine: bool, only_dx: bool) ->
 )
 def test_second_derivatives(rows, only_dx, dtype, affine, layout):
     want = reference(rows, dtype, affine, only_dx)
-    ranks = run_ranks(second_derivatives, len(rows), (rows, dtype, affine, layout, only_dx))
+    ranks = run_ranks(_rank_second_derivatives, len(rows), (rows, dtype, affine, layout, only_dx))
     for name in ("x", "dy"):
         for got, part in zip(ranks, want[name].split(rows), strict=True):
             assert_close(got[name], part, DTYPES[dtype])
@@ -92,7 +92,7 @@ def max_dtype(dtype: str) -> torch.dtype:
     return DTYPES[dtype] if dtype in ("float64", "float32") else torch.float32
 
 
-def gradient_penalty(rows: tuple[int, ...]) -> list[Tensor]:
+def _rank_gradient_penalty(rows: tuple[int, ...]) -> list[Tensor]:
     """A critic's step as in WGAN-GP: the loss holds the norm of the gradient at the input, under DDP."""
     torch.manual_seed(0)
     critic = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 1, 1)).double()
@@ -110,13 +110,13 @@ def gradient_penalty(rows: tuple[int, ...]) -> list[Tensor]:
 
 
 def test_gradient_penalty_trains_like_one_process():
-    want = gradient_penalty((7,))
-    for grads in run_ranks(gradient_penalty, 2, ((5, 2),)):
+    want = _rank_gradient_penalty((7,))
+    for grads in run_ranks(_rank_gradient_penalty, 2, ((5, 2),)):
         for got, expected in zip(grads, want, strict=True):
             assert_close(got, expected, torch.float64)
 
 
-def third(x: Tensor) -> None:
+def _rank_third_derivative(x: Tensor) -> None:
     x = x.requires_grad_()
     (dx,) = torch.autograd.grad(syncnorm.SyncBatchNorm(2)(x).pow(3).sum(), x, create_graph=True)
     (ddx,) = torch.autograd.grad(dx.pow(3).sum(), x, create_graph=True)
@@ -125,4 +125,4 @@ def third(x: Tensor) -> None:
 
 def test_a_third_derivative_is_refused_rather_than_wrong():
     with pytest.raises(syncnorm.SyncNormError, match="once_differentiable"):
-        run_ranks(third, args=(torch.randn(3, 2),))
+        run_ranks(_rank_third_derivative, args=(torch.randn(3, 2),))

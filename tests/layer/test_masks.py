@@ -30,7 +30,7 @@ def batch(lengths: tuple[tuple[int, ...], ...], dtype: str, spatial: tuple[int, 
     return ranks
 
 
-def masked_step(
+def _rank_masked_step(
     lengths: tuple[tuple[int, ...], ...], dtype: str, spatial: tuple[int, ...], layout: str
 ) -> dict[str, Tensor]:
     data = batch(lengths, dtype, spatial)[dist.get_rank()]
@@ -71,7 +71,7 @@ def test_padding_counts_for_nothing(lengths, dtype, spatial, layout):
     evaluated = F.batch_norm(x.detach(), mean, var).split(counts)
     want = {"y": y.detach().split(counts), "dx": x.grad.split(counts), "eval": evaluated}
     sums = torch.promote_types(DTYPES[dtype], torch.float32)
-    for rank, got in enumerate(run_ranks(masked_step, 2, (lengths, dtype, spatial, layout))):
+    for rank, got in enumerate(run_ranks(_rank_masked_step, 2, (lengths, dtype, spatial, layout))):
         mask = data[rank]["mask"]
         for name, parts in want.items():
             assert_close(valid(got[name], mask), parts[rank], DTYPES[dtype])
@@ -83,7 +83,7 @@ def test_padding_counts_for_nothing(lengths, dtype, spatial, layout):
         assert got["num_batches_tracked"] == 1
 
 
-def nothing_valid() -> dict[str, Tensor]:
+def _rank_nothing_valid() -> dict[str, Tensor]:
     layer = syncnorm.SyncBatchNorm(C)
     x = torch.full((2, C, 4), torch.nan, requires_grad=True)
     y = layer(x, mask=torch.zeros(2, 4, dtype=torch.bool))
@@ -93,7 +93,7 @@ def nothing_valid() -> dict[str, Tensor]:
 
 
 def test_no_valid_position_anywhere_changes_nothing():
-    for got in (*run_ranks(nothing_valid), nothing_valid()):
+    for got in (*run_ranks(_rank_nothing_valid), _rank_nothing_valid()):
         assert not got["y"].any()
         assert not got["dx"].any()
         assert got["running_mean"].tolist() == [0] * C
@@ -122,7 +122,7 @@ def test_one_valid_value_is_too_few():
     assert layer.num_batches_tracked == 0
 
 
-def second_derivative(lengths: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
+def _rank_second_derivative(lengths: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
     data = batch(lengths, "float64", ())[dist.get_rank()]
     x, dy = data["x"].requires_grad_(), data["dy"].requires_grad_()
     y = syncnorm.SyncBatchNorm(C, affine=False)(x, mask=data["mask"])
@@ -138,7 +138,7 @@ def test_second_derivatives_of_masked_statistics():
     (dx,) = torch.autograd.grad(F.batch_norm(x, None, None, training=True), x, dy, create_graph=True)
     dx.pow(3).sum().backward()
     counts = [len(valid(d["x"], d["mask"])) for d in data]
-    for rank, (got_x, got_dy) in enumerate(run_ranks(second_derivative, 2, (lengths,))):
+    for rank, (got_x, got_dy) in enumerate(run_ranks(_rank_second_derivative, 2, (lengths,))):
         mask = data[rank]["mask"]
         for got, want in ((got_x, x.grad), (got_dy, dy.grad)):
             assert_close(valid(got, mask), want.split(counts)[rank], torch.float64)

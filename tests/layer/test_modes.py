@@ -40,7 +40,7 @@ MODES = {
 }
 
 
-def steps(mode: str) -> list[Tensor]:
+def _rank_steps(mode: str) -> list[Tensor]:
     """A forward under the mode, then an ordinary step."""
     rank = dist.get_rank()
     layer = syncnorm.SyncBatchNorm2d(6)
@@ -60,7 +60,7 @@ def test_training_after_a_first_forward_under_a_mode(mode):
     first, second = batch(0), batch(1)
     want = batch_norm_oracle([first[0]], running_mean=torch.zeros(6), running_var=torch.ones(6))
     want = batch_norm_oracle([second[0]], [second[1]], running_mean=want.running_mean, running_var=want.running_var)
-    ranks = run_ranks(steps, len(ROWS), (mode,), timeout=30)
+    ranks = run_ranks(_rank_steps, len(ROWS), (mode,), timeout=30)
     for rank, (y, dx, mean, var, count) in enumerate(ranks):
         assert_close(y, want.outputs[0].split(ROWS)[rank], torch.float32)
         assert_close(dx, want.grad_inputs[0].split(ROWS)[rank], torch.float32)
@@ -69,7 +69,7 @@ def test_training_after_a_first_forward_under_a_mode(mode):
         assert count == 2
 
 
-def fake_first() -> tuple[str, Tensor]:
+def _rank_fake_first() -> tuple[str, Tensor]:
     """Fake tensors hold no numbers to exchange: an error on all ranks, and the frames are none the worse."""
     layer = syncnorm.SyncBatchNorm2d(6)
     x, _ = (whole.split(ROWS)[dist.get_rank()] for whole in batch(0))
@@ -84,7 +84,7 @@ def fake_first() -> tuple[str, Tensor]:
 
 def test_a_first_forward_with_fake_tensors():
     want = batch_norm_oracle([batch(0)[0]]).outputs[0]
-    for rank, (told, y) in enumerate(run_ranks(fake_first, len(ROWS), timeout=30)):
+    for rank, (told, y) in enumerate(run_ranks(_rank_fake_first, len(ROWS), timeout=30)):
         assert told
         assert_close(y.detach(), want.split(ROWS)[rank], torch.float32)
 
@@ -117,7 +117,7 @@ def net(inplace: bool) -> nn.Sequential:
     return nn.Sequential(nn.BatchNorm2d(6), nn.ReLU(inplace), nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6), nn.SiLU(inplace))
 
 
-def images(kind: type[Tensor], inplace: bool, ddp: bool, second: bool) -> dict[str, Any]:
+def _rank_images(kind: type[Tensor], inplace: bool, ddp: bool, second: bool) -> dict[str, Any]:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     model: nn.Module = syncnorm.convert(net(inplace))
     call = DistributedDataParallel(model) if ddp else model
@@ -159,7 +159,7 @@ def test_a_tensor_subclass(kind, inplace, ddp, second):
         dx.square().sum().backward()
     else:
         y.backward(dy)
-    for rank, got in enumerate(run_ranks(images, len(ROWS), (kind, inplace, ddp, second), timeout=30)):
+    for rank, got in enumerate(run_ranks(_rank_images, len(ROWS), (kind, inplace, ddp, second), timeout=30)):
         assert got["class"] == (type(of_plain).__name__, getattr(of_plain, "spacing", None))
         assert set(got["buffers"]) == {"Tensor"}
         assert_close(got["y"], y.split(ROWS)[rank].detach(), torch.float32)

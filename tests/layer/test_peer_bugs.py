@@ -35,7 +35,7 @@ def test_pytorch_62967_and_64039_permuted_input(layout):
     check(Case((5, 4), layout=layout, spatial=()))
 
 
-def relu_in_place(rows: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def _rank_relu_in_place(rows: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     x, dy = (t[dist.get_rank()] for t in Case(rows).batch(0))
     x.requires_grad_()
     model = nn.Sequential(syncnorm.SyncBatchNorm2d(3), nn.ReLU(inplace=True))
@@ -52,12 +52,12 @@ def test_relu_in_place_after_the_layer():
     x = torch.cat(inputs).double().requires_grad_()
     y = F.relu(F.batch_norm(x, None, None, training=True))
     y.backward(torch.cat(grads).double())
-    for rank, (got_y, got_dx) in enumerate(run_ranks(relu_in_place, 2, (rows,))):
+    for rank, (got_y, got_dx) in enumerate(run_ranks(_rank_relu_in_place, 2, (rows,))):
         assert_close(got_y, y.split(rows)[rank].detach(), torch.float32)
         assert_close(got_dx, x.grad.split(rows)[rank], torch.float32)
 
 
-def two_forwards(cases: tuple[Case, Case]) -> list[dict[str, Tensor]]:
+def _rank_two_forwards(cases: tuple[Case, Case]) -> list[dict[str, Tensor]]:
     rank = dist.get_rank()
     layer = cases[0].layer()
     batches = [[t[rank] for t in case.batch(0)] for case in cases]
@@ -69,7 +69,7 @@ def two_forwards(cases: tuple[Case, Case]) -> list[dict[str, Tensor]]:
 
 def test_pytorch_66504_two_forwards_before_one_backward():
     cases = (Case((3, 2), seed=1), Case((2, 5), seed=2))
-    results = run_ranks(two_forwards, 2, (cases,))
+    results = run_ranks(_rank_two_forwards, 2, (cases,))
     weight, bias = cases[0].layer().weight, cases[0].layer().bias
     for turn, case in enumerate(cases):
         want = batch_norm_oracle(*case.batch(0), weight, bias, None, None, 0.1, 1e-5)
@@ -106,7 +106,7 @@ def test_expanded_gradient_of_a_mean():
         assert laid_out(torch.ones(2, 3, 4, 5), "expanded").stride()[-1] == 0
 
 
-def one_input_without_gradient() -> tuple[list[float], Tensor | None]:
+def _rank_one_input_without_gradient() -> tuple[list[float], Tensor | None]:
     """Rank 1 is empty and its input needs no gradient, as in a detection head without proposals."""
     torch.manual_seed(0)
     x = torch.randn(4, 3, requires_grad=True)
@@ -119,14 +119,14 @@ def one_input_without_gradient() -> tuple[list[float], Tensor | None]:
 
 def test_a_rank_whose_input_needs_no_gradient_takes_part_in_the_backward():
     """It left the all_reduce out, and its next collective was added to the other rank's sums."""
-    (first, dx), (second, _) = run_ranks(one_input_without_gradient, timeout=20)
+    (first, dx), (second, _) = run_ranks(_rank_one_input_without_gradient, timeout=20)
     assert first == second == [2.0] * 6
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
     F.batch_norm(x, None, None, training=True).pow(3).sum().backward()
     assert_close(dx, x.grad, torch.float32)
 
 
-def frozen_parameters(frozen: tuple[str, ...]) -> dict[str, Tensor | None]:
+def _rank_frozen_parameters(frozen: tuple[str, ...]) -> dict[str, Tensor | None]:
     case = Case((3, 2))
     x, dy = (t[dist.get_rank()] for t in case.batch(0))
     layer = case.layer()
@@ -144,7 +144,7 @@ def test_frozen_parameters(frozen):
     case = Case((3, 2))
     layer = case.layer()
     want = batch_norm_oracle(*case.batch(0), layer.weight, layer.bias)
-    for rank, grads in enumerate(run_ranks(frozen_parameters, 2, (frozen,))):
+    for rank, grads in enumerate(run_ranks(_rank_frozen_parameters, 2, (frozen,))):
         assert all((grads[name] is None) == (name in frozen) for name in ("weight", "bias"))
         assert_close(grads["x"], want.grad_inputs[rank], torch.float32)
 

@@ -81,7 +81,7 @@ LAYERS: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
-def one_rank_refuses(build: type[nn.BatchNorm2d], wrong: str) -> tuple[str, bool, Tensor]:
+def _rank_refuses(build: type[nn.BatchNorm2d], wrong: str) -> tuple[str, bool, Tensor]:
     """The error, whether buffers stayed, and the running mean after another step together."""
     torch.manual_seed(0)
     layer = syncnorm.convert(nn.Sequential(build(6)))
@@ -105,7 +105,7 @@ def one_rank_refuses(build: type[nn.BatchNorm2d], wrong: str) -> tuple[str, bool
 
 
 def check_refused(build: type[nn.BatchNorm2d], wrong: str) -> None:
-    results = run_ranks(one_rank_refuses, args=(build, wrong), timeout=30)
+    results = run_ranks(_rank_refuses, args=(build, wrong), timeout=30)
     (told, _, mean), (own, _, _) = results
     assert "rank 1 did not take part in forward of 0 (call 2 of the group" in told or "SyncBatchNorm" in told
     reason = own.split(": ", 1)[1] if "InputError" in own else own
@@ -131,7 +131,7 @@ def test_a_layer_with_its_own_forward(build, wrong):
     check_refused(build, wrong)
 
 
-def one_rank_has_another_shortcut() -> tuple[str, bool]:
+def _rank_with_another_shortcut() -> tuple[str, bool]:
     layer = syncnorm.SyncBatchNorm2d(6)
     before = layer.running_mean.clone()
     residual = torch.zeros(5, 6, 2, 2) if dist.get_rank() == 0 else good(1)
@@ -143,7 +143,7 @@ def one_rank_has_another_shortcut() -> tuple[str, bool]:
 
 
 def test_a_shortcut_of_a_wrong_shape():
-    for told, stayed in run_ranks(one_rank_has_another_shortcut, timeout=30):
+    for told, stayed in run_ranks(_rank_with_another_shortcut, timeout=30):
         assert "expected a residual that broadcasts to shape (3, 6, 2, 2), on cpu, got shape (5, 6, 2, 2)" in told
         assert stayed
 
@@ -158,7 +158,7 @@ class Skipping(nn.BatchNorm2d):
         return F.relu(super().forward(x))
 
 
-def the_same_exception_again() -> list[str]:
+def _rank_the_same_exception_again() -> list[str]:
     """One object, raised by rank 0 at every other batch: the other rank has to hear of it each time."""
     layer, told = syncnorm.convert(nn.Sequential(Skipping(6))), []
     for seed in range(4):
@@ -170,7 +170,7 @@ def the_same_exception_again() -> list[str]:
 
 
 def test_an_exception_object_that_is_raised_twice():
-    first, second = run_ranks(the_same_exception_again, timeout=30)
+    first, second = run_ranks(_rank_the_same_exception_again, timeout=30)
     assert first == ["skip this batch"] * 2
     assert len(second) == 2
     assert all("because it raised RuntimeError: skip this batch" in told for told in second)
@@ -186,7 +186,7 @@ class Failing(nn.BatchNorm2d):
         return y
 
 
-def one_rank_fails_behind_its_norm() -> list[str]:
+def _rank_fails_behind_its_norm() -> list[str]:
     net = syncnorm.convert(nn.Sequential(Failing(6), nn.BatchNorm2d(6)))
     told = []
     for seed in range(3):
@@ -200,7 +200,7 @@ def one_rank_fails_behind_its_norm() -> list[str]:
 
 
 def test_an_error_behind_the_norm_reaches_the_next_one():
-    first, second = run_ranks(one_rank_fails_behind_its_norm, timeout=30)
+    first, second = run_ranks(_rank_fails_behind_its_norm, timeout=30)
     assert first == ["", "MemoryError: no room for the activation", ""]
     assert (second[0], second[2]) == ("", "")
     assert "rank 0 did not take part in forward of 1 (call 4 of the group" in second[1]

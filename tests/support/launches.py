@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+SUPPORT = ROOT / "tests" / "support"
 TRAIN = (str(ROOT / "examples" / "train_ddp.py"),)
 
 

@@ -30,7 +30,9 @@ def vectors() -> tuple[Tensor, Tensor]:
     return torch.rand(CHANNELS, generator=generator) - 0.3, torch.randn(CHANNELS, generator=generator)
 
 
-def step(rows: tuple[int, ...], dtype: torch.dtype, layout: str, with_shortcut: bool) -> dict[str, Tensor | None]:
+def _rank_step(
+    rows: tuple[int, ...], dtype: torch.dtype, layout: str, with_shortcut: bool
+) -> dict[str, Tensor | None]:
     rank = dist.get_rank()
     x, shortcut, dy = (part[rank] for part in batch(rows, dtype))
     x = x.contiguous(memory_format=getattr(torch, layout)).requires_grad_()
@@ -65,7 +67,7 @@ def step(rows: tuple[int, ...], dtype: torch.dtype, layout: str, with_shortcut: 
 def test_the_fused_step_is_that_of_the_full_batch(rows, dtype, layout, with_shortcut):
     inputs, shortcuts, grads = batch(rows, dtype)
     weight, bias = vectors()
-    found = run_ranks(step, len(rows), (rows, dtype, layout, with_shortcut))
+    found = run_ranks(_rank_step, len(rows), (rows, dtype, layout, with_shortcut))
     # What the ReLU lets through is that of the rank's own output: at a rounding from zero either is right.
     passed = [dy.double() * (got["y"] > 0) for dy, got in zip(grads, found, strict=True)]
     start = torch.zeros(CHANNELS), torch.ones(CHANNELS)
@@ -83,7 +85,7 @@ def test_the_fused_step_is_that_of_the_full_batch(rows, dtype, layout, with_shor
             assert torch.equal(got["d_shortcut"].double(), passed[rank])
 
 
-def what_else() -> tuple[bool, bool]:
+def _rank_fp64_and_strided_weight() -> tuple[bool, bool]:
     generator = torch.Generator().manual_seed(dist.get_rank())
     x = torch.randn(3, CHANNELS, 2, 2, generator=generator)
     layer = syncnorm.SyncBatchNorm2d(CHANNELS, dtype=torch.float64)
@@ -97,10 +99,10 @@ def what_else() -> tuple[bool, bool]:
 
 
 def test_fp64_stays_fp64_and_a_strided_weight_is_read_as_it_is():
-    assert run_ranks(what_else, 2) == [(True, True)] * 2
+    assert run_ranks(_rank_fp64_and_strided_weight, 2) == [(True, True)] * 2
 
 
-def penalty() -> str:
+def _rank_penalty() -> str:
     layer = syncnorm.SyncBatchNorm2d(3)
     x = torch.randn(2, 3, 2, 2).requires_grad_()
     (dx,) = torch.autograd.grad(layer(x, relu=True).square().sum(), x, create_graph=True)
@@ -112,4 +114,4 @@ def penalty() -> str:
 
 
 def test_a_second_derivative_is_refused_and_not_wrong():
-    assert all("once_differentiable" in told for told in run_ranks(penalty, 2))
+    assert all("once_differentiable" in told for told in run_ranks(_rank_penalty, 2))

@@ -77,7 +77,7 @@ def synced_net() -> DistributedDataParallel:
 PARAMETERS = ("0.weight", "1.weight", "1.bias")
 
 
-def scaled_steps(dtype: torch.dtype) -> list[dict[str, Any]]:
+def _rank_scaled_steps(dtype: torch.dtype) -> list[dict[str, Any]]:
     """Three steps with a GradScaler; in the second the gradient of one rank overflows."""
     torch.manual_seed(0)
     conv, norm = nn.Conv2d(3, 4, 3), syncnorm.SyncBatchNorm2d(4)
@@ -112,7 +112,7 @@ def half_batch(seed: int) -> Batch:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_autocast_and_a_grad_scaler_that_skips_a_step(dtype):
-    ranks = run_ranks(scaled_steps, args=(dtype,))
+    ranks = run_ranks(_rank_scaled_steps, args=(dtype,))
     mean, var, weight, bias = torch.zeros(4), torch.ones(4), torch.ones(4), torch.zeros(4)
     for step, (first, second) in enumerate(zip(*ranks, strict=True)):
         dy = half_batch(step)[1].split(ROWS)
@@ -137,7 +137,7 @@ def test_autocast_and_a_grad_scaler_that_skips_a_step(dtype):
         weight, bias = first["1.weight"], first["1.bias"]
 
 
-def two_views(seeds: tuple[int, int]) -> Left:
+def _rank_two_views(seeds: tuple[int, int]) -> Left:
     model = synced_net()
     return both_backward(model, [mine(seed) for seed in seeds])
 
@@ -150,7 +150,7 @@ def both_backward(model: nn.Module, batches: Sequence[Batch]) -> Left:
 
 def test_two_forwards_of_a_ddp_model_before_one_backward():
     want = both_backward(models.net().double(), [batch(1), batch(2)])
-    check(run_ranks(two_views, args=((1, 2),)), want)
+    check(run_ranks(_rank_two_views, args=((1, 2),)), want)
     assert want["norm1.num_batches_tracked"] == 2
 
 
@@ -161,14 +161,14 @@ def frozen_net(frozen: tuple[str, ...]) -> nn.Module:
     return model
 
 
-def train_frozen(frozen: tuple[str, ...]) -> Left:
+def _rank_train_frozen(frozen: tuple[str, ...]) -> Left:
     return train(DistributedDataParallel(syncnorm.convert(frozen_net(frozen))), [mine(0), mine(1)])
 
 
 @pytest.mark.parametrize("frozen", [("conv1",), ("norm1",), ("conv1", "norm1"), ("conv2", "norm2")], ids=str)
 def test_fine_tuning_with_frozen_layers(frozen):
     want = train(frozen_net(frozen).double(), [batch(0), batch(1)])
-    check(run_ranks(train_frozen, args=(frozen,)), want)
+    check(run_ranks(_rank_train_frozen, args=(frozen,)), want)
     assert not any(name.startswith(f"gradient of {frozen[0]}") for name in want)
     assert want["norm1.num_batches_tracked"] == 2
 
@@ -182,7 +182,7 @@ def net_with_eval_norm(name: str) -> nn.Module:
     return model
 
 
-def train_with_eval_norm(name: str) -> tuple[Left, list[str]]:
+def _rank_train_with_eval_norm(name: str) -> tuple[Left, list[str]]:
     model = DistributedDataParallel(syncnorm.convert(net_with_eval_norm(name)))
     with (
         mock.patch.object(comm, "gather_moments", wraps=comm.gather_moments) as gathers,
@@ -194,7 +194,7 @@ def train_with_eval_norm(name: str) -> tuple[Left, list[str]]:
 
 @pytest.mark.parametrize(("frozen", "trained"), [("norm1", "norm2"), ("norm2", "norm1")])
 def test_some_layers_in_eval_inside_a_training_model(frozen, trained):
-    results = run_ranks(train_with_eval_norm, args=(frozen,))
+    results = run_ranks(_rank_train_with_eval_norm, args=(frozen,))
     model = net_with_eval_norm(frozen).double()
     before = copy.deepcopy(model.state_dict())
     check([got for got, _ in results], train(model, [batch(0), batch(1)]))
@@ -204,7 +204,7 @@ def test_some_layers_in_eval_inside_a_training_model(frozen, trained):
             assert torch.equal(got[f"{frozen}.{name}"].double(), before[f"{frozen}.{name}"].double())
 
 
-def accumulated(seeds: tuple[int, ...]) -> Left:
+def _rank_accumulated(seeds: tuple[int, ...]) -> Left:
     model = synced_net()
     for seed in seeds:
         x, dy = mine(seed)
@@ -219,7 +219,7 @@ def test_gradient_accumulation_with_no_sync():
     for x, dy in map(batch, seeds):
         model(x).backward(dy)
     want = left(model)
-    check(run_ranks(accumulated, args=(seeds,)), want)
+    check(run_ranks(_rank_accumulated, args=(seeds,)), want)
     assert want["norm2.num_batches_tracked"] == 2
 
 
@@ -234,7 +234,7 @@ def average(model: nn.Module, wrap: Callable[[nn.Module], nn.Module], batches: S
     return [averaged, train(wrap(twin), batches[2:]), train(wrap(ema.module), batches[2:]), left(model)]
 
 
-def copies_in_a_group() -> tuple[list[Left], list[bool]]:
+def _rank_copies_in_a_group() -> tuple[list[Left], list[bool]]:
     group = dist.new_group([0, 1])
     model = syncnorm.convert(models.net(), process_group=group)
     copies = (AveragedModel(model).module, copy.deepcopy(model))
@@ -245,13 +245,13 @@ def copies_in_a_group() -> tuple[list[Left], list[bool]]:
 def test_a_moving_average_and_a_copy_of_a_model_with_a_group():
     model = models.net().double()
     want = average(model, lambda m: m, [batch(seed) for seed in range(4)])
-    results = run_ranks(copies_in_a_group)
+    results = run_ranks(_rank_copies_in_a_group)
     assert all(all(shared) for _, shared in results)
     for turn, expected in enumerate(want):
         check([result[turn] for result, _ in results], expected)
 
 
-def through_a_file() -> tuple[Left, str]:
+def _rank_through_a_file() -> tuple[Left, str]:
     """A step, a file, a step."""
     model = syncnorm.convert(models.net(), process_group=dist.new_group([0, 1]))
     train(DistributedDataParallel(model), [mine(0)])
@@ -266,12 +266,12 @@ def through_a_file() -> tuple[Left, str]:
 
 
 def test_a_model_from_a_file_trains_on_once_its_group_is_bound_again():
-    results = run_ranks(through_a_file)
+    results = run_ranks(_rank_through_a_file)
     check([got for got, _ in results], train(models.net().double(), [batch(0), batch(1)]))
     assert all("Bind it again before training: syncnorm.convert(model, process_group=" in says for _, says in results)
 
 
-def swap_state_dicts(other: type[nn.Module]) -> tuple[Left, Left]:
+def _rank_swap_state_dicts(other: type[nn.Module]) -> tuple[Left, Left]:
     """From torch's layers to ours, training there, through a file, and back."""
     theirs, ours = models.Net(other), models.Net(syncnorm.SyncBatchNorm2d)
     theirs.load_state_dict(models.net().state_dict(), strict=True)
@@ -286,14 +286,14 @@ def swap_state_dicts(other: type[nn.Module]) -> tuple[Left, Left]:
 
 @pytest.mark.parametrize("other", [nn.BatchNorm2d, nn.SyncBatchNorm])
 def test_state_dicts_of_a_model_come_from_and_go_to_torchs_layers(other):
-    results = run_ranks(swap_state_dicts, args=(other,))
+    results = run_ranks(_rank_swap_state_dicts, args=(other,))
     check([trained for trained, _ in results], train(models.net().double(), [batch(0), batch(1)]))
     for trained, back in results:
         assert all(torch.equal(back[name], trained[name]) for name in back)
         assert back["norm1.num_batches_tracked"] == 2
 
 
-def sharded(order: str) -> Left:
+def _rank_sharded(order: str) -> Left:
     mesh = dist.init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
     model = models.net()
     if order == "convert, then shard":
@@ -308,7 +308,7 @@ def sharded(order: str) -> Left:
 @pytest.mark.parametrize("order", ["convert, then shard", "shard, then convert"])
 def test_fully_shard_over_the_mesh_that_syncs(order):
     want = train(models.net().double(), [batch(0), batch(1)])
-    check(run_ranks(sharded, args=(order,)), want)
+    check(run_ranks(_rank_sharded, args=(order,)), want)
     assert "gradient of norm2.weight" in want
 
 
@@ -328,7 +328,7 @@ def transforms(model: nn.Module, dtype: torch.dtype) -> list[Tensor]:
     return [doubled, stacked, jacrev(model)(x[:1]), *per_sample.values()]
 
 
-def transforms_on_one_rank() -> list[Tensor]:
+def _rank_transforms() -> list[Tensor]:
     model = syncnorm.convert(models.net())
     train(DistributedDataParallel(model), [mine(0)])  # running statistics of a batch
     if dist.get_rank() == 0:
@@ -340,7 +340,7 @@ def test_torch_func_over_a_model_in_evaluation():
     model = models.net().double()
     train(model, [batch(0)])
     want = transforms(model.eval(), torch.float64)
-    _, results = run_ranks(transforms_on_one_rank, timeout=30)
+    _, results = run_ranks(_rank_transforms, timeout=30)
     assert len(results) == len(want) == 3 + len(list(model.parameters()))
     for got, expected in zip(results, want, strict=True):
         assert_close(got, expected, torch.float32)
