@@ -13,11 +13,12 @@ import pytest
 from launches import ROOT, SUPPORT, TRAIN, environment, epochs, run
 
 FIRST, SECOND = "10.213.7.1", "10.213.7.2"
-PATIENCE = 200  # seconds; a quiet machine needs a tenth of it
+PATIENCE_S = 200  # a quiet machine needs a tenth of it
 
 pytestmark = [
-    pytest.mark.timeout(2 * PATIENCE),
-    pytest.mark.skipif(not os.environ.get("SYNCNORM_SLOW"), reason="minutes of waiting: SYNCNORM_SLOW=1 runs it"),
+    pytest.mark.slow,
+    pytest.mark.root,
+    pytest.mark.timeout(2 * PATIENCE_S),
 ]
 
 
@@ -49,7 +50,7 @@ class Node:
         self.start("bash", recipe, *command, FIRST=FIRST, RANKS="1", **env)
 
     def wait_for(self, text: str, file: str = "out") -> None:
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + PATIENCE_S
         assert self.process is not None
         while True:
             ended = self.process.poll() is not None or time.monotonic() > deadline
@@ -58,7 +59,7 @@ class Node:
             assert not ended, f"{self.name} never said {text!r}: {self.err.read_text()}"
             time.sleep(0.02)
 
-    def end(self, timeout: float = PATIENCE) -> int:
+    def end(self, timeout: float = PATIENCE_S) -> int:
         assert self.process is not None
         return self.process.wait(timeout)
 
@@ -115,7 +116,7 @@ def test_a_cut_cable_ends_both_nodes_with_an_error_that_names_the_layer(nodes):
         assert re.search(rf"SyncNormError: rank {rank}: (forward|backward) of stem", node.err.read_text())
     assert nodes[0].end() == 1
     # Of the second node the rank alone: torchrun's own agent there asks the first for word as long as TCP tries.
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + PATIENCE_S
     while len(ip("netns", "pids", nodes[1].name).split()) > 1:
         assert time.monotonic() < deadline, "the rank of the second node goes on"
         time.sleep(0.1)
