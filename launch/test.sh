@@ -7,4 +7,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 install_syncnorm "${EXTRA:-dev}"
 echo "syncnorm: running the tests"
 cd "$root"
-exec "$bin/python" -m pytest -n auto -m "not slow" "$@" # the last -n and -m count
+exec "$bin/python" -m pytest -n auto --dist worksteal -m "not slow" "$@" # the last -n and -m count

@@ -167,6 +167,7 @@ def test_parts_of_buffers_and_a_childs_are_synced(cls, how):
     judge(cls, run_ranks(trained, len(ROWS), (cls, how)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [Slimmable, Around, AroundList])
 def test_in_one_graph(cls):
     ranks = run_ranks(trained, len(ROWS), (cls, "compiled"), timeout=100)

@@ -1,4 +1,4 @@
-"""Recipes for several machines on two of them: network namespaces with a cable between."""
+"""Recipes for several machines, on two network namespaces joined by a virtual cable."""
 
 import os
 import re
@@ -27,7 +27,7 @@ def ip(*arguments: str) -> str:
 
 
 class Node:
-    """A network namespace with an address, and what runs in it."""
+    """A network namespace with an address, and the process that runs in it."""
 
     def __init__(self, name: str, address: str, logs: Path) -> None:
         self.name, self.address, self.out, self.err = name, address, logs / f"{name}.out", logs / f"{name}.err"
@@ -115,14 +115,14 @@ def test_a_cut_cable_ends_both_nodes_with_an_error_that_names_the_layer(nodes):
         node.wait_for(f"SyncNormError: rank {rank}: ", "err")
         assert re.search(rf"SyncNormError: rank {rank}: (forward|backward) of stem", node.err.read_text())
     assert nodes[0].end() == 1
-    # Of the second node the rank alone: torchrun's own agent there asks the first for word as long as TCP tries.
+    # On the second node, only the rank ends: torchrun's agent there waits for the first node until TCP gives up.
     deadline = time.monotonic() + PATIENCE_S
     while len(ip("netns", "pids", nodes[1].name).split()) > 1:
         assert time.monotonic() < deadline, "the rank of the second node goes on"
         time.sleep(0.1)
 
 
-def test_an_elastic_job_loses_a_node_and_takes_the_same_steps(nodes, tmp_path):
+def test_an_elastic_job_that_loses_a_node_takes_the_same_steps(nodes, tmp_path):
     script = str(SUPPORT / "in_double.py"), *TRAIN, "--epochs", "6", "--checkpoint"
     for node in nodes:
         node.torchrun(*script, "shared.pt")
@@ -132,7 +132,7 @@ def test_an_elastic_job_loses_a_node_and_takes_the_same_steps(nodes, tmp_path):
     assert nodes[0].end() == 0, nodes[0].err.read_text()
 
     seen, expected = epochs(nodes[0].out.read_text()), epochs(undisturbed)
-    assert [epoch for epoch, _, _ in seen] == list(range(6))  # none left out, none done twice
+    assert [epoch for epoch, _, _ in seen] == list(range(6))  # no epoch is skipped or repeated
     assert (seen[0][1], seen[-1][1]) == (2, 1)  # ranks
     assert [loss for _, _, loss in seen] == pytest.approx([loss for _, _, loss in expected], abs=2e-6)
 

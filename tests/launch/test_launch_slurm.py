@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch under a Slurm of our own: munged, slurmctld and slurmd, on this machine, for these tests."""
+"""launch/slurm.sbatch under a Slurm that the tests start on this machine: munged, slurmctld and slurmd."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Second derivatives against those of fp64 F.batch_norm on the whole batch."""
+"""Second derivatives compared with those of fp64 F.batch_norm on the whole batch."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ C = 3
 
 
 def tensors(rows: tuple[int, ...], dtype: torch.dtype) -> dict[str, list[Tensor]]:
-    """x, dy and the cotangents v (of dx), u (of dw), t (of db), by rank; u and t are different on each."""
+    """x, dy and the cotangents v (of dx), u (of dw) and t (of db), by rank; u and t differ between ranks."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -88,12 +88,12 @@ def test_second_derivatives(rows, only_dx, dtype, affine, layout):
 
 
 def max_dtype(dtype: str) -> torch.dtype:
-    """Of parameters: sums over the batch are in fp32 at least."""
+    """The dtype of parameter gradients: sums over the batch are at least fp32."""
     return DTYPES[dtype] if dtype in ("float64", "float32") else torch.float32
 
 
 def _rank_gradient_penalty(rows: tuple[int, ...]) -> list[Tensor]:
-    """A critic's step as in WGAN-GP: the loss holds the norm of the gradient at the input, under DDP."""
+    """A critic step as in WGAN-GP, under DDP: the loss contains the norm of the input gradient."""
     torch.manual_seed(0)
     critic = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 1, 1)).double()
     x = torch.randn(sum(rows), 2, 6, 6, dtype=torch.float64)
@@ -123,6 +123,6 @@ def _rank_third_derivative(x: Tensor) -> None:
     ddx.sum().backward()
 
 
-def test_a_third_derivative_is_refused_rather_than_wrong():
+def test_a_third_derivative_raises():
     with pytest.raises(syncnorm.SyncNormError, match="once_differentiable"):
         run_ranks(_rank_third_derivative, args=(torch.randn(3, 2),))

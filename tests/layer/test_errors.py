@@ -1,4 +1,4 @@
-"""Bad input ends in an error that says what to do, on every rank, with the buffers as they were."""
+"""Bad input raises an error on every rank that says what to do, and leaves the buffers unchanged."""
 
 import re
 from datetime import timedelta
@@ -23,7 +23,7 @@ BAD_INPUTS = {
 
 
 def feed(layer: nn.Module, x: Tensor, **kwargs: Tensor) -> tuple[str, bool]:
-    """The message of the error that the layer raises, and whether it left its buffers alone."""
+    """The message of the error that the layer raises, and whether the buffers are unchanged."""
     before = {k: v.clone() for k, v in layer.named_buffers()}
     with pytest.raises(InputError) as caught:
         layer(x, **kwargs)
@@ -64,7 +64,7 @@ def _rank_one_value(splits: tuple[int, ...]) -> tuple[str, bool]:
     return feed(syncnorm.SyncBatchNorm(3), torch.randn(splits[dist.get_rank()], 3))
 
 
-def test_fewer_than_two_values_is_judged_on_all_ranks():
+def test_fewer_than_two_values_over_all_ranks():
     for rank, (got, untouched) in enumerate(run_ranks(_rank_one_value, 3, ((0, 1, 0),))):
         assert got.startswith(f"rank {rank}: expected more than 1 value per channel over all ranks in training, got")
         assert untouched
@@ -107,7 +107,7 @@ def test_vectors_of_the_wrong_length():
 
 
 @pytest.mark.parametrize("group", ["world", 3, object()], ids=["str", "int", "object"])
-def test_something_else_as_a_group(group):
+def test_invalid_process_group(group):
     with pytest.raises(InputError, match="process_group must be a ProcessGroup, a 1-D DeviceMesh or None"):
         syncnorm.SyncBatchNorm(3, process_group=group)
 
@@ -127,16 +127,16 @@ def _rank_fails_before_the_collective() -> None:
     syncnorm.SyncBatchNorm(3)(torch.randn(2, channels))
 
 
-def test_the_other_ranks_learn_of_an_error():
+def test_an_error_on_one_rank_reaches_the_others():
     with pytest.raises(RankError) as caught:
         run_ranks(_rank_fails_before_the_collective, timeout=20)
     assert isinstance(caught.value.exceptions[1], InputError)
-    told = str(caught.value.exceptions[0])
+    message = str(caught.value.exceptions[0])
     assert isinstance(caught.value.exceptions[0], syncnorm.SyncNormError)
-    assert told.startswith(
+    assert message.startswith(
         "rank 0: rank 1 did not take part in forward of SyncBatchNorm no. 1 (call 1 of the group; 3 channels, "
     )
-    assert "its own input was refused: rank 1: expected 3 channels in dimension 1, got 4" in told
+    assert "its own input was refused: rank 1: expected 3 channels in dimension 1, got 4" in message
 
 
 def _rank_own_forward_with_bad_input() -> tuple[str, bool]:
@@ -158,7 +158,7 @@ def _rank_forwards_alone() -> str:
     return str(caught.value)
 
 
-def test_a_rank_that_never_comes_to_a_layer():
-    told, _ = run_ranks(_rank_forwards_alone, timeout=30)
-    assert "rank 0: forward of norm" in told
-    assert "could not connect to ranks [0, 1]: not all of them came to their first synced layer" in told
+def test_a_rank_that_never_calls_the_layer():
+    message, _ = run_ranks(_rank_forwards_alone, timeout=30)
+    assert "rank 0: forward of norm" in message
+    assert "could not connect to ranks [0, 1]: not all of them came to their first synced layer" in message

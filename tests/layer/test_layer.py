@@ -1,4 +1,4 @@
-"""The layer against the fp64 full batch: every dtype, layout, split and option that it promises."""
+"""The layer compared with fp64 on the whole batch, for every supported dtype, layout, split and option."""
 
 import pytest
 import torch
@@ -68,6 +68,7 @@ def test_shapes_and_options(case):
     check(case)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     case=st.builds(
@@ -97,7 +98,7 @@ def _rank_constant_channels() -> tuple[Tensor, Tensor]:
 
 
 def test_constant_channels():
-    """What rounding leaves of a variance of zero is no larger than eps itself can hide, and never negative."""
+    """The rounding error of a zero variance is negligible compared with eps, and never negative."""
     for y, var in run_ranks(_rank_constant_channels):
         assert (var >= 0).all()
         assert (var <= 1e-7).all()
@@ -121,12 +122,12 @@ def offset_batch(rows: tuple[int, ...], offset: float) -> Tensor:
 
 @pytest.mark.parametrize("offset", [1e2, 1e3, 1e4, 1e5])
 def test_mean_far_above_the_standard_deviation(offset):
-    """The error is that of rounding the mean to fp32, the same as a local fp32 batch norm's: E[x^2] has none left."""
+    """The error is that of rounding the mean to fp32, as in local fp32 batch norm; E[x^2] would lose all digits."""
     rows = (7, 0, 4)
     x = offset_batch(rows, offset)
     want = batch_norm_oracle(list(x.split(rows)), None, None, None, torch.zeros(4), torch.ones(4), 1.0, 1e-5)
     rounding = offset * torch.finfo(torch.float32).eps
-    apart = 0.05  # the ranks' means, which are rounded before they are subtracted
+    apart = 0.05  # difference of the ranks' means, which are rounded before they are subtracted
     for rank, (y, mean, var) in enumerate(run_ranks(_rank_far_from_zero, 3, (rows, offset))):
         torch.testing.assert_close(mean.double(), want.running_mean, rtol=0, atol=rounding)
         torch.testing.assert_close(var.double(), want.running_var, rtol=1e-6 + rounding * (rounding + apart), atol=0)
@@ -247,7 +248,7 @@ def _rank_autocast_step(rows: tuple[int, ...]) -> dict[str, Tensor]:
     return {"h": h.detach(), "y": y.detach(), "dh": h.grad, "var": layer.running_var}
 
 
-def test_autocast_takes_half_precision_in_and_keeps_statistics_in_fp32():
+def test_autocast_with_half_precision_input_and_fp32_statistics():
     rows = (3, 2)
     ranks = run_ranks(_rank_autocast_step, 2, (rows,))
     torch.manual_seed(1)

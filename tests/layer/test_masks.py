@@ -1,10 +1,10 @@
-"""Masked statistics against fp64 F.batch_norm on the valid positions alone."""
+"""Masked statistics compared with fp64 F.batch_norm on the valid positions only."""
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from cases import DTYPES, laid_out
+from cases import DTYPES, laid_out, valid
 from torch import Tensor
 
 import syncnorm
@@ -44,11 +44,6 @@ def _rank_masked_step(
     return got | {k: v.clone() for k, v in layer.named_buffers()}
 
 
-def valid(tensor: Tensor, mask: Tensor) -> Tensor:
-    """(positions, C) of those that count."""
-    return tensor.movedim(1, -1)[mask.expand(tensor.size(0), *tensor.shape[2:])]
-
-
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize(
     ("dtype", "spatial", "layout"),
@@ -60,7 +55,7 @@ def valid(tensor: Tensor, mask: Tensor) -> Tensor:
         ("float16", (), "sliced"),
     ],
 )
-def test_padding_counts_for_nothing(lengths, dtype, spatial, layout):
+def test_padding_is_ignored(lengths, dtype, spatial, layout):
     data = batch(lengths, dtype, spatial)
     x = torch.cat([valid(d["x"], d["mask"]) for d in data]).double().requires_grad_()
     dy = torch.cat([valid(d["dy"], d["mask"]) for d in data]).double()
@@ -103,8 +98,8 @@ def test_no_valid_position_anywhere_changes_nothing():
 
 @pytest.mark.parametrize("track", [True, False])
 @pytest.mark.parametrize("train", [True, False])
-def test_alone_too(track, train):
-    """Without a process group, in training and evaluation, with and without running statistics."""
+def test_without_a_process_group(track, train):
+    """In training and evaluation, with and without running statistics."""
     (data,) = batch(((5, 2, 0),), "float64", ())
     layer = syncnorm.SyncBatchNorm(C, track_running_stats=track, dtype=torch.float64).train(train)
     y = layer(data["x"], mask=data["mask"])
@@ -113,7 +108,7 @@ def test_alone_too(track, train):
     torch.testing.assert_close(valid(y, data["mask"]), want)
 
 
-def test_one_valid_value_is_too_few():
+def test_a_single_valid_value_raises():
     layer = syncnorm.SyncBatchNorm(C)
     mask = torch.zeros(2, 4, dtype=torch.bool)
     mask[1, 2] = True

@@ -1,4 +1,4 @@
-"""A first call under some mode of torch leaves nothing behind; tensor subclasses come out as of ``nn.BatchNorm``."""
+"""A first call under a torch mode has no lasting effect; tensor subclasses behave as with ``nn.BatchNorm``."""
 
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -41,7 +41,7 @@ MODES = {
 
 
 def _rank_steps(mode: str) -> list[Tensor]:
-    """A forward under the mode, then an ordinary step."""
+    """A forward under the mode, then an ordinary training step."""
     rank = dist.get_rank()
     layer = syncnorm.SyncBatchNorm2d(6)
     x, _ = (whole.split(ROWS)[rank] for whole in batch(0))
@@ -70,7 +70,7 @@ def test_training_after_a_first_forward_under_a_mode(mode):
 
 
 def _rank_fake_first() -> tuple[str, Tensor]:
-    """Fake tensors hold no numbers to exchange: an error on all ranks, and the frames are none the worse."""
+    """Fake tensors have no values to exchange: an error on all ranks, after which the layer still works."""
     layer = syncnorm.SyncBatchNorm2d(6)
     x, _ = (whole.split(ROWS)[dist.get_rank()] for whole in batch(0))
     told = ""
@@ -103,7 +103,7 @@ class Image(torch.Tensor):
 
 
 class Bare(torch.Tensor):
-    """A class and no more."""
+    """Adds nothing."""
 
 
 def image(x: Tensor, kind: type[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Bugs that other synchronised batch norms had, each by the number of its thread."""
+"""Bugs of other synchronized batch norms, by issue number where there is one."""
 
 import gc
 import weakref
@@ -15,7 +15,7 @@ from syncnorm.testing import assert_close, batch_norm_oracle, run_ranks
 
 
 def test_pytorch_36382_gradient_with_uneven_batches():
-    """Averaging the ranks' sums weighs a small batch like a large one."""
+    """Averaging the ranks' sums gives small and large batches the same weight."""
     check(Case((9, 1), dtype="float64"))
     check(Case((1, 8, 3), dtype="float64"))
 
@@ -29,7 +29,7 @@ def test_pytorch_22192_running_var_differs_by_rank():
 
 @pytest.mark.parametrize("layout", ["permuted", "sliced", "channels_last"])
 def test_pytorch_62967_and_64039_permuted_input(layout):
-    """The kernels took a permuted input for a contiguous one."""
+    """The kernels treated a permuted input as contiguous."""
     check(Case((3, 2), layout=layout, spatial=(6, 5)))
     check(Case((3, 2), layout=layout, spatial=(6,)))
     check(Case((5, 4), layout=layout, spatial=()))
@@ -85,7 +85,7 @@ def shared_layer() -> bool:
 
 
 def test_pytorch_187298_shared_layer_stays_one():
-    """torch's converter makes two layers of one that stands in two places."""
+    """torch's converter turns one layer that is used in two places into two layers."""
     assert shared_layer()
 
 
@@ -107,18 +107,18 @@ def test_expanded_gradient_of_a_mean():
 
 
 def _rank_one_input_without_gradient() -> tuple[list[float], Tensor | None]:
-    """Rank 1 is empty and its input needs no gradient, as in a detection head without proposals."""
+    """Rank 1 has no rows and its input requires no gradient, as in a detection head without proposals."""
     torch.manual_seed(0)
     x = torch.randn(4, 3, requires_grad=True)
     layer = syncnorm.SyncBatchNorm(3)
     layer(x if dist.get_rank() == 0 else x.detach()[:0]).pow(3).sum().backward()
-    next_collective = torch.ones(6)  # as long as the packed sums: it would pair with them
+    next_collective = torch.ones(6)  # as long as the packed sums, with which it would be matched
     dist.all_reduce(next_collective)
     return next_collective.tolist(), x.grad
 
 
 def test_a_rank_whose_input_needs_no_gradient_takes_part_in_the_backward():
-    """It left the all_reduce out, and its next collective was added to the other rank's sums."""
+    """It skipped the all_reduce, so its next collective was added to the other rank's sums."""
     (first, dx), (second, _) = run_ranks(_rank_one_input_without_gradient, timeout=20)
     assert first == second == [2.0] * 6
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
@@ -134,7 +134,7 @@ def _rank_frozen_parameters(frozen: tuple[str, ...]) -> dict[str, Tensor | None]
         getattr(layer, name).requires_grad_(False)
     y = layer(x.requires_grad_())
     with torch.no_grad():
-        layer.bias.add_(1)  # its value is no part of the backward
+        layer.bias.add_(1)  # the backward does not use its value
     y.backward(dy)
     return {"x": x.grad, "weight": layer.weight.grad, "bias": layer.bias.grad}
 
@@ -150,7 +150,7 @@ def test_frozen_parameters(frozen):
 
 
 def test_the_first_batch_is_not_kept_alive():
-    """Reading a frame's locals, to look for nn.DataParallel among the callers, kept all of them."""
+    """Reading the locals of the calling frames, to detect nn.DataParallel, kept all of them alive."""
 
     def train(layer: nn.Module) -> bool:
         x = torch.randn(1000, 3)
@@ -165,7 +165,7 @@ def test_the_first_batch_is_not_kept_alive():
 
 
 def test_cumulative_average_without_running_statistics():
-    """There is nothing to average, and so nothing to ask for."""
+    """There is nothing to average, so num_batches_tracked is not needed."""
     layer = syncnorm.SyncBatchNorm(3, momentum=None, track_running_stats=False)
     assert layer(torch.randn(4, 3)).shape == (4, 3)
     check(Case((2, 3), momentum=None, track=False))

@@ -1,4 +1,4 @@
-"""What one rank alone cannot normalize: all ranks raise in that call, with that rank's reason, and buffers stay."""
+"""If one rank cannot normalize its input, all ranks raise in that call with its reason, and buffers stay."""
 
 from collections.abc import Callable
 
@@ -16,23 +16,23 @@ ROWS = (3, 2)
 
 
 class Act(nn.BatchNorm2d):
-    """As timm's: something after the norm."""
+    """Applies an activation after the norm, as timm does."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(super().forward(x))
 
 
 class OwnCheck(nn.BatchNorm2d):
-    """Refuses before it comes to the norm."""
+    """Raises before it calls the norm."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4:
-            raise TypeError(f"images wanted, got {x.dim()} axes")
+            raise TypeError(f"expected images, got {x.dim()} axes")
         return super().forward(x)
 
 
 class OwnCall(nn.BatchNorm2d):
-    """Calls ``F.batch_norm`` itself, after something of its own that may fail."""
+    """Calls ``F.batch_norm`` itself, after an operation that may fail."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.num_batches_tracked.add_(1)
@@ -41,7 +41,7 @@ class OwnCall(nn.BatchNorm2d):
 
 
 class Built(syncnorm.SyncBatchNorm2d):
-    """A user's subclass of ours."""
+    """A user's subclass of the synced layer."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(super().forward(x))
@@ -82,7 +82,7 @@ LAYERS: dict[str, Callable[[nn.Module], object]] = {
 
 
 def _rank_refuses(build: type[nn.BatchNorm2d], wrong: str) -> tuple[str, bool, Tensor]:
-    """The error, whether buffers stayed, and the running mean after another step together."""
+    """The error, whether the buffers stayed unchanged, and the running mean after another step on all ranks."""
     torch.manual_seed(0)
     layer = syncnorm.convert(nn.Sequential(build(6)))
     layer(good(1))
@@ -159,7 +159,7 @@ class Skipping(nn.BatchNorm2d):
 
 
 def _rank_the_same_exception_again() -> list[str]:
-    """One object, raised by rank 0 at every other batch: the other rank has to hear of it each time."""
+    """Rank 0 raises the same object at every other batch; the other rank must raise each time."""
     layer, told = syncnorm.convert(nn.Sequential(Skipping(6))), []
     for seed in range(4):
         try:
@@ -177,7 +177,7 @@ def test_an_exception_object_that_is_raised_twice():
 
 
 class Failing(nn.BatchNorm2d):
-    """Fails behind its norm, when the other ranks are on their way to the next one."""
+    """Fails after its norm, while the other ranks go on to the next one."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
@@ -186,7 +186,7 @@ class Failing(nn.BatchNorm2d):
         return y
 
 
-def _rank_fails_behind_its_norm() -> list[str]:
+def _rank_fails_after_its_norm() -> list[str]:
     net = syncnorm.convert(nn.Sequential(Failing(6), nn.BatchNorm2d(6)))
     told = []
     for seed in range(3):
@@ -199,8 +199,8 @@ def _rank_fails_behind_its_norm() -> list[str]:
     return told
 
 
-def test_an_error_behind_the_norm_reaches_the_next_one():
-    first, second = run_ranks(_rank_fails_behind_its_norm, timeout=30)
+def test_an_error_after_a_norm_is_reported_at_the_next_one():
+    first, second = run_ranks(_rank_fails_after_its_norm, timeout=30)
     assert first == ["", "MemoryError: no room for the activation", ""]
     assert (second[0], second[2]) == ("", "")
     assert "rank 0 did not take part in forward of 1 (call 4 of the group" in second[1]

@@ -1,4 +1,4 @@
-"""``torch.func`` in training: ``grad``, ``vjp``, ``jacrev``, second derivatives, ``vmap``, against one process."""
+"""``torch.func`` in training, compared with one process: grad, vjp, jacrev, second derivatives, vmap."""
 
 from typing import Any
 
@@ -42,7 +42,7 @@ def summed(value: Tensor) -> Tensor:
 
 
 def gradients(model: nn.Module, how: str) -> dict[str, Tensor]:
-    """Of parameters, summed over ranks, and of this rank's input."""
+    """The gradients of the parameters, summed over ranks, and of this rank's input."""
     x, c = (mine(whole) for whole in batch())
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
 
@@ -74,7 +74,7 @@ def _rank_gradients(how: str, track: bool) -> tuple[dict[str, Tensor], dict[str,
 @pytest.mark.parametrize("track", [False, True])
 def test_derivatives(how, track):
     model = net(track)
-    want = gradients(net(), how)  # torch's own would not move statistics that are captured
+    want = gradients(net(), how)  # torch's layer would not update captured running statistics
     ranks = run_ranks(_rank_gradients, len(ROWS), args=(how, track), timeout=30)
     for rank, (got, buffers) in enumerate(ranks):
         for name, value in want.items():
@@ -109,7 +109,7 @@ def _rank_gradient_of_batches() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("with_grad", [False, True])
-def test_vmap_is_one_batch_after_the_other(with_grad):
+def test_vmap_equals_separate_batches(with_grad):
     want = _rank_over_batches(with_grad)
     for rank, got in enumerate(run_ranks(_rank_over_batches, len(ROWS), args=(with_grad,), timeout=30)):
         assert_close(got.detach(), want.split(ROWS, 1)[rank].detach(), torch.float64)
@@ -123,7 +123,7 @@ def test_the_gradient_of_a_vmap():
 
 
 def _rank_ensemble() -> list[Any]:
-    """Three models with parameters and running statistics of their own, as one."""
+    """Three models with separate parameters and running statistics, evaluated as one."""
     models = [net(track=True) for _ in range(3)]
     for i, model in enumerate(models):
         nn.init.uniform_(model[1].weight, 1 + i, 2 + i)
@@ -144,7 +144,7 @@ def test_an_ensemble():
 
 
 class Slim(nn.BatchNorm1d):
-    """Uses a part of its channels, as slimmable networks do."""
+    """Uses only part of its channels, as slimmable networks do."""
 
     def forward(self, x: Tensor) -> Tensor:
         parts = [t[: x.size(1)] for t in (self.running_mean, self.running_var, self.weight, self.bias)]
@@ -193,7 +193,7 @@ def _rank_refused(how: str) -> tuple[str, bool]:
 
 
 @pytest.mark.parametrize(
-    ("how", "says"),
+    ("how", "message"),
     [
         ("shared statistics", "vmap over 1 would move the same running statistics once for each of 2 batches"),
         ("jvp", "1 has no forward-mode derivative in training"),
@@ -201,13 +201,13 @@ def _rank_refused(how: str) -> tuple[str, bool]:
         ("third", "1 has no third derivative"),
     ],
 )
-def test_what_cannot_be_names_the_layer_and_leaves_it_as_it_was(how, says):
-    for told, same in run_ranks(_rank_refused, len(ROWS), args=(how,), timeout=30):
-        assert says in told
+def test_unsupported_transforms_raise_and_leave_the_layer_unchanged(how, message):
+    for error, same in run_ranks(_rank_refused, len(ROWS), args=(how,), timeout=30):
+        assert message in error
         assert same
 
 
-def test_one_process_is_torchs_own():
+def test_one_process_equals_torchs_layer():
     model, plain = syncnorm.convert(net()), net()
     x, c = batch()
     got = grad(lambda x: (model(x) * c).sum())(x)

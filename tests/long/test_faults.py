@@ -3,6 +3,8 @@
 import faults
 import pytest
 
+pytestmark = pytest.mark.slow
+
 DISAGREEMENTS = ("skip", "reorder", "widen", "extra", "nan", "models", "thread", "version")
 
 
@@ -10,8 +12,8 @@ DISAGREEMENTS = ("skip", "reorder", "widen", "extra", "nan", "models", "thread",
 def test_ranks_that_survive_a_fault_end_in_time_and_say_why(kinds):
     kinds = sorted(kinds)
     verdicts = faults.run(len(kinds), seed=0, timeout=5, jobs=3, show=False, kinds=kinds)
-    told = "\n".join(text for verdict in verdicts for text in (faults.line(verdict), *verdict.told))
-    assert not faults.failed(verdicts), f"{faults.table(verdicts)}\n{told}"
+    report = "\n".join(text for verdict in verdicts for text in (faults.line(verdict), *verdict.told))
+    assert not faults.failed(verdicts), f"{faults.table(verdicts)}\n{report}"
     assert {verdict.fault.kind for verdict in verdicts} == set(kinds)
     for verdict in verdicts:
         assert verdict.outcomes, "no rank survived"

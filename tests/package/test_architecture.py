@@ -27,7 +27,7 @@ def test_only_comm_communicates_tensors():
 
 
 @pytest.mark.parametrize("part", ["layer/moments.py", "layer/kernels", "conversion/baselines.py", "tools/report"])
-def test_pure_parts_know_no_torch_distributed(part):
+def test_pure_parts_do_not_import_torch_distributed(part):
     files = [file for file in FILES if file.is_relative_to(PACKAGE / part)]
     assert files
     for file in files:

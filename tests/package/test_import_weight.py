@@ -1,4 +1,4 @@
-"""What ``import syncnorm`` costs: no heavy module, and little more time than ``import torch``."""
+"""``import syncnorm`` loads no heavy module and takes little more time than ``import torch``."""
 
 import statistics
 import subprocess
@@ -10,7 +10,7 @@ import syncnorm
 PACKAGE = Path(syncnorm.__file__).parent
 
 
-def test_import_brings_no_plotting_command_line_or_accelerate():
+def test_import_loads_no_plotting_command_line_or_accelerate():
     heavy = ["matplotlib", "click", "rich", "sklearn", "accelerate", "jinja2", "pytest", "torch._dynamo"]
     heavy += ["syncnorm.testing"]
     code = f"import sys, syncnorm; print([m for m in {heavy} if m in sys.modules])"
@@ -24,7 +24,7 @@ def test_import_brings_no_plotting_command_line_or_accelerate():
     assert out.stdout == already.stdout
 
 
-def test_import_takes_at_most_a_fifth_of_torchs_own():
+def test_import_takes_at_most_a_fifth_longer_than_torchs():
     code = (
         "import time; start = time.perf_counter(); import torch; between = time.perf_counter(); import syncnorm; "
         "print((time.perf_counter() - start) / (between - start))"

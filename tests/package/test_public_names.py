@@ -1,4 +1,4 @@
-"""Public names, signatures and state dicts are what they are promised to be, and docstring examples run."""
+"""Public names, signatures and state dicts are as documented, and the examples in docstrings run."""
 
 import doctest
 import importlib
@@ -15,7 +15,7 @@ import syncnorm
 PACKAGE = Path(syncnorm.__file__).parent
 
 
-def test_promised_names():
+def test_public_names():
     for name in syncnorm.__all__:
         assert hasattr(syncnorm, name), name
     assert list(inspect.signature(syncnorm.functional.sync_batch_norm).parameters)[:10] == [
@@ -29,7 +29,7 @@ def test_promised_names():
 
 
 @pytest.mark.parametrize("cls", [syncnorm.SyncBatchNorm, syncnorm.SyncBatchNorm1d, syncnorm.SyncBatchNorm2d])
-def test_constructor_is_torchs(cls):
+def test_constructors_have_torchs_parameters(cls):
     ours, theirs = (list(inspect.signature(c).parameters) for c in (cls, nn.SyncBatchNorm))
     assert ours == theirs
 
@@ -53,6 +53,6 @@ def test_docstring_examples_run(name):
     assert found.failed == 0
 
 
-def test_torch_sync_batch_norm_is_not_a_parent():
-    """DDP refuses its instances on a CPU, subclasses too."""
+def test_torchs_sync_batch_norm_is_not_a_base_class():
+    """DDP refuses instances of it on a CPU, including those of subclasses."""
     assert not issubclass(syncnorm.SyncBatchNorm, nn.SyncBatchNorm)

@@ -1,4 +1,4 @@
-"""A comparison made by hand: of each kind of arm one, with what such an arm has and lacks."""
+"""A handwritten comparison with one arm of each kind, each with the fields that such an arm has."""
 
 from syncnorm.tools.common.provenance import Hardware
 from syncnorm.tools.compare.evidence import (

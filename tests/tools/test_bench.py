@@ -306,6 +306,7 @@ def test_cuda_without_a_gpu_is_refused(call):
     assert "asked for cuda, but there is none" in err
 
 
+@pytest.mark.slow
 def test_a_quick_run_writes_what_it_measured(call, tmp_path):
     files = {name: tmp_path / f"out.{name}" for name in ("json", "csv", "png")}
     code, out, err = call(
@@ -350,6 +351,7 @@ def test_a_quick_run_writes_what_it_measured(call, tmp_path):
     assert files["png"].read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_under_torchrun_it_uses_the_given_ranks_and_prints_once():
     environ = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -207,6 +207,7 @@ def test_half_an_environment_of_a_launcher(call, monkeypatch, environ, message):
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_the_json_outlives_a_broken_stdout(tmp_path):
     file = tmp_path / "out.json"
@@ -289,6 +290,7 @@ def _of_nets(file):
     return comparison
 
 
+@pytest.mark.slow
 def test_the_users_model_and_data_in_ranks_of_our_own(nets):
     done = _start(
         "-m", "syncnorm", *USERS, "--arms", "ddp,ddp+syncbn,ddp+group", "--seeds", "2", "--json", "out.json"
@@ -304,6 +306,7 @@ def test_the_users_model_and_data_in_ranks_of_our_own(nets):
     assert comparison.verdict[0] in " ".join(done.stdout.split())
 
 
+@pytest.mark.slow
 def test_the_users_model_and_loss_under_torchrun(nets):
     done = _torchrun(*USERS, "--loss", "nets:summed", "--arms", "ddp+syncbn", "--json", "out.json")
     assert done.returncode == 0, done.stderr
@@ -314,6 +317,7 @@ def test_the_users_model_and_loss_under_torchrun(nets):
     assert "the loss adds up its samples" in synced.note
 
 
+@pytest.mark.slow
 def test_the_users_model_under_accelerate_launch(nets):
     launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
     done = _start(*launcher, "-m", "syncnorm", *USERS, "--arms", "ddp+syncbn", "--json", "out.json")
@@ -322,6 +326,7 @@ def test_the_users_model_under_accelerate_launch(nets):
     assert _of_nets(nets / "out.json")["ddp+syncbn"].parity[0].within_rounding
 
 
+@pytest.mark.slow
 def test_several_batch_sizes_under_torchrun(nets):
     given = ("compare", "--model", "nets:build", "--data", "nets:datasets", "--batch-per-rank", "2,4", *SHORT)
     done = _torchrun(*given, "--arms", "ddp", "--json", "out.json")
@@ -330,6 +335,7 @@ def test_several_batch_sizes_under_torchrun(nets):
     assert [each["settings"]["batch_per_rank"] for each in sweep["comparisons"]] == [2, 4]
 
 
+@pytest.mark.slow
 def test_under_torchrun_a_bad_argument_is_one_line_of_ours():
     done = _torchrun("compare", "--arms", "nonsense")
     assert done.returncode != 0
@@ -338,6 +344,7 @@ def test_under_torchrun_a_bad_argument_is_one_line_of_ours():
     assert "syncnorm/cli" not in done.stderr  # the traceback that torchrun prints is its own
 
 
+@pytest.mark.slow
 def test_under_torchrun_a_rank_that_fails_alone_says_why(nets):
     (nets / "lame.py").write_text(
         "import os\nfrom nets import build\nif os.environ['RANK'] == '1':\n    raise OSError('no disk here')\n"

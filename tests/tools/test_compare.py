@@ -99,6 +99,7 @@ def test_ddp_reduces_each_gradient_once(comparison):
     assert comparison["single"].collectives == ()
 
 
+@pytest.mark.slow
 def test_the_count_does_not_depend_on_the_number_of_steps(comparison):
     assert run(arms=["ddp"], steps=1)["ddp"].collectives == comparison["ddp"].collectives
 
@@ -144,6 +145,7 @@ def test_json_round_trip(comparison, tmp_path):
         read_json(Comparison, file)
 
 
+@pytest.mark.slow
 def test_same_seed_same_numbers_and_single_comes_first(comparison):
     again = run(arms=["ddp"], steps=STEPS, parity_steps=PARITY_STEPS)
     assert [arm.name for arm in again.arms] == ["single", "ddp"]

@@ -309,6 +309,7 @@ def test_a_process_group_is_told_before_the_measuring(monkeypatch):
         run("growth", simulate=8)
 
 
+@pytest.mark.slow
 def test_a_quick_run_writes_what_it_measured_and_simulated(call, tmp_path):
     files = {name: tmp_path / f"out.{name}" for name in ("json", "png")}
     code, out, _ = call(
@@ -334,6 +335,7 @@ def test_a_quick_run_writes_what_it_measured_and_simulated(call, tmp_path):
     assert files["png"].read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_with_the_network_given_only_the_host_is_measured(call, monkeypatch, tmp_path):
     monkeypatch.setattr("syncnorm.tools.bench.growth_runner.ranks_for", lambda *args, **kwargs: pytest.fail("ranks"))
     file = tmp_path / "out.json"

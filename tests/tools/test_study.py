@@ -49,6 +49,7 @@ OURS = ("batch-size", "placement", "learning-rate", "dp-vs-ddp")
 # --- whole studies, small, on real ranks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OURS)
 def test_a_study_gives_a_well_formed_record(name, tmp_path):
     study = run(name, quick=True, steps=1)
@@ -111,6 +112,7 @@ def _alone_and_together_in_the_study(norm):
         return [batch_size.train(trial, ranks, trial is together)[0].value for trial in (alone, together)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["sync", "group"])
 def test_so_does_the_study(norm):
     alone, together = run_ranks(_alone_and_together_in_the_study, 2, (norm,))[0]
@@ -486,6 +488,7 @@ def test_an_unknown_study_names_the_studies():
         run("x")
 
 
+@pytest.mark.slow
 def test_under_torchrun_it_uses_the_given_ranks_and_writes_every_file(tmp_path):
     files = {"--json": tmp_path / "s.json", "--markdown": tmp_path / "s.md"}
     options = [text for option, file in files.items() for text in (option, str(file))]

@@ -94,6 +94,7 @@ def test_findings_where_it_is_slower_or_open():
     assert find(rows(lambda *_: 1.0))[-1] == "In none of 12 cases do the seeds agree that folding is faster."
 
 
+@pytest.mark.slow
 def test_a_tiny_run():
     result = CliRunner().invoke(command_line, ["study", "fold", "--quick", "--steps", "1"])
     assert result.exit_code == 0, result.output

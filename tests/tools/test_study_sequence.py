@@ -113,6 +113,7 @@ def test_seeds_that_do_not_agree_make_no_finding():
     assert "do not agree on a difference" in find(rows(bn=[[0.9] * 3, split]))[2]
 
 
+@pytest.mark.slow
 def test_a_tiny_run():
     result = CliRunner().invoke(command_line, ["study", "sequence", "--quick", "--steps", "2"])
     assert result.exit_code == 0, result.output

@@ -1,4 +1,4 @@
-"""The fused function on two ranks, through Triton's interpreter, against the fp64 full batch."""
+"""The layer fused with its ReLU on two ranks, in Triton's interpreter, compared with fp64 on the whole batch."""
 
 import os
 
@@ -68,7 +68,7 @@ def test_the_fused_step_is_that_of_the_full_batch(rows, dtype, layout, with_shor
     inputs, shortcuts, grads = batch(rows, dtype)
     weight, bias = vectors()
     found = run_ranks(_rank_step, len(rows), (rows, dtype, layout, with_shortcut))
-    # What the ReLU lets through is that of the rank's own output: at a rounding from zero either is right.
+    # Where the ReLU is open is taken from the rank's output, because within rounding of zero either is correct.
     passed = [dy.double() * (got["y"] > 0) for dy, got in zip(grads, found, strict=True)]
     start = torch.zeros(CHANNELS), torch.ones(CHANNELS)
     want = batch_norm_oracle(inputs, passed, weight, bias, *start, MOMENTUM, EPS)
@@ -98,7 +98,7 @@ def _rank_fp64_and_strided_weight() -> tuple[bool, bool]:
     return torch.allclose(wide, layer(x.double()).relu(), rtol=1e-13, atol=1e-13), torch.equal(y, z)
 
 
-def test_fp64_stays_fp64_and_a_strided_weight_is_read_as_it_is():
+def test_fp64_input_and_a_strided_weight():
     assert run_ranks(_rank_fp64_and_strided_weight, 2) == [(True, True)] * 2
 
 
@@ -113,5 +113,5 @@ def _rank_penalty() -> str:
     return ""
 
 
-def test_a_second_derivative_is_refused_and_not_wrong():
+def test_a_second_derivative_raises():
     assert all("once_differentiable" in told for told in run_ranks(_rank_penalty, 2))
