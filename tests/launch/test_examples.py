@@ -61,6 +61,7 @@ def test_train_ddp_learns_and_resumes(tmp_path):
     assert tracked(tmp_path / "digits.pt") == {4 * 31}
 
 
+@pytest.mark.slow
 def test_gradient_penalty_pulls_the_gradients_to_one(tmp_path):
     lines = torchrun(str(ROOT / "examples" / "gradient_penalty.py"), cwd=tmp_path).splitlines()
     norms = [float(line.split()[-1]) for line in lines]
@@ -69,9 +70,9 @@ def test_gradient_penalty_pulls_the_gradients_to_one(tmp_path):
 
 @pytest.mark.slow
 def test_gan_trains_like_one_process(tmp_path):
-    first, last, apart = numbers(torchrun(example("wgan_gp.py"), cwd=tmp_path))
+    first, last, difference = numbers(torchrun(example("wgan_gp.py"), cwd=tmp_path))
     assert abs(last - 1) < abs(first - 1) / 2
-    assert apart < 1e-10
+    assert difference < 1e-10
 
 
 @pytest.mark.slow
@@ -101,7 +102,6 @@ def test_accelerate_gives_the_losses_of_one_process(tmp_path):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.slow
 def test_masked_speech_equals_one_process(tmp_path):
     first, last, masked, unmasked = map(numbers, torchrun(example("speech_block.py"), cwd=tmp_path).splitlines())
     assert last[1] < first[1] / 2
@@ -126,9 +126,9 @@ def test_lightning_converts_and_reverts(tmp_path):
         for line in python(example("lightning_layer_sync.py"), cwd=tmp_path, path=SHIMS).splitlines()
         if line.startswith(("epoch", "after"))
     ]
-    _, losses, apart = zip(*map(numbers, epochs), strict=True)
+    _, losses, difference = zip(*map(numbers, epochs), strict=True)
     assert losses[-1] < 0.8 * losses[0]
-    assert apart == (0, 0, 0)
+    assert difference == (0, 0, 0)
     assert after == "after fit: BatchNorm2d BatchNorm2d"
 
 
@@ -142,18 +142,18 @@ def test_hugging_face_converts_and_reverts(tmp_path):
         "SegformerForSemanticSegmentation",
     ]
     for line in lines:
-        first, last, apart = numbers(line)
+        first, last, difference = numbers(line)
         assert last < 0.9 * first
-        assert apart == 0
+        assert difference == 0
         assert "BatchNorm2d" in line
         assert "SyncBatchNorm" not in line
 
 
 @pytest.mark.slow
 def test_detection_finds_digits(tmp_path):
-    small, large, _, apart = numbers(torchrun(example("detection.py"), cwd=tmp_path))
+    small, large, _, difference = numbers(torchrun(example("detection.py"), cwd=tmp_path))
     assert min(small, large) > 35
-    assert apart == 0
+    assert difference == 0
 
 
 @pytest.mark.slow

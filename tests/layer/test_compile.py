@@ -285,9 +285,9 @@ def _rank_refused(fullgraph: bool) -> str:
 
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_bad_input_on_one_rank_raises_on_all(fullgraph):
-    told = run_ranks(_rank_refused, args=(fullgraph,), timeout=60)
-    assert "rank 1 did not take part" in told[0]
-    for rank, text in enumerate(told):
+    errors = run_ranks(_rank_refused, args=(fullgraph,), timeout=60)
+    assert "rank 1 did not take part" in errors[0]
+    for rank, text in enumerate(errors):
         assert "expected 3 channels in dimension 1, got 4" in text, (rank, text)
 
 

@@ -109,6 +109,6 @@ def _rank_bad_input_after_small_frames() -> str:
 
 
 def test_an_error_message_fits_the_smallest_frame():
-    own, told = run_ranks(_rank_bad_input_after_small_frames)
+    own, other = run_ranks(_rank_bad_input_after_small_frames)
     assert "expected 3 channels" in own
-    assert own in told
+    assert own in other

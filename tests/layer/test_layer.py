@@ -127,10 +127,10 @@ def test_mean_far_above_the_standard_deviation(offset):
     x = offset_batch(rows, offset)
     want = batch_norm_oracle(list(x.split(rows)), None, None, None, torch.zeros(4), torch.ones(4), 1.0, 1e-5)
     rounding = offset * torch.finfo(torch.float32).eps
-    apart = 0.05  # difference of the ranks' means, which are rounded before they are subtracted
+    gap = 0.05  # between the ranks' means, which are rounded before they are subtracted
     for rank, (y, mean, var) in enumerate(run_ranks(_rank_far_from_zero, 3, (rows, offset))):
         torch.testing.assert_close(mean.double(), want.running_mean, rtol=0, atol=rounding)
-        torch.testing.assert_close(var.double(), want.running_var, rtol=1e-6 + rounding * (rounding + apart), atol=0)
+        torch.testing.assert_close(var.double(), want.running_var, rtol=1e-6 + rounding * (rounding + gap), atol=0)
         # rounded in the mean, in x * scale, in the shift and in their sum
         torch.testing.assert_close(y.double(), want.outputs[rank], rtol=1e-5, atol=4 * rounding)
 

@@ -73,19 +73,19 @@ def _rank_fake_first() -> tuple[str, Tensor]:
     """Fake tensors have no values to exchange: an error on all ranks, after which the layer still works."""
     layer = syncnorm.SyncBatchNorm2d(6)
     x, _ = (whole.split(ROWS)[dist.get_rank()] for whole in batch(0))
-    told = ""
+    message = ""
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             layer(mode.from_tensor(x))
     except Exception as error:
-        told = str(error)
-    return told, layer(x)
+        message = str(error)
+    return message, layer(x)
 
 
 def test_a_first_forward_with_fake_tensors():
     want = batch_norm_oracle([batch(0)[0]]).outputs[0]
-    for rank, (told, y) in enumerate(run_ranks(_rank_fake_first, len(ROWS), timeout=30)):
-        assert told
+    for rank, (message, y) in enumerate(run_ranks(_rank_fake_first, len(ROWS), timeout=30)):
+        assert message
         assert_close(y.detach(), want.split(ROWS)[rank], torch.float32)
 
 

@@ -94,23 +94,23 @@ def _rank_refuses(build: type[nn.BatchNorm2d], wrong: str) -> tuple[str, bool, T
         LAYERS.get(wrong, lambda layer: None)(layer[0])
     try:
         layer(x)
-        told = ""
+        message = ""
     except Exception as error:
-        told = f"{type(error).__name__}: {error}"
+        message = f"{type(error).__name__}: {error}"
     layer[0]._parameters.update(attributes[0])
     layer[0]._buffers.update(attributes[1])
     stayed = all(torch.equal(v, before[k]) for k, v in layer.named_buffers())
     layer(good(3))
-    return told, stayed, layer[0].running_mean
+    return message, stayed, layer[0].running_mean
 
 
 def check_refused(build: type[nn.BatchNorm2d], wrong: str) -> None:
     results = run_ranks(_rank_refuses, args=(build, wrong), timeout=30)
-    (told, _, mean), (own, _, _) = results
-    assert "rank 1 did not take part in forward of 0 (call 2 of the group" in told or "SyncBatchNorm" in told
+    (message, _, mean), (own, _, _) = results
+    assert "rank 1 did not take part in forward of 0 (call 2 of the group" in message or "SyncBatchNorm" in message
     reason = own.split(": ", 1)[1] if "InputError" in own else own
     assert own
-    assert reason.splitlines()[0][:60] in told, (own, told)
+    assert reason.splitlines()[0][:60] in message, (own, message)
     assert [stayed for _, stayed, _ in results] == [True, True]
     running = torch.zeros(6), torch.ones(6)
     for seed in (1, 3):
@@ -143,8 +143,8 @@ def _rank_with_another_shortcut() -> tuple[str, bool]:
 
 
 def test_a_shortcut_of_a_wrong_shape():
-    for told, stayed in run_ranks(_rank_with_another_shortcut, timeout=30):
-        assert "expected a residual that broadcasts to shape (3, 6, 2, 2), on cpu, got shape (5, 6, 2, 2)" in told
+    for message, stayed in run_ranks(_rank_with_another_shortcut, timeout=30):
+        assert "expected a residual that broadcasts to shape (3, 6, 2, 2), on cpu, got shape (5, 6, 2, 2)" in message
         assert stayed
 
 
@@ -160,20 +160,20 @@ class Skipping(nn.BatchNorm2d):
 
 def _rank_the_same_exception_again() -> list[str]:
     """Rank 0 raises the same object at every other batch; the other rank must raise each time."""
-    layer, told = syncnorm.convert(nn.Sequential(Skipping(6))), []
+    layer, errors = syncnorm.convert(nn.Sequential(Skipping(6))), []
     for seed in range(4):
         try:
             layer(good(seed) + 100 * (seed % 2 == 1 and dist.get_rank() == 0))
         except RuntimeError as error:
-            told.append(str(error))
-    return told
+            errors.append(str(error))
+    return errors
 
 
 def test_an_exception_object_that_is_raised_twice():
     first, second = run_ranks(_rank_the_same_exception_again, timeout=30)
     assert first == ["skip this batch"] * 2
     assert len(second) == 2
-    assert all("because it raised RuntimeError: skip this batch" in told for told in second)
+    assert all("because it raised RuntimeError: skip this batch" in message for message in second)
 
 
 class Failing(nn.BatchNorm2d):
@@ -188,15 +188,15 @@ class Failing(nn.BatchNorm2d):
 
 def _rank_fails_after_its_norm() -> list[str]:
     net = syncnorm.convert(nn.Sequential(Failing(6), nn.BatchNorm2d(6)))
-    told = []
+    errors = []
     for seed in range(3):
         try:
             net(good(seed) + 100 * (seed == 1 and dist.get_rank() == 0))
         except Exception as error:
-            told.append(f"{type(error).__name__}: {error}")
+            errors.append(f"{type(error).__name__}: {error}")
         else:
-            told.append("")
-    return told
+            errors.append("")
+    return errors
 
 
 def test_an_error_after_a_norm_is_reported_at_the_next_one():

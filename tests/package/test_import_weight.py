@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import syncnorm
 
 PACKAGE = Path(syncnorm.__file__).parent
@@ -24,6 +26,7 @@ def test_import_loads_no_plotting_command_line_or_accelerate():
     assert out.stdout == already.stdout
 
 
+@pytest.mark.slow
 def test_import_takes_at_most_a_fifth_longer_than_torchs():
     code = (
         "import time; start = time.perf_counter(); import torch; between = time.perf_counter(); import syncnorm; "

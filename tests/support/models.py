@@ -117,7 +117,7 @@ class BatchNormWithGroup(nn.BatchNorm2d):
 class BatchNormNamed(nn.BatchNorm2d):
     """A subclass that changes nothing in the forward."""
 
-    colour = "blue"
+    color = "blue"
 
 
 class OwnArithmetic(nn.BatchNorm2d):

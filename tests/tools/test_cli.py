@@ -268,6 +268,7 @@ def test_a_missing_extra_is_named():
     ]
 
 
+@pytest.mark.slow
 def test_alone_it_starts_ranks_prints_a_table_and_writes_json(tmp_path):
     file = tmp_path / "result.json"
     done = _start("-m", "syncnorm", "compare", *SHORT, "--arms", "ddp+syncbn", "--json", str(file))

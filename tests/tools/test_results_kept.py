@@ -348,6 +348,7 @@ def _deadly_study(settings, ranks, tell):
 
 
 class TestSignals:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
     def test_ranks_and_folders_go(self, tmp_path, name):
         (tmp_path / "nets.py").write_text(NETS, encoding="utf-8")
