@@ -4,8 +4,8 @@ What it shows: ``convert`` before ``prepare``, ``revert`` before saving; the los
 How to start:  accelerate launch --multi_gpu --num_processes 2 examples/train_accelerate.py  # without GPUs too
                torchrun --nproc-per-node 2 examples/train_accelerate.py                     # the same
                python examples/train_accelerate.py                                          # one process, to compare
-What it prints: the loss of the global batch every 10 steps, the same for any number of processes; then the classes of
-the saved norm layers. Needs: scikit-learn for its digits.
+What it prints: the loss over the global batch every 10 steps, alike for any number of processes; then the classes
+of the norm layers that were saved. Needs: accelerate, and scikit-learn for its digits (the extra ``compare``).
 
 The diff::
 

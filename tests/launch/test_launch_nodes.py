@@ -1,4 +1,4 @@
-"""Recipes for several machines on two of them: network namespaces with a cable between."""
+"""Recipes for several machines, on two network namespaces joined by a virtual cable."""
 
 import os
 import re
@@ -10,14 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launches import ROOT, TRAIN, environment, epochs, run
+from launches import ROOT, SUPPORT, TRAIN, environment, epochs, run
 
 FIRST, SECOND = "10.213.7.1", "10.213.7.2"
-PATIENCE = 200  # seconds; a quiet machine needs a tenth of it
+PATIENCE_S = 200  # a quiet machine needs a tenth of it
 
 pytestmark = [
-    pytest.mark.timeout(2 * PATIENCE),
-    pytest.mark.skipif(not os.environ.get("SYNCNORM_SLOW"), reason="minutes of waiting: SYNCNORM_SLOW=1 runs it"),
+    pytest.mark.slow,
+    pytest.mark.root,
+    pytest.mark.timeout(2 * PATIENCE_S),
 ]
 
 
@@ -26,7 +27,7 @@ def ip(*arguments: str) -> str:
 
 
 class Node:
-    """A network namespace with an address, and what runs in it."""
+    """A network namespace with an address, and the process that runs in it."""
 
     def __init__(self, name: str, address: str, logs: Path) -> None:
         self.name, self.address, self.out, self.err = name, address, logs / f"{name}.out", logs / f"{name}.err"
@@ -49,7 +50,7 @@ class Node:
         self.start("bash", recipe, *command, FIRST=FIRST, RANKS="1", **env)
 
     def wait_for(self, text: str, file: str = "out") -> None:
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + PATIENCE_S
         assert self.process is not None
         while True:
             ended = self.process.poll() is not None or time.monotonic() > deadline
@@ -58,7 +59,7 @@ class Node:
             assert not ended, f"{self.name} never said {text!r}: {self.err.read_text()}"
             time.sleep(0.02)
 
-    def end(self, timeout: float = PATIENCE) -> int:
+    def end(self, timeout: float = PATIENCE_S) -> int:
         assert self.process is not None
         return self.process.wait(timeout)
 
@@ -106,9 +107,7 @@ def nodes(tmp_path: Path) -> Iterator[tuple[Node, Node]]:
 
 def test_a_cut_cable_ends_both_nodes_with_an_error_that_names_the_layer(nodes):
     for node in nodes:
-        node.torchrun(
-            str(ROOT / "tests" / "launched.py"), "--timeout", "4", "--seconds", "200", NODES="2", RESTARTS="0"
-        )
+        node.torchrun(str(SUPPORT / "launched.py"), "--timeout", "4", "--seconds", "200", NODES="2", RESTARTS="0")
     for rank, node in enumerate(nodes):  # ranks follow addresses
         node.wait_for(f"rank {rank} of 2 agrees with the whole batch")
     ip("-n", nodes[0].name, "link", "set", "cable", "down")
@@ -116,15 +115,15 @@ def test_a_cut_cable_ends_both_nodes_with_an_error_that_names_the_layer(nodes):
         node.wait_for(f"SyncNormError: rank {rank}: ", "err")
         assert re.search(rf"SyncNormError: rank {rank}: (forward|backward) of stem", node.err.read_text())
     assert nodes[0].end() == 1
-    # Of the second node the rank alone: torchrun's own agent there asks the first for word as long as TCP tries.
-    deadline = time.monotonic() + PATIENCE
+    # On the second node, only the rank ends: torchrun's agent there waits for the first node until TCP gives up.
+    deadline = time.monotonic() + PATIENCE_S
     while len(ip("netns", "pids", nodes[1].name).split()) > 1:
         assert time.monotonic() < deadline, "the rank of the second node goes on"
         time.sleep(0.1)
 
 
-def test_an_elastic_job_loses_a_node_and_takes_the_same_steps(nodes, tmp_path):
-    script = str(ROOT / "tests" / "in_double.py"), *TRAIN, "--epochs", "6", "--checkpoint"
+def test_an_elastic_job_that_loses_a_node_takes_the_same_steps(nodes, tmp_path):
+    script = str(SUPPORT / "in_double.py"), *TRAIN, "--epochs", "6", "--checkpoint"
     for node in nodes:
         node.torchrun(*script, "shared.pt")
     nodes[0].wait_for("epoch 0, 2 ranks")
@@ -133,7 +132,7 @@ def test_an_elastic_job_loses_a_node_and_takes_the_same_steps(nodes, tmp_path):
     assert nodes[0].end() == 0, nodes[0].err.read_text()
 
     seen, expected = epochs(nodes[0].out.read_text()), epochs(undisturbed)
-    assert [epoch for epoch, _, _ in seen] == list(range(6))  # none left out, none done twice
+    assert [epoch for epoch, _, _ in seen] == list(range(6))  # no epoch is skipped or repeated
     assert (seen[0][1], seen[-1][1]) == (2, 1)  # ranks
     assert [loss for _, _, loss in seen] == pytest.approx([loss for _, _, loss in expected], abs=2e-6)
 

@@ -1,4 +1,4 @@
-"""Checkpoint wrappers that change the layer between a segment's two runs: a batch counts once, in one of them."""
+"""Checkpoint wrappers that change the layer between the two runs of a segment: the batch is counted exactly once."""
 
 import gc
 import weakref
@@ -24,29 +24,29 @@ class Act(nn.BatchNorm2d):
 
 
 def untracked_without_grad(layer: Any, first: bool) -> None:
-    """fairscale's: the pass without autograd, the first of a reentrant checkpoint, does not track."""
+    """As in fairscale: the first run of a reentrant checkpoint, which has no autograd graph, does not track."""
     layer.track_running_stats = not first
 
 
-def no_momentum_at_first(layer: Any, first: bool) -> None:
+def zero_momentum_first(layer: Any, first: bool) -> None:
     layer.momentum = 0.0 if first else 0.1
 
 
-def no_momentum_at_last(layer: Any, first: bool) -> None:
+def zero_momentum_last(layer: Any, first: bool) -> None:
     layer.momentum = 0.1 if first else 0.0
 
 
-def untracked_at_last(layer: Any, first: bool) -> None:
+def untracked_last(layer: Any, first: bool) -> None:
     layer.track_running_stats = first
 
 
-def no_counter_at_first(layer: Any, first: bool) -> None:
+def no_counter_first(layer: Any, first: bool) -> None:
     counter = layer.__dict__.setdefault("kept_counter", layer.num_batches_tracked)
     layer._buffers["num_batches_tracked"] = None if first else counter
 
 
-def other_buffers_at_first(layer: Any, first: bool) -> None:
-    """The statistics of the first run go to copies; those of the layer are as they were."""
+def other_buffers_first(layer: Any, first: bool) -> None:
+    """The first run updates copies of the running statistics; those of the layer stay unchanged."""
     kept = layer.__dict__.setdefault("kept_buffers", dict(layer._buffers))
     layer._buffers.update(
         {name: b.clone() if first else b for name, b in kept.items() if name != "num_batches_tracked"}
@@ -54,8 +54,8 @@ def other_buffers_at_first(layer: Any, first: bool) -> None:
 
 
 WRAPPERS = [
-    untracked_without_grad, no_momentum_at_first, no_momentum_at_last, untracked_at_last, other_buffers_at_first,
-    no_counter_at_first,
+    untracked_without_grad, zero_momentum_first, zero_momentum_last, untracked_last, other_buffers_first,
+    no_counter_first,
 ]  # fmt: skip
 
 
@@ -65,8 +65,10 @@ def data(step: int) -> tuple[Tensor, Tensor]:
     return x + step, dy
 
 
-def steps(rows: tuple[int, ...], build: type[nn.Module], change: Callable[..., None], reentrant: bool) -> list[Any]:
-    """Steps of a layer that is checkpointed and changed between the runs."""
+def _rank_steps(
+    rows: tuple[int, ...], build: type[nn.Module], change: Callable[..., None], reentrant: bool
+) -> list[Any]:
+    """Trains a checkpointed layer that ``change`` alters between the two runs of each step."""
     rank = dist.get_rank() if len(rows) > 1 else 0
     layer = syncnorm.convert(build(4))
     runs = 0
@@ -84,7 +86,7 @@ def steps(rows: tuple[int, ...], build: type[nn.Module], change: Callable[..., N
         checkpoint(run, x, use_reentrant=reentrant).backward(dy)
         gradients.append(x.grad)
     assert runs == 2 * STEPS
-    change(layer, first=change in (untracked_at_last, no_momentum_at_last))
+    change(layer, first=change in (untracked_last, zero_momentum_last))
     return [*gradients, layer.running_mean, layer.running_var, layer.num_batches_tracked]
 
 
@@ -110,18 +112,18 @@ def check(rows: tuple[int, ...], results: list[list[Any]], own_forward: bool) ->
 
 @pytest.mark.parametrize(
     ("build", "change"),
-    # A forward of its own counts as it likes, so there the counter is left alone.
+    # A layer with its own forward may count in its own way, so its counter is not changed.
     [(nn.BatchNorm2d, change) for change in WRAPPERS] + [(Act, change) for change in WRAPPERS[:-1]],
 )
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("rows", [(5,), ROWS])
-def test_what_the_first_run_did_not_do_the_second_does(rows, reentrant, change, build):
-    results = run_ranks(steps, len(rows), (rows, build, change, reentrant), timeout=30)
+def test_the_second_run_does_what_the_first_did_not(rows, reentrant, change, build):
+    results = run_ranks(_rank_steps, len(rows), (rows, build, change, reentrant), timeout=30)
     check(rows, results, build is Act)
 
 
-def repeated(same_input: bool, reentrant: bool) -> list[Any]:
-    """Two segments alive, each of which runs one layer twice, untracked at first; rank 2 has no values."""
+def _rank_repeated(same_input: bool, reentrant: bool) -> list[Any]:
+    """Two live segments, each of which runs one layer twice, untracked in the first run; rank 2 has no values."""
     rank = dist.get_rank()
     layer = syncnorm.convert(nn.Sequential(nn.BatchNorm2d(4))).double()
 
@@ -142,13 +144,13 @@ def repeated(same_input: bool, reentrant: bool) -> list[Any]:
 def test_a_layer_that_a_segment_runs_twice(same_input, reentrant):
     layer = nn.BatchNorm2d(4).double()
     gradients: dict[int, Tensor] = {}
-    for i in (1, 0):  # the statistics move as the second runs come
+    for i in (1, 0):  # running statistics are updated in the order of the second runs
         x = data(i)[0].requires_grad_()
         y = layer(x)
         y = y + layer(x if same_input else 2 * y.square())
         y.backward(data(i)[1])
         gradients[i] = x.grad
-    for rank, (*dx, mean, var, count) in enumerate(run_ranks(repeated, 3, (same_input, reentrant), timeout=30)):
+    for rank, (*dx, mean, var, count) in enumerate(run_ranks(_rank_repeated, 3, (same_input, reentrant), timeout=30)):
         for i in range(2):
             assert_close(dx[i], gradients[i].split(ROWS)[rank], torch.float64)
         assert_close(mean, layer.running_mean, torch.float64)
@@ -156,8 +158,8 @@ def test_a_layer_that_a_segment_runs_twice(same_input, reentrant):
         assert count == 4
 
 
-def two_statistics(reentrant: bool) -> list[Tensor]:
-    """One input, two sets of running statistics, as where domains or splits have their own."""
+def _rank_two_statistics(reentrant: bool) -> list[Tensor]:
+    """One input, two sets of running statistics, as in domain-specific or split batch norm."""
     rank = dist.get_rank()
     sets = [(torch.zeros(4).double(), torch.ones(4).double()) for _ in range(2)]
 
@@ -177,7 +179,7 @@ def two_statistics(reentrant: bool) -> list[Tensor]:
 def test_two_sets_of_statistics_for_one_input(reentrant):
     x, dy = data(0)
     want = batch_norm_oracle([x], [3 * dy])
-    for rank, (dx, first, second) in enumerate(run_ranks(two_statistics, len(ROWS), (reentrant,), timeout=30)):
+    for rank, (dx, first, second) in enumerate(run_ranks(_rank_two_statistics, len(ROWS), (reentrant,), timeout=30)):
         assert_close(dx, want.grad_inputs[0].split(ROWS)[rank], torch.float64)
         assert_close(first, 0.1 * x.mean((0, 2, 3)), torch.float64)
         assert_close(second, 0.3 * x.mean((0, 2, 3)), torch.float64)
@@ -188,8 +190,8 @@ class Rectified(nn.BatchNorm1d):
         return F.relu(super().forward(x))
 
 
-def first_run_in_a_backward(build: type[nn.BatchNorm1d]) -> list[Any]:
-    """A layer that runs for the first time in a backward, as implicit layers do: it moves its statistics."""
+def _rank_first_run_in_a_backward(build: type[nn.BatchNorm1d]) -> list[Any]:
+    """A layer whose first run is in a backward, as in implicit layers, updates its running statistics."""
     layer = syncnorm.convert(build(3))
 
     class Runs(torch.autograd.Function):
@@ -212,13 +214,13 @@ def first_run_in_a_backward(build: type[nn.BatchNorm1d]) -> list[Any]:
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("build", [nn.BatchNorm1d, Rectified])
 def test_a_first_run_in_a_backward_counts(world_size, build):
-    for mean, count in run_ranks(first_run_in_a_backward, world_size, (build,)):
+    for mean, count in run_ranks(_rank_first_run_in_a_backward, world_size, (build,)):
         assert count == 1
         assert_close(mean, torch.tensor([0.45, 0.55, 0.65]), torch.float32)
 
 
-def kept_alive(needs_grad: bool, frozen: bool) -> list[int]:
-    """Records that live on, step by step, under hooks that live on."""
+def _rank_kept_alive(needs_grad: bool, frozen: bool) -> list[int]:
+    """The number of records still alive after each step, under saved-tensor hooks that outlive it."""
     from syncnorm.layer import checkpointing
 
     layer = syncnorm.SyncBatchNorm(50)
@@ -256,14 +258,14 @@ def _unpack(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("needs_grad", "frozen"), [(True, False), (False, False), (False, True)])
-def test_records_under_hooks_that_live_on_are_those_of_one_step(needs_grad, frozen):
-    for alive in run_ranks(kept_alive, args=(needs_grad, frozen)):
+def test_hooks_that_outlive_a_step_do_not_keep_its_records(needs_grad, frozen):
+    for alive in run_ranks(_rank_kept_alive, args=(needs_grad, frozen)):
         assert alive[0] <= 2  # layers
         assert alive[1:] == [0] * 5
 
 
-def graphs_outlive_their_hooks() -> list[Tensor]:
-    """Hooks that are made once and compute again: what belongs to a graph that is still alive is still known."""
+def _rank_graphs_outlive_their_hooks() -> list[Tensor]:
+    """Hooks that recompute and are shared by several graphs: records of a graph that is still alive are kept."""
     layer = syncnorm.SyncBatchNorm(3).double()
     rank = dist.get_rank()
     inputs = [torch.randn(4, 3, generator=torch.Generator().manual_seed(10 * rank + i)).double() for i in range(3)]
@@ -291,8 +293,8 @@ def graphs_outlive_their_hooks() -> list[Tensor]:
     return [layer.num_batches_tracked, layer.running_mean]
 
 
-def test_what_graphs_need_is_kept_though_their_hook_lives_on():
-    results = run_ranks(graphs_outlive_their_hooks)
+def test_records_of_a_live_graph_are_kept_although_its_hooks_are_shared():
+    results = run_ranks(_rank_graphs_outlive_their_hooks)
     want = torch.zeros(3).double()
     for i in range(3):
         parts = [

@@ -1,4 +1,4 @@
-"""Activation checkpointing: computed again, a layer neither communicates nor counts a batch twice."""
+"""Activation checkpointing: a recomputed layer neither communicates nor counts the batch a second time."""
 
 import gc
 from typing import Any
@@ -7,11 +7,11 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
+from exchanges import recorded_exchanges
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import syncnorm
-from syncnorm.comm import exchange
 from syncnorm.layer import checkpointing
 from syncnorm.testing import assert_close, run_ranks
 
@@ -34,7 +34,7 @@ def data(seed: int) -> tuple[Tensor, Tensor]:
 
 
 def run(model: nn.Sequential, x: Tensor, kind: str) -> Tensor:
-    """Both blocks, each a segment, or one segment in another."""
+    """Runs both blocks: each as a segment, or nested in an outer segment."""
     if kind == "plain":
         return model(x)
     options: dict[str, Any] = {"use_reentrant": kind == "reentrant"}
@@ -45,31 +45,12 @@ def run(model: nn.Sequential, x: Tensor, kind: str) -> Tensor:
     return x
 
 
-class Count:
-    """Exchanges of this rank."""
-
-    def __init__(self):
-        self.calls: list[str] = []
-        self.original = exchange.Exchange.start
-
-    def __enter__(self) -> "Count":
-        def counted(this: Any, call: Any, *args: Any) -> Any:
-            self.calls.append(call.kind.name)
-            return self.original(this, call, *args)
-
-        exchange.Exchange.start = counted
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        exchange.Exchange.start = self.original
-
-
-def steps(kind: str, order: list[int], norm: type[nn.BatchNorm2d]) -> dict[str, Any]:
-    """Two forwards alive at once, and their backwards in the given order."""
+def _rank_steps(kind: str, order: list[int], norm: type[nn.BatchNorm2d]) -> dict[str, Any]:
+    """Two forwards, then their backwards in the given order."""
     rank = dist.get_rank()
     model = syncnorm.convert(net(norm)).double()
     inputs = [data(seed)[0].double().split(SPLITS)[rank].clone().requires_grad_() for seed in (0, 1)]
-    with Count() as count:
+    with recorded_exchanges() as kinds:
         outputs = [run(model, x, kind) for x in inputs]
         for i in order:
             outputs[i].backward(data(i)[1].double().split(SPLITS)[rank])
@@ -78,7 +59,7 @@ def steps(kind: str, order: list[int], norm: type[nn.BatchNorm2d]) -> dict[str, 
         "dx": [x.grad for x in inputs],
         "grads": [p.grad for p in model.parameters()],
         "buffers": dict(model.named_buffers()),
-        "calls": count.calls,
+        "calls": kinds,
     }
     del outputs, inputs
     gc.collect()
@@ -98,7 +79,7 @@ def steps(kind: str, order: list[int], norm: type[nn.BatchNorm2d]) -> dict[str, 
     ],
 )
 def test_equals_the_whole_batch_without_checkpoints(kind, norm, order):
-    ranks = run_ranks(steps, len(SPLITS), (kind, order, norm), timeout=60)
+    ranks = run_ranks(_rank_steps, len(SPLITS), (kind, order, norm), timeout=60)
     model = net(norm).double()
     inputs = [data(seed)[0].double().requires_grad_() for seed in (0, 1)]
     outputs = [model(x) for x in inputs]
@@ -116,23 +97,23 @@ def test_equals_the_whole_batch_without_checkpoints(kind, norm, order):
         assert r["kept"] == 0
 
 
-def frozen_and_unsynced(kind: str) -> tuple[list[str], int, Tensor]:
-    """A segment that needs no gradient itself; then a segment on rank 0 alone."""
+def _rank_frozen_and_unsynced(kind: str) -> tuple[list[str], int, Tensor]:
+    """A segment whose parameters are frozen; then a segment that runs on rank 0 only."""
     model = syncnorm.convert(net())
     model[0].requires_grad_(False)
     x = torch.randn(4, 3, 6, 6, requires_grad=kind == "reentrant")
-    with Count() as count:
+    with recorded_exchanges() as kinds:
         run(model, x, kind).backward(torch.randn(4, 3, 6, 6))
         if dist.get_rank() == 0:
             with syncnorm.no_sync_stats():
                 y = run(model, x, kind)
             y.backward(torch.randn_like(y))
-    return count.calls, int(model[1][1].num_batches_tracked), model[0][1].running_mean
+    return kinds, int(model[1][1].num_batches_tracked), model[0][1].running_mean
 
 
 @pytest.mark.parametrize("kind", ["reentrant", "non-reentrant"])
-def test_frozen_segments_and_segments_of_one_rank(kind):
-    results = run_ranks(frozen_and_unsynced, args=(kind,), timeout=30)
+def test_frozen_segments_and_segments_on_one_rank(kind):
+    results = run_ranks(_rank_frozen_and_unsynced, args=(kind,), timeout=30)
     for calls, tracked, mean in results:
         assert calls.count("FORWARD") == 4
         assert tracked == 1
@@ -140,7 +121,7 @@ def test_frozen_segments_and_segments_of_one_rank(kind):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_one_process_counts_a_batch_once_too(reentrant):
+def test_one_process_also_counts_a_batch_once(reentrant):
     layer = syncnorm.SyncBatchNorm1d(3)
     plain = nn.BatchNorm1d(3)
     x, dy = torch.randn(5, 3, requires_grad=True), torch.randn(5, 3)
@@ -152,7 +133,7 @@ def test_one_process_counts_a_batch_once_too(reentrant):
     torch.testing.assert_close(x.grad, z.grad)
 
 
-def same_here_other_there() -> str:
+def _rank_equal_inputs_on_rank_0() -> str:
     layer = syncnorm.SyncBatchNorm1d(3)
     x = torch.ones(4, 3) * torch.arange(4).view(4, 1)
     inputs = [(x + (dist.get_rank() * i)).requires_grad_() for i in range(2)]
@@ -164,5 +145,5 @@ def same_here_other_there() -> str:
     return ""
 
 
-def test_what_cannot_be_told_apart_is_an_error():
-    assert "cannot tell which of 2 checkpointed forwards" in run_ranks(same_here_other_there, timeout=30)[0]
+def test_indistinguishable_segments_are_an_error():
+    assert "cannot tell which of 2 checkpointed forwards" in run_ranks(_rank_equal_inputs_on_rank_0, timeout=30)[0]

@@ -1,4 +1,4 @@
-"""``torch.compile(fullgraph=True)``: one graph, the numbers of eager code, each collective once and in order."""
+"""``torch.compile(fullgraph=True)``: one graph, the results of eager mode, each collective once and in order."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,16 +9,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from cases import DTYPES, Case, laid_out
+from exchanges import recorded_exchanges
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import syncnorm
-from syncnorm.comm.exchange import Exchange
 from syncnorm.testing import assert_close, batch_norm_oracle, run_ranks
 
-# Compiling takes seconds, and waits for a processor that other ranks use too.
-TIMEOUT = 100
+# Compilation takes seconds, and the ranks share the cores.
+TIMEOUT_S = 100
 
 
 def graphs() -> int:
@@ -31,8 +31,8 @@ def compiled(model: Any, backend: str = "aot_eager", **options: Any) -> Any:
     return torch.compile(model, fullgraph=True, backend=backend, **options)
 
 
-def steps_of(case: Case, backend: str = "aot_eager") -> tuple[int, list[dict[str, Tensor]]]:
-    """How many graphs a case took, and what came out of each of its steps."""
+def _rank_steps_of(case: Case, backend: str = "aot_eager") -> tuple[int, list[dict[str, Tensor]]]:
+    """The number of graphs, and the results of each step of ``case``."""
     layer = case.layer()
     model, results = compiled(layer, backend), []
     for step in range(case.steps):
@@ -56,11 +56,11 @@ CASES = {
 }
 
 
-def run_cases(cases: dict[str, Case]) -> dict[str, tuple[int, list[dict[str, Tensor]]]]:
-    return {name: steps_of(case) for name, case in cases.items()}
+def _rank_run_cases(cases: dict[str, Case]) -> dict[str, tuple[int, list[dict[str, Tensor]]]]:
+    return {name: _rank_steps_of(case) for name, case in cases.items()}
 
 
-def judge(case: Case, ranks: list[tuple[int, list[dict[str, Tensor]]]]) -> None:
+def check_case(case: Case, ranks: list[tuple[int, list[dict[str, Tensor]]]]) -> None:
     assert [count for count, _ in ranks] == [1, 1]
     layer = case.layer()
     mean, var = torch.zeros(3), torch.ones(3)
@@ -79,19 +79,23 @@ def judge(case: Case, ranks: list[tuple[int, list[dict[str, Tensor]]]]) -> None:
             assert got["num_batches_tracked"] == step + 1
 
 
+@pytest.mark.slow
 def test_a_layer_in_one_graph_equals_the_whole_batch():
-    ranks = run_ranks(run_cases, 2, (CASES,), TIMEOUT)
+    ranks = run_ranks(_rank_run_cases, 2, (CASES,), TIMEOUT_S)
     for name, case in CASES.items():
-        judge(case, [rank[name] for rank in ranks])
+        check_case(case, [rank[name] for rank in ranks])
 
 
+@pytest.mark.slow
 def test_a_layer_through_inductor():
     case = Case((3, 2), steps=2)
-    judge(case, run_ranks(steps_of, 2, (case, "inductor"), TIMEOUT))
+    check_case(case, run_ranks(_rank_steps_of, 2, (case, "inductor"), TIMEOUT_S))
 
 
-def train(build: Callable[[], nn.Module], compiling: bool, rows: tuple[int, ...]) -> tuple[int, dict[str, Tensor]]:
-    """Some steps on this rank's part of each batch of 12, and the state after them."""
+def _rank_train(
+    build: Callable[[], nn.Module], compiling: bool, rows: tuple[int, ...]
+) -> tuple[int, dict[str, Tensor]]:
+    """Three steps on this rank's part of each batch of 12: the number of graphs, and the final state."""
     model = syncnorm.convert(build()).double()
     step = compiled(model) if compiling else model
     for number in range(3):
@@ -107,29 +111,31 @@ def train(build: Callable[[], nn.Module], compiling: bool, rows: tuple[int, ...]
     return graphs(), model.state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [models.net, models.net_with_activations])
 def test_a_model_trains_like_one_process(build):
-    """Also one whose layers have a forward of their own."""
-    _, want = train(build, False, ())
-    for count, state in run_ranks(train, 2, (build, True, (5, 7)), TIMEOUT):
+    """Includes a model whose layers have their own forward."""
+    _, want = _rank_train(build, False, ())
+    for count, state in run_ranks(_rank_train, 2, (build, True, (5, 7)), TIMEOUT_S):
         assert count == 1
         for name, value in want.items():
             torch.testing.assert_close(state[name], value, rtol=1e-6, atol=1e-8)
 
 
-def compiled_on_rank_0(build: Callable[[], nn.Module]) -> dict[str, Tensor]:
-    return train(build, dist.get_rank() == 0, (5, 7))[1]
+def _rank_with_rank_0_compiled(build: Callable[[], nn.Module]) -> dict[str, Tensor]:
+    return _rank_train(build, dist.get_rank() == 0, (5, 7))[1]
 
 
+@pytest.mark.slow
 def test_a_compiled_rank_and_an_eager_one_share_statistics():
-    _, want = train(models.net, False, ())
-    for state in run_ranks(compiled_on_rank_0, 2, (models.net,), TIMEOUT):
+    _, want = _rank_train(models.net, False, ())
+    for state in run_ranks(_rank_with_rank_0_compiled, 2, (models.net,), TIMEOUT_S):
         for name, value in want.items():
             torch.testing.assert_close(state[name], value, rtol=1e-6, atol=1e-8)
 
 
-def batch_sizes(dynamic: bool | None) -> list[int]:
-    """How many graphs there were after each of several sizes of batch."""
+def _rank_batch_sizes(dynamic: bool | None) -> list[int]:
+    """The number of graphs after each of several batch sizes."""
     layer = syncnorm.SyncBatchNorm2d(3)
     model, counts = compiled(layer, dynamic=dynamic), []
     for rows in (4, 6, 5, 8):
@@ -138,13 +144,14 @@ def batch_sizes(dynamic: bool | None) -> list[int]:
     return counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dynamic", "expected"), [(None, [1, 2, 2, 2]), (True, [1, 1, 1, 1])])
-def test_batches_of_other_sizes_compile_once_more_at_most(dynamic, expected):
-    assert run_ranks(batch_sizes, 2, (dynamic,), TIMEOUT) == [expected, expected]
+def test_other_batch_sizes_recompile_at_most_once(dynamic, expected):
+    assert run_ranks(_rank_batch_sizes, 2, (dynamic,), TIMEOUT_S) == [expected, expected]
 
 
 class Unused(nn.Module):
-    """Three layers, of which the output needs one."""
+    """Three layers; the output depends on one of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,8 +164,8 @@ class Unused(nn.Module):
         return self.used(x)
 
 
-def calls_of_a_step(backend: str) -> tuple[list[str], list[int]]:
-    """What was exchanged in the second step, and the counts of batches of all layers after it."""
+def _rank_calls_of_a_step(backend: str) -> tuple[list[str], list[int]]:
+    """The exchanges of the second step, and ``num_batches_tracked`` of all layers after it."""
     model = Unused()
     step = compiled(model, backend)
     x = torch.randn(4, 3, 5, 5)
@@ -179,16 +186,17 @@ def calls_of_a_step(backend: str) -> tuple[list[str], list[int]]:
     return calls, [int(m.num_batches_tracked) for m in model.children()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_each_collective_happens_once_and_in_order_whether_its_result_is_used_or_not(backend):
-    """Layers are named in the order in which they first run."""
+def test_each_collective_runs_once_and_in_order_even_if_its_result_is_unused(backend):
+    """Layers are numbered in the order of their first call."""
     want = ["FORWARD 5 1", "FORWARD 6 2", "FORWARD 7 3", "BACKWARD 7 3"]  # of the second step
-    for calls, counts in run_ranks(calls_of_a_step, 2, (backend,), TIMEOUT):
+    for calls, counts in run_ranks(_rank_calls_of_a_step, 2, (backend,), TIMEOUT_S):
         assert calls == want
         assert counts == [2, 2, 2]
 
 
-def masked(rows: tuple[int, ...]) -> tuple[int, Tensor, Tensor]:
+def _rank_masked(rows: tuple[int, ...]) -> tuple[int, Tensor, Tensor]:
     layer = syncnorm.SyncBatchNorm1d(3)
     model = compiled(layer)
     for _ in range(2):
@@ -210,7 +218,7 @@ def test_masks():
     x, mask = masked_batch()
     valid = x.double().transpose(1, 2)[mask].requires_grad_()
     F.batch_norm(valid, None, None, training=True).square().square().sum().backward()
-    ranks = run_ranks(masked, 2, ((2, 3),), TIMEOUT)
+    ranks = run_ranks(_rank_masked, 2, ((2, 3),), TIMEOUT_S)
     assert [count for count, *_ in ranks] == [1, 1]
     y, dx = (torch.cat([rank[i] for rank in ranks]).transpose(1, 2) for i in (1, 2))
     assert_close(y[mask], F.batch_norm(valid, None, None, training=True).detach(), torch.float32)
@@ -219,7 +227,7 @@ def test_masks():
     assert not dx[~mask].any()
 
 
-def without_syncing() -> list[Tensor]:
+def _rank_without_syncing() -> list[Tensor]:
     layer = syncnorm.SyncBatchNorm2d(3)
     model = compiled(layer)
     model(torch.randn(4, 3, 5, 5))
@@ -232,40 +240,31 @@ def without_syncing() -> list[Tensor]:
     return [unchanged, not layer.running_mean.equal(before)]
 
 
-def test_no_sync_stats_is_seen_by_compiled_code():
-    assert run_ranks(without_syncing, 2, (), TIMEOUT) == [[True, True]] * 2
+def test_compiled_code_respects_no_sync_stats():
+    assert run_ranks(_rank_without_syncing, 2, (), TIMEOUT_S) == [[True, True]] * 2
 
 
-def checkpointed(reentrant: bool, compiling: bool) -> tuple[list[str], dict[str, Tensor]]:
-    """Checkpoints around a layer, compiled or not; two forwards alive."""
+def _rank_checkpointed(reentrant: bool, compiling: bool) -> tuple[list[str], dict[str, Tensor]]:
+    """Two forwards through a checkpointed layer, compiled or not, then both backwards."""
     torch._dynamo.reset()
     rank = dist.get_rank()
     layer = syncnorm.convert(nn.Sequential(nn.BatchNorm1d(3))).double()
     call = compiled(layer) if compiling else layer
     inputs = [torch.randn(4, 3, generator=torch.Generator().manual_seed(7 * i + rank)).double() for i in range(2)]
     inputs = [x.requires_grad_() for x in inputs]
-    kinds: list[str] = []
-    original = Exchange.start
-
-    def counted(self: Any, call: Any, *args: Any) -> Any:
-        kinds.append(call.kind.name)
-        return original(self, call, *args)
-
-    Exchange.start = counted
-    try:
+    with recorded_exchanges() as kinds:
         outputs = [checkpoint(call, x, use_reentrant=reentrant) for x in inputs]
         for i, y in enumerate(outputs):
             y.backward(torch.randn(4, 3, generator=torch.Generator().manual_seed(i)).double())
-    finally:
-        Exchange.start = original
     return kinds, {"dx0": inputs[0].grad, "dx1": inputs[1].grad, **layer.state_dict(), "dw": layer[0].weight.grad}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpoints_around_compiled_code(reentrant):
     for eager, ours in zip(
-        run_ranks(checkpointed, args=(reentrant, False), timeout=100),
-        run_ranks(checkpointed, args=(reentrant, True), timeout=100),
+        run_ranks(_rank_checkpointed, args=(reentrant, False), timeout=100),
+        run_ranks(_rank_checkpointed, args=(reentrant, True), timeout=100),
         strict=True,
     ):
         assert ours[0].count("FORWARD") == ours[0].count("BACKWARD") == 2
@@ -273,7 +272,7 @@ def test_checkpoints_around_compiled_code(reentrant):
             torch.testing.assert_close(ours[1][name], value, msg=name)
 
 
-def refused(fullgraph: bool) -> str:
+def _rank_refused(fullgraph: bool) -> str:
     torch._dynamo.reset()
     layer = torch.compile(syncnorm.SyncBatchNorm2d(3), backend="aot_eager", fullgraph=fullgraph)
     channels = 3 + dist.get_rank()
@@ -285,14 +284,14 @@ def refused(fullgraph: bool) -> str:
 
 
 @pytest.mark.parametrize("fullgraph", [True, False])
-def test_a_refused_input_is_told_to_the_other_ranks(fullgraph):
-    told = run_ranks(refused, args=(fullgraph,), timeout=60)
-    assert "rank 1 did not take part" in told[0]
-    for rank, text in enumerate(told):
+def test_bad_input_on_one_rank_raises_on_all(fullgraph):
+    errors = run_ranks(_rank_refused, args=(fullgraph,), timeout=60)
+    assert "rank 1 did not take part" in errors[0]
+    for rank, text in enumerate(errors):
         assert "expected 3 channels in dimension 1, got 4" in text, (rank, text)
 
 
-def ddp_steps(how: str) -> list[Tensor]:
+def _rank_ddp_steps(how: str) -> list[Tensor]:
     torch._dynamo.reset()
     model = syncnorm.convert(models.net()).double()
     if how == "compiled inside":
@@ -310,17 +309,18 @@ def ddp_steps(how: str) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
+@pytest.mark.slow
 def test_ddp_inside_and_outside():
-    want = run_ranks(ddp_steps, args=("eager",))
+    want = run_ranks(_rank_ddp_steps, args=("eager",))
     for how in ("compiled inside", "compiled outside"):
-        for got, expected in zip(run_ranks(ddp_steps, args=(how,), timeout=100), want, strict=True):
+        for got, expected in zip(run_ranks(_rank_ddp_steps, args=(how,), timeout=100), want, strict=True):
             torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("valid", [None, torch.tensor(6)])
-def test_what_the_tracer_is_told_of_the_operators_is_what_they_return(dtype, valid):
-    """A wrong dtype here is not an error at run time, but memory read as something else."""
+def test_the_fake_kernels_match_the_operators(dtype, valid):
+    """A wrong dtype here raises no error at run time; memory would be misread."""
     from syncnorm.layer import compiled
 
     mean, invstd = torch.randn(4, dtype=dtype), torch.rand(4, dtype=dtype)

@@ -1,6 +1,6 @@
-"""What a step costs wherever it runs: collectives, bytes, passes over the tensors, small operators.
+"""The cost of a step in collectives, bytes, passes over the tensors and small operators.
 
-Times depend on the machine; these do not. Whoever makes one of them larger should know why.
+Unlike times, these do not depend on the machine. A change that increases one of them needs a reason.
 """
 
 from collections import Counter
@@ -18,12 +18,12 @@ from syncnorm.tools.compare.measurements import CollectiveRecorder
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 VIEWS = {"aten.view.default", "aten.split.Tensor", "aten.detach.default", "aten.t.default", "aten.slice.Tensor"}
-# Neither reads nor writes: memory is handed out.
+# Allocations, which neither read nor write.
 MEMORY = {"aten.empty_like.default", "aten.new_empty.default"}
 
 
 class Operators(TorchDispatchMode):
-    """The operators that run, by whether they touch a tensor of ``size`` values."""
+    """Records the operators that run, separated by whether they touch a tensor of ``size`` values."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -42,12 +42,12 @@ class Operators(TorchDispatchMode):
         return result
 
 
-def counts_of_a_step(memory_format: str) -> tuple[list[str], list[str], list[Any]]:
+def _rank_counts_of_a_step(memory_format: str) -> tuple[list[str], list[str], list[Any]]:
     torch.manual_seed(dist.get_rank())
     layer = syncnorm.SyncBatchNorm2d(64)
     x = torch.randn(8, 64, 16, 16).contiguous(memory_format=FORMATS[memory_format]).requires_grad_()
     dy = torch.randn(x.shape).contiguous(memory_format=FORMATS[memory_format])
-    layer(x).backward(dy)  # connects, and learns the size of the frames
+    layer(x).backward(dy)  # connects, and determines the size of the frames
     layer(x).backward(dy)
     x.grad = layer.weight.grad = layer.bias.grad = None
     with CollectiveRecorder() as recorder, Operators(x.numel()) as operators:
@@ -55,8 +55,8 @@ def counts_of_a_step(memory_format: str) -> tuple[list[str], list[str], list[Any
     return operators.passes, operators.small, [(c.op, c.origin, c.calls, c.payload_bytes) for c in recorder.counts()]
 
 
-# Read forward: the mean, the squared distances, their mean, the normalisation.
-# Read backward: the two sums, a * dy, and its completion; where the channel is the fastest axis a * dy takes no pass.
+# Forward: the mean, the squared deviations, their mean, the normalization.
+# Backward: the two sums, a * dy, and its completion; if the channel is the fastest axis, a * dy takes no extra pass.
 PASSES = {
     "contiguous": "mean mse_loss mean native_batch_norm native_batch_norm_backward mul add_ addcmul_",
     "channels_last": "mean mse_loss mean addcmul native_batch_norm_backward addcmul addcmul_",
@@ -66,16 +66,16 @@ PASSES = {
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_a_step_costs_no_more_than_this(memory_format):
     world_size, channels = 2, 64
-    for passes, small, collectives in run_ranks(counts_of_a_step, world_size, args=(memory_format,)):
+    for passes, small, collectives in run_ranks(_rank_counts_of_a_step, world_size, args=(memory_format,)):
         assert " ".join(p.split(".")[1] for p in passes) == PASSES[memory_format]
         assert len(small) <= 39, Counter(small)
-        # One forward, one backward; each hands every rank a frame of 2C numbers of fp32 under a header.
+        # One in the forward and one in the backward; each sends every rank a frame with a header and 2C fp32 values.
         sent = 2 * world_size * capacity_for(2 * channels * 4)
         assert collectives == [("all_to_all", "norm", 2, sent)]
 
 
-def capacities(widths: list[int]) -> list[int]:
-    """Bytes of the frames in the third round over layers of these widths."""
+def _rank_capacities(widths: list[int]) -> list[int]:
+    """The frame sizes in bytes in the third pass over layers of these widths."""
     layers = [syncnorm.SyncBatchNorm1d(width) for width in widths]
     sent: list[int] = []
     for _ in range(3):
@@ -87,17 +87,17 @@ def capacities(widths: list[int]) -> list[int]:
     return sent
 
 
-def test_frames_are_as_large_as_what_they_carry_whatever_came_before():
+def test_frame_size_depends_only_on_the_content():
     widths = [16, 1024, 16, 64, 300]
-    for sent in run_ranks(capacities, args=(widths,)):
+    for sent in run_ranks(_rank_capacities, args=(widths,)):
         assert sent == [capacity_for(8 * width) for width in widths]
         assert all(
             8 * width < frame <= max(512, 8 * width + 40 + 63) for frame, width in zip(sent, widths, strict=True)
         )
 
 
-def refused_after_narrow_frames() -> str:
-    """Rank 0's input is wrong in a step whose frames are known to be small."""
+def _rank_bad_input_after_small_frames() -> str:
+    """Rank 0 gets a bad input in a step whose frames are small."""
     layer = syncnorm.SyncBatchNorm1d(3)
     for _ in range(3):
         layer(torch.randn(4, 3))
@@ -108,7 +108,7 @@ def refused_after_narrow_frames() -> str:
     return ""
 
 
-def test_the_reason_of_a_refusal_fits_the_smallest_frame():
-    own, told = run_ranks(refused_after_narrow_frames)
+def test_an_error_message_fits_the_smallest_frame():
+    own, other = run_ranks(_rank_bad_input_after_small_frames)
     assert "expected 3 channels" in own
-    assert own in told
+    assert own in other

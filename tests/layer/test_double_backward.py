@@ -1,4 +1,4 @@
-"""Second derivatives against those of fp64 F.batch_norm on the whole batch."""
+"""Second derivatives compared with those of fp64 F.batch_norm on the whole batch."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ C = 3
 
 
 def tensors(rows: tuple[int, ...], dtype: torch.dtype) -> dict[str, list[Tensor]]:
-    """x, dy and the cotangents v (of dx), u (of dw), t (of db), by rank; u and t are different on each."""
+    """x, dy and the cotangents v (of dx), u (of dw) and t (of db), by rank; u and t differ between ranks."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -33,7 +33,7 @@ def layer(affine: bool) -> syncnorm.SyncBatchNorm:
     return made
 
 
-def second_derivatives(
+def _rank_second_derivatives(
     rows: tuple[int, ...], dtype: str, affine: bool, layout: str, only_dx: bool
 ) -> dict[str, Tensor | None]:
     rank = dist.get_rank()
@@ -79,7 +79,7 @@ def reference(rows: tuple[int, ...], dtype: str, affine: bool, only_dx: bool) ->
 )
 def test_second_derivatives(rows, only_dx, dtype, affine, layout):
     want = reference(rows, dtype, affine, only_dx)
-    ranks = run_ranks(second_derivatives, len(rows), (rows, dtype, affine, layout, only_dx))
+    ranks = run_ranks(_rank_second_derivatives, len(rows), (rows, dtype, affine, layout, only_dx))
     for name in ("x", "dy"):
         for got, part in zip(ranks, want[name].split(rows), strict=True):
             assert_close(got[name], part, DTYPES[dtype])
@@ -88,12 +88,12 @@ def test_second_derivatives(rows, only_dx, dtype, affine, layout):
 
 
 def max_dtype(dtype: str) -> torch.dtype:
-    """Of parameters: sums over the batch are in fp32 at least."""
+    """The dtype of parameter gradients: sums over the batch are at least fp32."""
     return DTYPES[dtype] if dtype in ("float64", "float32") else torch.float32
 
 
-def gradient_penalty(rows: tuple[int, ...]) -> list[Tensor]:
-    """A critic's step as in WGAN-GP: the loss holds the norm of the gradient at the input, under DDP."""
+def _rank_gradient_penalty(rows: tuple[int, ...]) -> list[Tensor]:
+    """A critic step as in WGAN-GP, under DDP: the loss contains the norm of the input gradient."""
     torch.manual_seed(0)
     critic = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 1, 1)).double()
     x = torch.randn(sum(rows), 2, 6, 6, dtype=torch.float64)
@@ -110,19 +110,19 @@ def gradient_penalty(rows: tuple[int, ...]) -> list[Tensor]:
 
 
 def test_gradient_penalty_trains_like_one_process():
-    want = gradient_penalty((7,))
-    for grads in run_ranks(gradient_penalty, 2, ((5, 2),)):
+    want = _rank_gradient_penalty((7,))
+    for grads in run_ranks(_rank_gradient_penalty, 2, ((5, 2),)):
         for got, expected in zip(grads, want, strict=True):
             assert_close(got, expected, torch.float64)
 
 
-def third(x: Tensor) -> None:
+def _rank_third_derivative(x: Tensor) -> None:
     x = x.requires_grad_()
     (dx,) = torch.autograd.grad(syncnorm.SyncBatchNorm(2)(x).pow(3).sum(), x, create_graph=True)
     (ddx,) = torch.autograd.grad(dx.pow(3).sum(), x, create_graph=True)
     ddx.sum().backward()
 
 
-def test_a_third_derivative_is_refused_rather_than_wrong():
+def test_a_third_derivative_raises():
     with pytest.raises(syncnorm.SyncNormError, match="once_differentiable"):
-        run_ranks(third, args=(torch.randn(3, 2),))
+        run_ranks(_rank_third_derivative, args=(torch.randn(3, 2),))

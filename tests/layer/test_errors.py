@@ -1,4 +1,4 @@
-"""Bad input ends in an error that says what to do, on every rank, with the buffers as they were."""
+"""Bad input raises an error on every rank that says what to do, and leaves the buffers unchanged."""
 
 import re
 from datetime import timedelta
@@ -23,7 +23,7 @@ BAD_INPUTS = {
 
 
 def feed(layer: nn.Module, x: Tensor, **kwargs: Tensor) -> tuple[str, bool]:
-    """The message of the error that the layer raises, and whether it left its buffers alone."""
+    """The message of the error that the layer raises, and whether the buffers are unchanged."""
     before = {k: v.clone() for k, v in layer.named_buffers()}
     with pytest.raises(InputError) as caught:
         layer(x, **kwargs)
@@ -31,14 +31,14 @@ def feed(layer: nn.Module, x: Tensor, **kwargs: Tensor) -> tuple[str, bool]:
     return str(caught.value), all(torch.equal(v, before[k]) for k, v in layer.named_buffers())
 
 
-def feed_everywhere(x: Tensor) -> tuple[str, bool]:
+def _rank_feed_everywhere(x: Tensor) -> tuple[str, bool]:
     return feed(syncnorm.SyncBatchNorm(3), x)
 
 
 @pytest.mark.parametrize("kind", BAD_INPUTS)
 def test_bad_input_on_every_rank(kind):
     x, message = BAD_INPUTS[kind]
-    for rank, (got, untouched) in enumerate(run_ranks(feed_everywhere, args=(x,), timeout=20)):
+    for rank, (got, untouched) in enumerate(run_ranks(_rank_feed_everywhere, args=(x,), timeout=20)):
         assert got.startswith(f"rank {rank}: {message}")
         assert untouched
     assert feed(syncnorm.SyncBatchNorm(3), x)[0].startswith(message)  # and without any group
@@ -60,12 +60,12 @@ def test_dimensions_as_torch_checks_them(layer, shape):
     assert layer.num_batches_tracked == 0
 
 
-def one_value(splits: tuple[int, ...]) -> tuple[str, bool]:
+def _rank_one_value(splits: tuple[int, ...]) -> tuple[str, bool]:
     return feed(syncnorm.SyncBatchNorm(3), torch.randn(splits[dist.get_rank()], 3))
 
 
-def test_fewer_than_two_values_is_judged_on_all_ranks():
-    for rank, (got, untouched) in enumerate(run_ranks(one_value, 3, ((0, 1, 0),))):
+def test_fewer_than_two_values_over_all_ranks():
+    for rank, (got, untouched) in enumerate(run_ranks(_rank_one_value, 3, ((0, 1, 0),))):
         assert got.startswith(f"rank {rank}: expected more than 1 value per channel over all ranks in training, got")
         assert untouched
     message, untouched = feed(syncnorm.SyncBatchNorm(3), torch.randn(1, 3))
@@ -73,7 +73,7 @@ def test_fewer_than_two_values_is_judged_on_all_ranks():
     assert untouched
 
 
-def outsider() -> str:
+def _rank_outside_the_group() -> str:
     group = dist.new_group([0, 1])
     layer = syncnorm.SyncBatchNorm(3, process_group=group)
     x = torch.randn(2, 3)
@@ -84,7 +84,7 @@ def outsider() -> str:
 
 
 def test_rank_outside_the_group():
-    assert run_ranks(outsider, 3)[2].startswith("rank 2 is not a member of the process group")
+    assert run_ranks(_rank_outside_the_group, 3)[2].startswith("rank 2 is not a member of the process group")
 
 
 @pytest.mark.parametrize(
@@ -107,49 +107,49 @@ def test_vectors_of_the_wrong_length():
 
 
 @pytest.mark.parametrize("group", ["world", 3, object()], ids=["str", "int", "object"])
-def test_something_else_as_a_group(group):
+def test_invalid_process_group(group):
     with pytest.raises(InputError, match="process_group must be a ProcessGroup, a 1-D DeviceMesh or None"):
         syncnorm.SyncBatchNorm(3, process_group=group)
 
 
-def mesh_of_two_dimensions() -> None:
+def _rank_mesh_of_two_dimensions() -> None:
     mesh = dist.init_device_mesh("cpu", (1, 2), mesh_dim_names=("a", "b"))
     with pytest.raises(InputError, match="DeviceMesh of 2 dimensions"):
         syncnorm.SyncBatchNorm(3, process_group=mesh)
 
 
 def test_mesh_of_two_dimensions():
-    run_ranks(mesh_of_two_dimensions)
+    run_ranks(_rank_mesh_of_two_dimensions)
 
 
-def one_rank_fails_before_the_collective() -> None:
+def _rank_fails_before_the_collective() -> None:
     channels = 3 if dist.get_rank() == 0 else 4
     syncnorm.SyncBatchNorm(3)(torch.randn(2, channels))
 
 
-def test_the_other_ranks_learn_of_an_error():
+def test_an_error_on_one_rank_reaches_the_others():
     with pytest.raises(RankError) as caught:
-        run_ranks(one_rank_fails_before_the_collective, timeout=20)
+        run_ranks(_rank_fails_before_the_collective, timeout=20)
     assert isinstance(caught.value.exceptions[1], InputError)
-    told = str(caught.value.exceptions[0])
+    message = str(caught.value.exceptions[0])
     assert isinstance(caught.value.exceptions[0], syncnorm.SyncNormError)
-    assert told.startswith(
+    assert message.startswith(
         "rank 0: rank 1 did not take part in forward of SyncBatchNorm no. 1 (call 1 of the group; 3 channels, "
     )
-    assert "its own input was invalid: rank 1: expected 3 channels in dimension 1, got 4" in told
+    assert "its own input was invalid: rank 1: expected 3 channels in dimension 1, got 4" in message
 
 
-def own_forward_with_bad_input() -> tuple[str, bool]:
+def _rank_own_forward_with_bad_input() -> tuple[str, bool]:
     layer = syncnorm.convert(models.BatchNormAct(3))
     return feed(layer, torch.randn(2, 5, 4, 4))
 
 
 def test_bad_input_to_a_layer_with_its_own_forward():
-    for _, untouched in run_ranks(own_forward_with_bad_input, timeout=20):
+    for _, untouched in run_ranks(_rank_own_forward_with_bad_input, timeout=20):
         assert untouched
 
 
-def only_one_rank_forwards() -> str:
+def _rank_forwards_alone() -> str:
     group = dist.new_group(timeout=timedelta(seconds=1))
     if dist.get_rank() == 1:
         return ""
@@ -160,7 +160,7 @@ def only_one_rank_forwards() -> str:
     return str(caught.value)
 
 
-def test_a_rank_that_never_comes_to_a_layer():
-    told, _ = run_ranks(only_one_rank_forwards, timeout=30)
-    assert "rank 0: forward of norm" in told
-    assert "could not connect to ranks [0, 1]: not all ranks came to their first synced layer" in told
+def test_a_rank_that_never_calls_the_layer():
+    message, _ = run_ranks(_rank_forwards_alone, timeout=30)
+    assert "rank 0: forward of norm" in message
+    assert "could not connect to ranks [0, 1]: not all ranks came to their first synced layer" in message

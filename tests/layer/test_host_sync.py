@@ -1,7 +1,7 @@
-"""The path of GPUs never asks the device for a number: the host would wait for all that was launched before.
+"""The GPU path never reads a value from the device, because the host would wait for all kernels launched before.
 
-There is no GPU here. Tensors without data stand in for those whose data the host does not have yet: torch refuses
-whatever needs to know it. The group is torch's own without peers.
+No GPU is needed: fake tensors have no data, and torch raises if an operation depends on it. The process group is
+torch's fake one.
 """
 
 from collections.abc import Iterator
@@ -21,11 +21,11 @@ from syncnorm.layer.kernels import cpu
 
 @pytest.fixture
 def eight_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # Those of a CPU look whether a channel is far from zero; a GPU's own kernels are not at hand.
+    # The CPU kernels check the values for channels far from zero; the CUDA kernels are not available here.
     passes = SimpleNamespace(**{**vars(cpu), "local_moments": lambda x, eps, scratch: cpu.corrected_moments(x, eps)})
     monkeypatch.setattr(kernels, "for_device", lambda device: passes)
-    monkeypatch.setattr(native, "_fake", lambda group: False)  # so that ranks are compared as real ones are
-    monkeypatch.setattr(native, "_compare", lambda group, call: None)  # but by name, at a layer's first call only
+    monkeypatch.setattr(native, "_fake", lambda group: False)  # so that calls are compared as in a real group
+    monkeypatch.setattr(native, "_compare", lambda group, call: None)  # except at a layer's first call
     dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
     yield
     dist.destroy_process_group()
@@ -35,7 +35,7 @@ def eight_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("rows", [4, 0, 1], ids=["full", "empty", "one value"])
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_step_asks_for_no_number(rows, momentum, masked):
+def test_a_step_reads_no_value(rows, momentum, masked):
     with FakeTensorMode():
         layer = syncnorm.SyncBatchNorm2d(3, momentum=momentum)
         x = torch.randn(rows, 3, 1, 1, requires_grad=True)
@@ -48,9 +48,9 @@ def test_a_step_asks_for_no_number(rows, momentum, masked):
 
 
 @pytest.mark.usefixtures("eight_ranks")
-def test_a_disagreement_is_still_seen(monkeypatch):
+def test_a_disagreement_is_still_detected(monkeypatch):
     layer, x = syncnorm.SyncBatchNorm2d(3), torch.randn(4, 3, 2, 2)
-    layer(x)  # what the group hands back happens to be what this rank sent
+    layer(x)  # the fake group returns what this rank sent
     monkeypatch.setattr(gather, "_all_gather_into", lambda out, packed, group: out.fill_(7.0))
     with pytest.raises(syncnorm.SyncNormError, match="another rank did not run"):
         layer(x)

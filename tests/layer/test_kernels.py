@@ -1,4 +1,4 @@
-"""The passes one by one, on one process."""
+"""Each CPU kernel separately, in one process."""
 
 import pytest
 import torch
@@ -11,20 +11,20 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("offset", [0.0, 1.9, 2.1, 1e2, 1e4, 1e5])
-def test_local_moments_are_right_to_the_last_place(layout, offset):
-    """Also far from zero: the second pass gives back what the first one's sum had rounded away."""
+def test_local_moments_are_accurate_to_rounding(layout, offset):
+    """Also far from zero: the second pass recovers what the sum of the first one lost to rounding."""
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(8, 16, 40, 40, generator=generator, dtype=torch.float64) + offset).float()
     x = x.contiguous(memory_format=FORMATS[layout])
     var, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
     got_mean, got_invstd = cpu.local_moments(x, 1e-5, torch.empty_like(x))
-    # Nearer than two standard deviations the mean need not be more exact than they are.
+    # Within two standard deviations of zero, the mean only needs to be as accurate as the standard deviation.
     half_a_place = max(offset, 4.0) * torch.finfo(torch.float32).eps / 2
     torch.testing.assert_close(got_mean.double(), mean, rtol=0, atol=half_a_place)
     torch.testing.assert_close(got_invstd.double(), torch.rsqrt(var + 1e-5), rtol=3e-7, atol=0)
 
 
-def test_channels_far_from_zero_are_corrected_among_others():
+def test_only_channels_far_from_zero_are_corrected():
     x = torch.randn(64, 5, 20, generator=torch.Generator().manual_seed(0)).double()
     x[:, 1] += 1e5
     x[:, 3] -= 1e4
@@ -36,8 +36,8 @@ def test_channels_far_from_zero_are_corrected_among_others():
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_a_channel_that_is_not_finite_leaves_the_others_right(bad):
-    """One reduction decides for all channels whether any of them lies far from zero."""
+def test_a_nonfinite_channel_does_not_affect_the_others(bad):
+    """A single reduction over all channels decides whether any of them is far from zero."""
     x = torch.randn(64, 5, 20, generator=torch.Generator().manual_seed(0)).double() * 3
     x[:, 1] += 1e7
     x[3, 2, 4] = bad
@@ -63,7 +63,7 @@ def test_half_precision_has_statistics_in_fp32(dtype):
     assert mean.dtype == invstd.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-def test_dense_copies_only_what_has_gaps_and_mends_odd_strides():
+def test_dense_copies_only_tensors_with_gaps_and_fixes_ambiguous_strides():
     x = torch.randn(4, 3, 5, 6)
     for fmt in FORMATS.values():
         same = x.contiguous(memory_format=fmt)
@@ -81,7 +81,7 @@ def test_dense_copies_only_what_has_gaps_and_mends_odd_strides():
 @pytest.mark.parametrize(
     "shape", [(3, 5), (9, 1), (6, 5, 7), (2, 5, 300, 401), (3, 700, 20, 13), (1, 2**19), (600, 500, 2, 1)], ids=str
 )
-def test_a_gradient_in_parts_is_the_fp32_gradient_rounded_once(shape, dtype, layout):
+def test_a_blockwise_gradient_is_the_fp32_gradient_rounded_once(shape, dtype, layout):
     generator = torch.Generator().manual_seed(0)
     channels, format_ = shape[1], FORMATS[layout] if len(shape) == 4 else torch.contiguous_format
     x, dy = (torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=format_) for _ in range(2))
@@ -92,5 +92,5 @@ def test_a_gradient_in_parts_is_the_fp32_gradient_rounded_once(shape, dtype, lay
     want = cpu.finish_grad(cpu.begin_grad(dy.float(), invstd, weight), *wide)
     assert got.dtype == dtype
     assert got.stride() == x.stride()
-    # A rounding that lies between two values may go either way.
+    # A value halfway between two neighbors may be rounded either way.
     torch.testing.assert_close(got.float(), want, rtol=torch.finfo(dtype).eps, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The layer against the fp64 full batch: every dtype, layout, split and option that it promises."""
+"""The layer compared with fp64 on the whole batch, for every supported dtype, layout, split and option."""
 
 import pytest
 import torch
@@ -68,6 +68,7 @@ def test_shapes_and_options(case):
     check(case)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     case=st.builds(
@@ -90,22 +91,22 @@ def test_fuzz(case):
     check(case)
 
 
-def constant_channels() -> tuple[Tensor, Tensor]:
+def _rank_constant_channels() -> tuple[Tensor, Tensor]:
     layer = syncnorm.SyncBatchNorm(2, momentum=1.0)
     y = layer(torch.tensor([[3.7, -1e3]]).expand(dist.get_rank() + 2, 2))
     return y.detach(), layer.running_var
 
 
 def test_constant_channels():
-    """What rounding leaves of a variance of zero is no larger than eps itself can hide, and never negative."""
-    for y, var in run_ranks(constant_channels):
+    """The rounding error of a zero variance is negligible compared with eps, and never negative."""
+    for y, var in run_ranks(_rank_constant_channels):
         assert (var >= 0).all()
         assert (var <= 1e-7).all()
         scale = 1 / 1e-5**0.5
         torch.testing.assert_close(y, torch.zeros_like(y), rtol=0, atol=1e3 * scale * 1.2e-7)
 
 
-def far_from_zero(rows: tuple[int, ...], offset: float) -> tuple[Tensor, Tensor, Tensor]:
+def _rank_far_from_zero(rows: tuple[int, ...], offset: float) -> tuple[Tensor, Tensor, Tensor]:
     rank = dist.get_rank()
     x = offset_batch(rows, offset).split(rows)[rank].requires_grad_()
     layer = syncnorm.SyncBatchNorm(4, momentum=1.0)
@@ -121,20 +122,20 @@ def offset_batch(rows: tuple[int, ...], offset: float) -> Tensor:
 
 @pytest.mark.parametrize("offset", [1e2, 1e3, 1e4, 1e5])
 def test_mean_far_above_the_standard_deviation(offset):
-    """The error is that of rounding the mean to fp32, the same as a local fp32 batch norm's: E[x^2] has none left."""
+    """The error is that of rounding the mean to fp32, as in local fp32 batch norm; E[x^2] would lose all digits."""
     rows = (7, 0, 4)
     x = offset_batch(rows, offset)
     want = batch_norm_oracle(list(x.split(rows)), None, None, None, torch.zeros(4), torch.ones(4), 1.0, 1e-5)
     rounding = offset * torch.finfo(torch.float32).eps
-    apart = 0.05  # the ranks' means, which are rounded before they are subtracted
-    for rank, (y, mean, var) in enumerate(run_ranks(far_from_zero, 3, (rows, offset))):
+    gap = 0.05  # between the ranks' means, which are rounded before they are subtracted
+    for rank, (y, mean, var) in enumerate(run_ranks(_rank_far_from_zero, 3, (rows, offset))):
         torch.testing.assert_close(mean.double(), want.running_mean, rtol=0, atol=rounding)
-        torch.testing.assert_close(var.double(), want.running_var, rtol=1e-6 + rounding * (rounding + apart), atol=0)
+        torch.testing.assert_close(var.double(), want.running_var, rtol=1e-6 + rounding * (rounding + gap), atol=0)
         # rounded in the mean, in x * scale, in the shift and in their sum
         torch.testing.assert_close(y.double(), want.outputs[rank], rtol=1e-5, atol=4 * rounding)
 
 
-def large_count(rows: tuple[int, ...]) -> dict[str, Tensor]:
+def _rank_large_count(rows: tuple[int, ...]) -> dict[str, Tensor]:
     rank = dist.get_rank()
     x = large_batch(rows)[rank].requires_grad_()
     layer = syncnorm.SyncBatchNorm(1, momentum=1.0)
@@ -155,13 +156,13 @@ def test_counts_past_65504_in_half_precision():
     x, dy = large_batch(rows), large_batch(rows, seed=1)
     assert x[0].numel() > 2 * 65504
     want = batch_norm_oracle(x, dy, torch.ones(1), torch.zeros(1), torch.zeros(1), torch.ones(1), 1.0, 1e-5)
-    for rank, got in enumerate(run_ranks(large_count, 2, (rows,))):
+    for rank, got in enumerate(run_ranks(_rank_large_count, 2, (rows,))):
         assert_close(got["y"], want.outputs[rank], torch.float16)
         assert_close(got["dx"], want.grad_inputs[rank], torch.float16)
         assert_close(got["var"], want.running_var, torch.float32)
 
 
-def all_empty() -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], Tensor | None]:
+def _rank_all_empty() -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], Tensor | None]:
     layer = syncnorm.SyncBatchNorm2d(3)
     layer(torch.randn(2, 3, 4, 4))
     before = {k: v.clone() for k, v in layer.named_buffers()}
@@ -172,14 +173,14 @@ def all_empty() -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], Tensor | 
 
 
 def test_all_ranks_empty_changes_nothing():
-    for y, before, after, dw in run_ranks(all_empty):
+    for y, before, after, dw in run_ranks(_rank_all_empty):
         assert y.shape == (0, 3, 4, 4)
         assert before.keys() == after.keys()
         assert all(torch.equal(before[k], after[k]) for k in before)
         assert torch.equal(dw, torch.zeros(3))
 
 
-def evaluation(track: bool) -> tuple[Tensor, Tensor]:
+def _rank_evaluation(track: bool) -> tuple[Tensor, Tensor]:
     layer = syncnorm.SyncBatchNorm(3, track_running_stats=track).eval()
     generator = torch.Generator().manual_seed(dist.get_rank())
     x = torch.randn(4, 3, 5, generator=generator)
@@ -190,11 +191,11 @@ def evaluation(track: bool) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("track", [True, False])
 def test_evaluation_does_not_communicate(track):
-    _, (got, want) = run_ranks(evaluation, args=(track,), timeout=10)
+    _, (got, want) = run_ranks(_rank_evaluation, args=(track,), timeout=10)
     assert torch.equal(got, want)
 
 
-def in_a_world_of_one() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _rank_in_a_world_of_one() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     ours, theirs = syncnorm.SyncBatchNorm2d(3), nn.BatchNorm2d(3)
     x = torch.randn(4, 3, 5, 5)
@@ -202,12 +203,12 @@ def in_a_world_of_one() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def test_world_of_one_and_no_group_are_plain_batch_norm():
-    for y, want, var, want_var in (*run_ranks(in_a_world_of_one, 1), in_a_world_of_one()):
+    for y, want, var, want_var in (*run_ranks(_rank_in_a_world_of_one, 1), _rank_in_a_world_of_one()):
         assert torch.equal(y, want)
         assert torch.equal(var, want_var)
 
 
-def sub_group_only(pairs: list[list[int]]) -> Tensor:
+def _rank_sub_group_only(pairs: list[list[int]]) -> Tensor:
     groups = [dist.new_group(pair) for pair in pairs]
     mine = next(g for g, pair in zip(groups, pairs, strict=True) if dist.get_rank() in pair)
     layer = syncnorm.SyncBatchNorm(2, momentum=1.0, process_group=mine)
@@ -216,13 +217,13 @@ def sub_group_only(pairs: list[list[int]]) -> Tensor:
 
 
 def test_group_of_some_ranks():
-    means = run_ranks(sub_group_only, 3, ([[0, 2], [1]],))
+    means = run_ranks(_rank_sub_group_only, 3, ([[0, 2], [1]],))
     assert [m[0].item() for m in means] == [1.0, 1.0, 1.0]
-    means = run_ranks(sub_group_only, 3, ([[0, 1], [2]],))
+    means = run_ranks(_rank_sub_group_only, 3, ([[0, 1], [2]],))
     assert [m[0].item() for m in means] == [0.5, 0.5, 2.0]
 
 
-def device_mesh() -> Tensor:
+def _rank_device_mesh() -> Tensor:
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp",))
     layer = syncnorm.SyncBatchNorm(2, momentum=1.0, process_group=mesh)
     layer(torch.full((3, 2), float(dist.get_rank())))
@@ -230,10 +231,10 @@ def device_mesh() -> Tensor:
 
 
 def test_a_device_mesh_is_a_group():
-    assert [m[0].item() for m in run_ranks(device_mesh)] == [0.5, 0.5]
+    assert [m[0].item() for m in run_ranks(_rank_device_mesh)] == [0.5, 0.5]
 
 
-def autocast_step(rows: tuple[int, ...]) -> dict[str, Tensor]:
+def _rank_autocast_step(rows: tuple[int, ...]) -> dict[str, Tensor]:
     torch.manual_seed(1)
     conv, layer = nn.Conv2d(3, 4, 3), syncnorm.SyncBatchNorm2d(4, momentum=1.0)
     x = torch.randn(sum(rows), 3, 8, 8).split(rows)[dist.get_rank()]
@@ -247,9 +248,9 @@ def autocast_step(rows: tuple[int, ...]) -> dict[str, Tensor]:
     return {"h": h.detach(), "y": y.detach(), "dh": h.grad, "var": layer.running_var}
 
 
-def test_autocast_takes_half_precision_in_and_keeps_statistics_in_fp32():
+def test_autocast_with_half_precision_input_and_fp32_statistics():
     rows = (3, 2)
-    ranks = run_ranks(autocast_step, 2, (rows,))
+    ranks = run_ranks(_rank_autocast_step, 2, (rows,))
     torch.manual_seed(1)
     nn.Conv2d(3, 4, 3)
     torch.randn(5, 3, 8, 8)

@@ -1,10 +1,10 @@
-"""Masked statistics against fp64 F.batch_norm on the valid positions alone."""
+"""Masked statistics compared with fp64 F.batch_norm on the valid positions only."""
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from cases import DTYPES, laid_out
+from cases import DTYPES, laid_out, valid
 from torch import Tensor
 
 import syncnorm
@@ -30,7 +30,7 @@ def batch(lengths: tuple[tuple[int, ...], ...], dtype: str, spatial: tuple[int, 
     return ranks
 
 
-def masked_step(
+def _rank_masked_step(
     lengths: tuple[tuple[int, ...], ...], dtype: str, spatial: tuple[int, ...], layout: str
 ) -> dict[str, Tensor]:
     data = batch(lengths, dtype, spatial)[dist.get_rank()]
@@ -44,11 +44,6 @@ def masked_step(
     return got | {k: v.clone() for k, v in layer.named_buffers()}
 
 
-def valid(tensor: Tensor, mask: Tensor) -> Tensor:
-    """(positions, C) of those that count."""
-    return tensor.movedim(1, -1)[mask.expand(tensor.size(0), *tensor.shape[2:])]
-
-
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize(
     ("dtype", "spatial", "layout"),
@@ -60,7 +55,7 @@ def valid(tensor: Tensor, mask: Tensor) -> Tensor:
         ("float16", (), "sliced"),
     ],
 )
-def test_padding_counts_for_nothing(lengths, dtype, spatial, layout):
+def test_padding_is_ignored(lengths, dtype, spatial, layout):
     data = batch(lengths, dtype, spatial)
     x = torch.cat([valid(d["x"], d["mask"]) for d in data]).double().requires_grad_()
     dy = torch.cat([valid(d["dy"], d["mask"]) for d in data]).double()
@@ -71,7 +66,7 @@ def test_padding_counts_for_nothing(lengths, dtype, spatial, layout):
     evaluated = F.batch_norm(x.detach(), mean, var).split(counts)
     want = {"y": y.detach().split(counts), "dx": x.grad.split(counts), "eval": evaluated}
     sums = torch.promote_types(DTYPES[dtype], torch.float32)
-    for rank, got in enumerate(run_ranks(masked_step, 2, (lengths, dtype, spatial, layout))):
+    for rank, got in enumerate(run_ranks(_rank_masked_step, 2, (lengths, dtype, spatial, layout))):
         mask = data[rank]["mask"]
         for name, parts in want.items():
             assert_close(valid(got[name], mask), parts[rank], DTYPES[dtype])
@@ -83,7 +78,7 @@ def test_padding_counts_for_nothing(lengths, dtype, spatial, layout):
         assert got["num_batches_tracked"] == 1
 
 
-def nothing_valid() -> dict[str, Tensor]:
+def _rank_nothing_valid() -> dict[str, Tensor]:
     layer = syncnorm.SyncBatchNorm(C)
     x = torch.full((2, C, 4), torch.nan, requires_grad=True)
     y = layer(x, mask=torch.zeros(2, 4, dtype=torch.bool))
@@ -93,7 +88,7 @@ def nothing_valid() -> dict[str, Tensor]:
 
 
 def test_no_valid_position_anywhere_changes_nothing():
-    for got in (*run_ranks(nothing_valid), nothing_valid()):
+    for got in (*run_ranks(_rank_nothing_valid), _rank_nothing_valid()):
         assert not got["y"].any()
         assert not got["dx"].any()
         assert got["running_mean"].tolist() == [0] * C
@@ -103,8 +98,8 @@ def test_no_valid_position_anywhere_changes_nothing():
 
 @pytest.mark.parametrize("track", [True, False])
 @pytest.mark.parametrize("train", [True, False])
-def test_alone_too(track, train):
-    """Without a process group, in training and evaluation, with and without running statistics."""
+def test_without_a_process_group(track, train):
+    """In training and evaluation, with and without running statistics."""
     (data,) = batch(((5, 2, 0),), "float64", ())
     layer = syncnorm.SyncBatchNorm(C, track_running_stats=track, dtype=torch.float64).train(train)
     y = layer(data["x"], mask=data["mask"])
@@ -113,7 +108,7 @@ def test_alone_too(track, train):
     torch.testing.assert_close(valid(y, data["mask"]), want)
 
 
-def test_one_valid_value_is_too_few():
+def test_a_single_valid_value_raises():
     layer = syncnorm.SyncBatchNorm(C)
     mask = torch.zeros(2, 4, dtype=torch.bool)
     mask[1, 2] = True
@@ -122,7 +117,7 @@ def test_one_valid_value_is_too_few():
     assert layer.num_batches_tracked == 0
 
 
-def second_derivative(lengths: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
+def _rank_second_derivative(lengths: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
     data = batch(lengths, "float64", ())[dist.get_rank()]
     x, dy = data["x"].requires_grad_(), data["dy"].requires_grad_()
     y = syncnorm.SyncBatchNorm(C, affine=False)(x, mask=data["mask"])
@@ -138,7 +133,7 @@ def test_second_derivatives_of_masked_statistics():
     (dx,) = torch.autograd.grad(F.batch_norm(x, None, None, training=True), x, dy, create_graph=True)
     dx.pow(3).sum().backward()
     counts = [len(valid(d["x"], d["mask"])) for d in data]
-    for rank, (got_x, got_dy) in enumerate(run_ranks(second_derivative, 2, (lengths,))):
+    for rank, (got_x, got_dy) in enumerate(run_ranks(_rank_second_derivative, 2, (lengths,))):
         mask = data[rank]["mask"]
         for got, want in ((got_x, x.grad), (got_dy, dy.grad)):
             assert_close(valid(got, mask), want.split(counts)[rank], torch.float64)

@@ -1,4 +1,4 @@
-"""A first call under some mode of torch leaves nothing behind; tensor subclasses come out as of ``nn.BatchNorm``."""
+"""A first call under a torch mode has no lasting effect; tensor subclasses behave as with ``nn.BatchNorm``."""
 
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -40,8 +40,8 @@ MODES = {
 }
 
 
-def steps(mode: str) -> list[Tensor]:
-    """A forward under the mode, then an ordinary step."""
+def _rank_steps(mode: str) -> list[Tensor]:
+    """A forward under the mode, then an ordinary training step."""
     rank = dist.get_rank()
     layer = syncnorm.SyncBatchNorm2d(6)
     x, _ = (whole.split(ROWS)[rank] for whole in batch(0))
@@ -60,7 +60,7 @@ def test_training_after_a_first_forward_under_a_mode(mode):
     first, second = batch(0), batch(1)
     want = batch_norm_oracle([first[0]], running_mean=torch.zeros(6), running_var=torch.ones(6))
     want = batch_norm_oracle([second[0]], [second[1]], running_mean=want.running_mean, running_var=want.running_var)
-    ranks = run_ranks(steps, len(ROWS), (mode,), timeout=30)
+    ranks = run_ranks(_rank_steps, len(ROWS), (mode,), timeout=30)
     for rank, (y, dx, mean, var, count) in enumerate(ranks):
         assert_close(y, want.outputs[0].split(ROWS)[rank], torch.float32)
         assert_close(dx, want.grad_inputs[0].split(ROWS)[rank], torch.float32)
@@ -69,23 +69,23 @@ def test_training_after_a_first_forward_under_a_mode(mode):
         assert count == 2
 
 
-def fake_first() -> tuple[str, Tensor]:
-    """Fake tensors hold no numbers to exchange: an error on all ranks, and the frames are none the worse."""
+def _rank_fake_first() -> tuple[str, Tensor]:
+    """Fake tensors have no values to exchange: an error on all ranks, after which the layer still works."""
     layer = syncnorm.SyncBatchNorm2d(6)
     x, _ = (whole.split(ROWS)[dist.get_rank()] for whole in batch(0))
-    told = ""
+    message = ""
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             layer(mode.from_tensor(x))
     except Exception as error:
-        told = str(error)
-    return told, layer(x)
+        message = str(error)
+    return message, layer(x)
 
 
 def test_a_first_forward_with_fake_tensors():
     want = batch_norm_oracle([batch(0)[0]]).outputs[0]
-    for rank, (told, y) in enumerate(run_ranks(fake_first, len(ROWS), timeout=30)):
-        assert told
+    for rank, (message, y) in enumerate(run_ranks(_rank_fake_first, len(ROWS), timeout=30)):
+        assert message
         assert_close(y.detach(), want.split(ROWS)[rank], torch.float32)
 
 
@@ -103,7 +103,7 @@ class Image(torch.Tensor):
 
 
 class Bare(torch.Tensor):
-    """A class and no more."""
+    """Adds nothing."""
 
 
 def image(x: Tensor, kind: type[Tensor]) -> Tensor:
@@ -117,7 +117,7 @@ def net(inplace: bool) -> nn.Sequential:
     return nn.Sequential(nn.BatchNorm2d(6), nn.ReLU(inplace), nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6), nn.SiLU(inplace))
 
 
-def images(kind: type[Tensor], inplace: bool, ddp: bool, second: bool) -> dict[str, Any]:
+def _rank_images(kind: type[Tensor], inplace: bool, ddp: bool, second: bool) -> dict[str, Any]:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     model: nn.Module = syncnorm.convert(net(inplace))
     call = DistributedDataParallel(model) if ddp else model
@@ -159,7 +159,7 @@ def test_a_tensor_subclass(kind, inplace, ddp, second):
         dx.square().sum().backward()
     else:
         y.backward(dy)
-    for rank, got in enumerate(run_ranks(images, len(ROWS), (kind, inplace, ddp, second), timeout=30)):
+    for rank, got in enumerate(run_ranks(_rank_images, len(ROWS), (kind, inplace, ddp, second), timeout=30)):
         assert got["class"] == (type(of_plain).__name__, getattr(of_plain, "spacing", None))
         assert set(got["buffers"]) == {"Tensor"}
         assert_close(got["y"], y.split(ROWS)[rank].detach(), torch.float32)

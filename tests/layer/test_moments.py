@@ -1,4 +1,4 @@
-"""Merging moments: pure maths, against torch.var_mean in fp64 on the union."""
+"""Merging moments, compared with fp64 moments of the union."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def moments_of(batches, eps, dtype):
 
 
 def merged(moments, counts, eps):
-    """With counts that the host knows and, to the same bits, with counts on the device."""
+    """Merges with counts on the host and checks that counts on the device give the same."""
     mean, var_eps, count = merge(moments.clone(), counts, eps)
     of_device = merge(moments.clone(), torch.tensor(counts, dtype=torch.float64).unsqueeze(1), eps)
     torch.testing.assert_close(of_device[:2], (mean, var_eps), rtol=1e-14, atol=1e-14)

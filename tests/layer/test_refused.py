@@ -1,4 +1,4 @@
-"""What one rank alone cannot normalize: all ranks raise in that call, with that rank's reason, and buffers stay."""
+"""If one rank cannot normalize its input, all ranks raise in that call with its reason, and buffers stay."""
 
 from collections.abc import Callable
 
@@ -16,23 +16,23 @@ ROWS = (3, 2)
 
 
 class Act(nn.BatchNorm2d):
-    """As timm's: something after the norm."""
+    """Applies an activation after the norm, as timm does."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(super().forward(x))
 
 
 class OwnCheck(nn.BatchNorm2d):
-    """Refuses before it comes to the norm."""
+    """Raises before it calls the norm."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4:
-            raise TypeError(f"images wanted, got {x.dim()} axes")
+            raise TypeError(f"expected images, got {x.dim()} axes")
         return super().forward(x)
 
 
 class OwnCall(nn.BatchNorm2d):
-    """Calls ``F.batch_norm`` itself, after something of its own that may fail."""
+    """Calls ``F.batch_norm`` itself, after an operation that may fail."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.num_batches_tracked.add_(1)
@@ -41,7 +41,7 @@ class OwnCall(nn.BatchNorm2d):
 
 
 class Built(syncnorm.SyncBatchNorm2d):
-    """A user's subclass of ours."""
+    """A user's subclass of the synced layer."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(super().forward(x))
@@ -81,8 +81,8 @@ LAYERS: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
-def one_rank_refuses(build: type[nn.BatchNorm2d], wrong: str) -> tuple[str, bool, Tensor]:
-    """The error, whether buffers stayed, and the running mean after another step together."""
+def _rank_refuses(build: type[nn.BatchNorm2d], wrong: str) -> tuple[str, bool, Tensor]:
+    """The error, whether the buffers stayed unchanged, and the running mean after another step on all ranks."""
     torch.manual_seed(0)
     layer = syncnorm.convert(nn.Sequential(build(6)))
     layer(good(1))
@@ -94,23 +94,23 @@ def one_rank_refuses(build: type[nn.BatchNorm2d], wrong: str) -> tuple[str, bool
         LAYERS.get(wrong, lambda layer: None)(layer[0])
     try:
         layer(x)
-        told = ""
+        message = ""
     except Exception as error:
-        told = f"{type(error).__name__}: {error}"
+        message = f"{type(error).__name__}: {error}"
     layer[0]._parameters.update(attributes[0])
     layer[0]._buffers.update(attributes[1])
     stayed = all(torch.equal(v, before[k]) for k, v in layer.named_buffers())
     layer(good(3))
-    return told, stayed, layer[0].running_mean
+    return message, stayed, layer[0].running_mean
 
 
 def check_refused(build: type[nn.BatchNorm2d], wrong: str) -> None:
-    results = run_ranks(one_rank_refuses, args=(build, wrong), timeout=30)
-    (told, _, mean), (own, _, _) = results
-    assert "rank 1 did not take part in forward of 0 (call 2 of the group" in told or "SyncBatchNorm" in told
+    results = run_ranks(_rank_refuses, args=(build, wrong), timeout=30)
+    (message, _, mean), (own, _, _) = results
+    assert "rank 1 did not take part in forward of 0 (call 2 of the group" in message or "SyncBatchNorm" in message
     reason = own.split(": ", 1)[1] if "InputError" in own else own
     assert own
-    assert reason.splitlines()[0][:60] in told, (own, told)
+    assert reason.splitlines()[0][:60] in message, (own, message)
     assert [stayed for _, stayed, _ in results] == [True, True]
     running = torch.zeros(6), torch.ones(6)
     for seed in (1, 3):
@@ -131,7 +131,7 @@ def test_a_layer_with_its_own_forward(build, wrong):
     check_refused(build, wrong)
 
 
-def one_rank_has_another_shortcut() -> tuple[str, bool]:
+def _rank_with_another_shortcut() -> tuple[str, bool]:
     layer = syncnorm.SyncBatchNorm2d(6)
     before = layer.running_mean.clone()
     residual = torch.zeros(5, 6, 2, 2) if dist.get_rank() == 0 else good(1)
@@ -143,8 +143,8 @@ def one_rank_has_another_shortcut() -> tuple[str, bool]:
 
 
 def test_a_shortcut_of_a_wrong_shape():
-    for told, stayed in run_ranks(one_rank_has_another_shortcut, timeout=30):
-        assert "expected a residual that broadcasts to shape (3, 6, 2, 2), on cpu, got shape (5, 6, 2, 2)" in told
+    for message, stayed in run_ranks(_rank_with_another_shortcut, timeout=30):
+        assert "expected a residual that broadcasts to shape (3, 6, 2, 2), on cpu, got shape (5, 6, 2, 2)" in message
         assert stayed
 
 
@@ -158,26 +158,26 @@ class Skipping(nn.BatchNorm2d):
         return F.relu(super().forward(x))
 
 
-def the_same_exception_again() -> list[str]:
-    """One object, raised by rank 0 at every other batch: the other rank has to hear of it each time."""
-    layer, told = syncnorm.convert(nn.Sequential(Skipping(6))), []
+def _rank_the_same_exception_again() -> list[str]:
+    """Rank 0 raises the same object at every other batch; the other rank must raise each time."""
+    layer, errors = syncnorm.convert(nn.Sequential(Skipping(6))), []
     for seed in range(4):
         try:
             layer(good(seed) + 100 * (seed % 2 == 1 and dist.get_rank() == 0))
         except RuntimeError as error:
-            told.append(str(error))
-    return told
+            errors.append(str(error))
+    return errors
 
 
 def test_an_exception_object_that_is_raised_twice():
-    first, second = run_ranks(the_same_exception_again, timeout=30)
+    first, second = run_ranks(_rank_the_same_exception_again, timeout=30)
     assert first == ["skip this batch"] * 2
     assert len(second) == 2
-    assert all("because it raised RuntimeError: skip this batch" in told for told in second)
+    assert all("because it raised RuntimeError: skip this batch" in message for message in second)
 
 
 class Failing(nn.BatchNorm2d):
-    """Fails behind its norm, when the other ranks are on their way to the next one."""
+    """Fails after its norm, while the other ranks go on to the next one."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
@@ -186,21 +186,21 @@ class Failing(nn.BatchNorm2d):
         return y
 
 
-def one_rank_fails_behind_its_norm() -> list[str]:
+def _rank_fails_after_its_norm() -> list[str]:
     net = syncnorm.convert(nn.Sequential(Failing(6), nn.BatchNorm2d(6)))
-    told = []
+    errors = []
     for seed in range(3):
         try:
             net(good(seed) + 100 * (seed == 1 and dist.get_rank() == 0))
         except Exception as error:
-            told.append(f"{type(error).__name__}: {error}")
+            errors.append(f"{type(error).__name__}: {error}")
         else:
-            told.append("")
-    return told
+            errors.append("")
+    return errors
 
 
-def test_an_error_behind_the_norm_reaches_the_next_one():
-    first, second = run_ranks(one_rank_fails_behind_its_norm, timeout=30)
+def test_an_error_after_a_norm_is_reported_at_the_next_one():
+    first, second = run_ranks(_rank_fails_after_its_norm, timeout=30)
     assert first == ["", "MemoryError: no room for the activation", ""]
     assert (second[0], second[2]) == ("", "")
     assert "rank 0 did not take part in forward of 1 (call 4 of the group" in second[1]

@@ -1,4 +1,4 @@
-"""``torch.func`` in training: ``grad``, ``vjp``, ``jacrev``, second derivatives, ``vmap``, against one process."""
+"""``torch.func`` in training, compared with one process: grad, vjp, jacrev, second derivatives, vmap."""
 
 from typing import Any
 
@@ -42,7 +42,7 @@ def summed(value: Tensor) -> Tensor:
 
 
 def gradients(model: nn.Module, how: str) -> dict[str, Tensor]:
-    """Of parameters, summed over ranks, and of this rank's input."""
+    """The gradients of the parameters, summed over ranks, and of this rank's input."""
     x, c = (mine(whole) for whole in batch())
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
 
@@ -65,7 +65,7 @@ def gradients(model: nn.Module, how: str) -> dict[str, Tensor]:
     return {name: summed(value) for name, value in of_parameters.items()} | {"x": of_x}
 
 
-def on_ranks(how: str, track: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _rank_gradients(how: str, track: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     model = syncnorm.convert(net(track))
     return gradients(model, how), dict(model.named_buffers())
 
@@ -74,8 +74,8 @@ def on_ranks(how: str, track: bool) -> tuple[dict[str, Tensor], dict[str, Tensor
 @pytest.mark.parametrize("track", [False, True])
 def test_derivatives(how, track):
     model = net(track)
-    want = gradients(net(), how)  # torch's own would not move statistics that are captured
-    ranks = run_ranks(on_ranks, len(ROWS), args=(how, track), timeout=30)
+    want = gradients(net(), how)  # torch's layer would not update captured running statistics
+    ranks = run_ranks(_rank_gradients, len(ROWS), args=(how, track), timeout=30)
     for rank, (got, buffers) in enumerate(ranks):
         for name, value in want.items():
             expected = value.split(ROWS)[rank] if name == "x" else value
@@ -88,7 +88,7 @@ def test_derivatives(how, track):
             assert_close(buffers["1.running_mean"], expected.detach(), torch.float64)
 
 
-def over_batches(with_grad: bool) -> Tensor:
+def _rank_over_batches(with_grad: bool) -> Tensor:
     model = syncnorm.convert(net()) if dist.is_initialized() else net()
     x, c = (mine(whole, 1) for whole in batch(1, 3))
 
@@ -98,7 +98,7 @@ def over_batches(with_grad: bool) -> Tensor:
     return vmap(grad(loss))(x, c) if with_grad else vmap(model)(x)
 
 
-def gradient_of_batches() -> dict[str, Tensor]:
+def _rank_gradient_of_batches() -> dict[str, Tensor]:
     model = syncnorm.convert(net()) if dist.is_initialized() else net()
     x, c = (mine(whole, 1) for whole in batch(1, 3))
 
@@ -109,21 +109,21 @@ def gradient_of_batches() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("with_grad", [False, True])
-def test_vmap_is_one_batch_after_the_other(with_grad):
-    want = over_batches(with_grad)
-    for rank, got in enumerate(run_ranks(over_batches, len(ROWS), args=(with_grad,), timeout=30)):
+def test_vmap_equals_separate_batches(with_grad):
+    want = _rank_over_batches(with_grad)
+    for rank, got in enumerate(run_ranks(_rank_over_batches, len(ROWS), args=(with_grad,), timeout=30)):
         assert_close(got.detach(), want.split(ROWS, 1)[rank].detach(), torch.float64)
 
 
 def test_the_gradient_of_a_vmap():
-    want = gradient_of_batches()
-    for got in run_ranks(gradient_of_batches, len(ROWS), timeout=30):
+    want = _rank_gradient_of_batches()
+    for got in run_ranks(_rank_gradient_of_batches, len(ROWS), timeout=30):
         for name, value in want.items():
             assert_close(got[name], value, torch.float64)
 
 
-def ensemble() -> list[Any]:
-    """Three models with parameters and running statistics of their own, as one."""
+def _rank_ensemble() -> list[Any]:
+    """Three models with separate parameters and running statistics, evaluated as one."""
     models = [net(track=True) for _ in range(3)]
     for i, model in enumerate(models):
         nn.init.uniform_(model[1].weight, 1 + i, 2 + i)
@@ -136,22 +136,22 @@ def ensemble() -> list[Any]:
 
 
 def test_an_ensemble():
-    y, running_var, counts = ensemble()
-    for rank, got in enumerate(run_ranks(ensemble, len(ROWS), timeout=30)):
+    y, running_var, counts = _rank_ensemble()
+    for rank, got in enumerate(run_ranks(_rank_ensemble, len(ROWS), timeout=30)):
         assert_close(got[0], y.split(ROWS, 1)[rank], torch.float64)
         assert_close(got[1], running_var, torch.float64)
         assert torch.equal(got[2], counts)
 
 
 class Slim(nn.BatchNorm1d):
-    """Uses a part of its channels, as slimmable networks do."""
+    """Uses only part of its channels, as slimmable networks do."""
 
     def forward(self, x: Tensor) -> Tensor:
         parts = [t[: x.size(1)] for t in (self.running_mean, self.running_var, self.weight, self.bias)]
         return F.batch_norm(x, *parts, training=self.training)
 
 
-def slim_gradient() -> list[Tensor]:
+def _rank_slim_gradient() -> list[Tensor]:
     layer = Slim(6).double()
     nn.init.uniform_(layer.weight, 0.5, 1.5, generator=torch.Generator().manual_seed(0))
     if dist.is_initialized():
@@ -165,13 +165,13 @@ def slim_gradient() -> list[Tensor]:
 
 
 def test_parts_of_buffers():
-    dx, running_mean = slim_gradient()
-    for rank, got in enumerate(run_ranks(slim_gradient, len(ROWS), timeout=30)):
+    dx, running_mean = _rank_slim_gradient()
+    for rank, got in enumerate(run_ranks(_rank_slim_gradient, len(ROWS), timeout=30)):
         assert_close(got[0], dx.split(ROWS)[rank], torch.float64)
         assert_close(got[1], running_mean, torch.float64)
 
 
-def refused(how: str) -> tuple[str, bool]:
+def _rank_refused(how: str) -> tuple[str, bool]:
     model = syncnorm.convert(net(track=how == "shared statistics"))
     x = mine(batch()[0])
     before = {name: value.clone() for name, value in model.named_buffers()}
@@ -193,7 +193,7 @@ def refused(how: str) -> tuple[str, bool]:
 
 
 @pytest.mark.parametrize(
-    ("how", "says"),
+    ("how", "message"),
     [
         ("shared statistics", "vmap over 1 would update the same running statistics once for each of 2 batches"),
         ("jvp", "1 has no forward-mode derivative in training"),
@@ -201,13 +201,13 @@ def refused(how: str) -> tuple[str, bool]:
         ("third", "1 has no third derivative"),
     ],
 )
-def test_what_cannot_be_names_the_layer_and_leaves_it_as_it_was(how, says):
-    for told, same in run_ranks(refused, len(ROWS), args=(how,), timeout=30):
-        assert says in told
+def test_unsupported_transforms_raise_and_leave_the_layer_unchanged(how, message):
+    for error, same in run_ranks(_rank_refused, len(ROWS), args=(how,), timeout=30):
+        assert message in error
         assert same
 
 
-def test_one_process_is_torchs_own():
+def test_one_process_equals_torchs_layer():
     model, plain = syncnorm.convert(net()), net()
     x, c = batch()
     got = grad(lambda x: (model(x) * c).sum())(x)

@@ -1,4 +1,4 @@
-"""Runs ``tests/layer/interpreted`` where the Triton kernels are interpreted: chosen before Triton is imported."""
+"""Runs ``tests/layer/interpreted`` in a process that selects Triton's interpreter before Triton is imported."""
 
 import importlib.util
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 @pytest.mark.parametrize("file", ["test_passes.py", "test_two_ranks.py"])
 def test_the_kernels_under_tritons_interpreter(file):

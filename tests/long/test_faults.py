@@ -3,6 +3,8 @@
 import faults
 import pytest
 
+pytestmark = pytest.mark.slow
+
 DISAGREEMENTS = ("skip", "reorder", "widen", "extra", "nan", "models", "thread", "version")
 
 

@@ -1,6 +1,9 @@
 """The short form of ``python tests/long/fuzz.py``."""
 
 import fuzz
+import pytest
+
+pytestmark = pytest.mark.slow
 
 
 def test_random_cases_equal_the_whole_batch():

@@ -1,4 +1,4 @@
-"""Documents: links lead somewhere, and the Chinese README says what the English one does, figure for figure."""
+"""Links in the documents resolve, and the Chinese README has the structure, figures and names of the English one."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("[!.]*/*.md")])
 ENGLISH, CHINESE = (ROOT / name for name in ("README.md", "README.zh-CN.md"))
 
 CODE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
@@ -20,12 +20,12 @@ def prose(text: str) -> str:
 
 
 def anchors(text: str) -> set[str]:
-    """GitHub's: lower case, punctuation gone, a hyphen for each space."""
+    """As GitHub makes them: lower case, no punctuation, a hyphen for each space."""
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for _, title in HEADING.findall(prose(text))}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
-def test_links_lead_somewhere(document):
+def test_links_resolve(document):
     text = document.read_text()
     defined = set(re.findall(r"^\[([\w-]+)\]: https://", text, re.MULTILINE))
     for target, reference in LINK.findall(prose(text)):
@@ -40,7 +40,7 @@ def test_links_lead_somewhere(document):
 
 
 def sections(document: Path) -> list[tuple[str, str]]:
-    """(level of the heading, what stands below it), the first one being the title."""
+    """(level of the heading, text below it), starting with the title."""
     text = document.read_text()
     hidden = CODE.sub(lambda block: block[0].replace("#", "\0"), text)
     starts = [*HEADING.finditer(hidden)]
@@ -54,7 +54,7 @@ def tables(text: str) -> list[int]:
 
 
 def targets(text: str) -> list[str]:
-    """Where links lead, but for the other language and headings, which are called otherwise there."""
+    """The targets of links, except the other README and headings, which differ between the languages."""
     found = [reference or target for target, reference in LINK.findall(prose(text))]
     return sorted(t for t in found if not t.startswith(("#", "README")))
 
@@ -67,7 +67,7 @@ def names(text: str) -> list[str]:
     return sorted(re.findall(r"`([^`]+)`", prose(text).replace("\n", " ")))
 
 
-def test_the_chinese_readme_keeps_step():
+def test_the_chinese_readme_matches_the_english_one():
     english, chinese = sections(ENGLISH), sections(CHINESE)
     assert [level for level, _ in chinese] == [level for level, _ in english]
     for (_, ours), (_, theirs) in zip(english, chinese, strict=True):

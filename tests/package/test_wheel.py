@@ -1,4 +1,4 @@
-"""What is published: the wheel and the sdist, built as ``python -m build`` builds them."""
+"""The wheel and the sdist that are published, as ``python -m build`` makes them."""
 
 import subprocess
 import sys
@@ -10,16 +10,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-NOT_CODE = {"syncnorm/py.typed", "syncnorm/tools/report/templates/comparison.html.j2"}  # what a builder forgets
+NOT_CODE = {"syncnorm/py.typed", "syncnorm/tools/report/templates/comparison.html.j2"}  # easily left out of a wheel
 
 if find_spec("build") is None or find_spec("hatchling") is None:
     pytest.skip("needs build and hatchling: pip install '.[release]'", allow_module_level=True)
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("dist")
-    # Without isolation nothing is downloaded; the wheel is built from the sdist, so that the sdist is enough for it.
+    # Without isolation, nothing is downloaded. The wheel is built from the sdist, so the sdist is complete.
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -31,7 +34,7 @@ def sources() -> set[str]:
     return {path.relative_to(ROOT).as_posix() for path in files}
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(built):
+def test_the_wheel_contains_the_package_and_nothing_else(built):
     (wheel,) = built.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     metadata = {name for name in names if ".dist-info/" in name}
@@ -40,7 +43,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
     assert any(name.endswith("/entry_points.txt") for name in metadata)
 
 
-def test_the_sdist_holds_what_builds_and_tests_it(built):
+def test_the_sdist_contains_what_builds_and_tests_it(built):
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
@@ -51,7 +54,7 @@ def test_the_sdist_holds_what_builds_and_tests_it(built):
     assert not [name for name in names if any(part in name for part in junk)]
 
 
-def test_metadata_is_what_an_index_accepts(built):
+def test_an_index_accepts_the_metadata(built):
     if find_spec("twine") is None:
         pytest.skip("needs twine: pip install '.[release]'")
     command = [sys.executable, "-m", "twine", "check", "--strict", *map(str, built.iterdir())]

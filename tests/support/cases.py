@@ -1,4 +1,4 @@
-"""One training step (or several) of a layer on uneven ranks, described by a Case and checked against fp64."""
+"""Training steps of a layer on uneven ranks, described by a `Case` and compared with fp64 on the whole batch."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float3
 
 @dataclass(frozen=True)
 class Case:
-    """What a step is made of; everything else follows from ``seed``, on every process alike."""
+    """The configuration of a step. The data follow from ``seed`` and are the same in every process."""
 
     splits: tuple[int, ...]  # rows of each rank
     channels: int = 3
@@ -32,7 +32,7 @@ class Case:
     std: float = 2.0
     steps: int = 1
     seed: int = 0
-    mask: str = ""  # none, or by positions, rows, places (the same in each row), lengths (of each row's first place)
+    mask: str = ""  # positions, rows, places (the same in each row), lengths (along the first axis), or none
 
     def params(self) -> torch.dtype:
         if self.param_dtype is not None:
@@ -54,7 +54,7 @@ class Case:
         return list(x.split(self.splits)), list(dy.split(self.splits))
 
     def masks(self, step: int) -> list[Tensor | None]:
-        """By rank, True where a position counts; broadcasts over what it does not tell apart."""
+        """The mask of each rank, True where a position counts; broadcasts over the other axes."""
         if not self.mask:
             return [None for _ in self.splits]
         generator = torch.Generator().manual_seed(self.seed * 1000 + step)
@@ -71,7 +71,7 @@ class Case:
         return list(valid.split(self.splits))
 
     def values(self, step: int) -> int:
-        """Values a channel over all ranks."""
+        """Values per channel over all ranks."""
         masks = self.masks(step)
         return sum(
             torch.Size((rows, *self.spatial)).numel() if mask is None else int(mask.expand(rows, *self.spatial).sum())
@@ -108,14 +108,14 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 
 
 def run_case(case: Case) -> list[dict[str, Any]]:
-    """The steps of a case on this rank: what came out of each."""
+    """Runs the steps of a case on this rank; returns the results of each step."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     layer = case.layer()
     results = []
     for step in range(case.steps):
         inputs, grads = case.batch(step)
         x, mask = inputs[rank], case.masks(step)[rank]
-        if mask is not None:  # what padding holds is nobody's business
+        if mask is not None:  # padding must not affect the result
             x = x.masked_fill(~mask.unsqueeze(1), torch.nan)
         x = laid_out(x, case.layout).detach().requires_grad_()
         y = layer(x, mask=mask)
@@ -138,7 +138,7 @@ def run_case(case: Case) -> list[dict[str, Any]]:
 def check(case: Case) -> list[list[dict[str, Any]]]:
     """Runs a case on its ranks and compares everything with fp64 ``F.batch_norm`` on the whole batch.
 
-    Returns what each rank returned, for further questions.
+    Returns the results of each rank, for further checks.
     """
     ranks = run_ranks(run_case, len(case.splits), (case,))
     compare(case, ranks)
@@ -146,9 +146,9 @@ def check(case: Case) -> list[list[dict[str, Any]]]:
 
 
 def compare(case: Case, ranks: list[list[dict[str, Any]]]) -> None:
-    """Raises an AssertionError if what the ranks returned is not what the whole batch gives."""
+    """Raises an AssertionError if the results of the ranks differ from those of the whole batch."""
     layer, dtype = case.layer(), DTYPES[case.dtype]
-    # Sums over the batch are made and kept in fp32 even for half-precision input, if the parameters are fp32.
+    # With fp32 parameters, sums over the batch are computed and stored in fp32 even for half-precision input.
     sums = torch.float64 if case.params() == dtype == torch.float64 else torch.float32
     if case.params() not in (torch.float64, torch.float32):
         sums = case.params()
@@ -184,12 +184,12 @@ def compare(case: Case, ranks: list[list[dict[str, Any]]]) -> None:
                 assert_close(got["buffers"]["running_mean"], want.running_mean, sums)
                 assert_close(got["buffers"]["running_var"], want.running_var, sums)
                 assert got["buffers"]["num_batches_tracked"] == tracked
-                for name, value in got["buffers"].items():  # the same bits on every rank
+                for name, value in got["buffers"].items():  # bitwise equal on every rank
                     assert torch.equal(value, ranks[0][step]["buffers"][name]), name
         if case.track:
             running = {"running_mean": want.running_mean, "running_var": want.running_var}
 
 
 def valid(x: Tensor, mask: Tensor | None) -> Tensor:
-    """``x`` as it is without a mask; (positions, C) of those that count with one."""
+    """``x`` without a mask; with one, the values at positions that count, as (positions, C)."""
     return x if mask is None else x.movedim(1, -1)[mask.expand(x.size(0), *x.shape[2:])]

@@ -1,10 +1,10 @@
-"""Models of other libraries, and what ``convert`` makes of them.
+"""Models from other libraries, and how ``convert`` changes them.
 
-    python tests/support/foreign_models.py          # a Markdown table: what is synced, what is left alone and why
-    python tests/support/foreign_models.py --steps  # also a training step of each on two ranks, against one process
+    python tests/support/foreign_models.py          # a Markdown table: what is synced, what is not and why
+    python tests/support/foreign_models.py --steps  # also compares a training step on two ranks with one process
 
-Each is its library's own architecture without pretrained weights, narrowed where the library lets one. Dropout is
-off, so that two runs can be compared, and all is fp64: deep nets magnify rounding, and a fault should not hide in it.
+Each model is its library's architecture without pretrained weights, narrower than usual where the library allows it.
+Dropout is off, so that two runs can be compared. All is fp64, because deep networks amplify rounding errors.
 """
 
 import argparse
@@ -34,7 +34,7 @@ LIBRARIES = {
 
 
 class Field(nn.Module):
-    """A model of transformers as one that returns a tensor: one field of its output."""
+    """A model of transformers that returns one field of its output, a tensor."""
 
     def __init__(self, model: nn.Module, field: str):
         super().__init__()
@@ -68,7 +68,7 @@ def transformers(model: str, config: str, field: str, **options: object) -> nn.M
 
 def conformer(**options: object) -> nn.Module:
     made = transformers("Wav2Vec2ConformerModel", "Wav2Vec2ConformerConfig", "last_hidden_state", **options)
-    made.model.feature_extractor._freeze_parameters()  # as one does to fine-tune; or else it expects a leaf as input
+    made.model.feature_extractor._freeze_parameters()  # as in fine-tuning; otherwise its input must be a leaf
     return made
 
 
@@ -183,7 +183,7 @@ MODELS = {
             attn_implementation="eager",
         ),
         (400,),
-        unused=True,  # the embedding of masked frames
+        unused=True,  # the embedding of masked frames gets no gradient
     ),
     "transformers PatchTST": Model(
         "transformers",
@@ -204,7 +204,7 @@ MODELS = {
         ),
         (16, 2),
     ),
-    "transformers DETR": Model("transformers", detr, _RGB, unused=True),  # its boxes
+    "transformers DETR": Model("transformers", detr, _RGB, unused=True),  # the boxes get no gradient
     **{f"smp {name}": Model("smp", functools.partial(smp, name), _RGB) for name in ("Unet", "FPN", "DeepLabV3Plus")},
     "monai UNet, batch": Model(
         "monai",
@@ -229,7 +229,7 @@ def installed(name: str) -> bool:
 def build(name: str) -> nn.Module:
     """The model, in training mode; ranks call this too."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the libraries, about themselves
+        warnings.simplefilter("ignore")  # warnings of the libraries about their own code
         torch.manual_seed(0)
         model = MODELS[name].build().double().train()
     for module in model.modules():
@@ -247,7 +247,7 @@ def batch_norms(model: nn.Module) -> int:
 
 
 def assert_step_matches(name: str) -> None:
-    """One training step on two ranks, of 3 and 2 samples, is that of the whole batch."""
+    """Checks that one training step on two ranks, with 3 and 2 samples, equals that on the whole batch."""
     assert_matches_single_process(
         functools.partial(build, name),
         samples(name, 5),
@@ -264,12 +264,12 @@ def row(name: str, step: bool) -> list[str]:
     synced = sum(layer.synced for layer in layers)
     left = Counter((layer.type, layer.note.removeprefix("left alone: ")) for layer in layers if not layer.synced)
     fused = sum("fused" in layer.note for layer in syncnorm.describe(syncnorm.convert(model, fuse=True)))
-    told = "; ".join(f"{count} {kind}: {note}" for (kind, note), count in left.items()) or "-"
+    reasons = "; ".join(f"{count} {kind}: {note}" for (kind, note), count in left.items()) or "-"
     cells = [
         name,
         str(len(layers)),
         f"{synced} of {expected}" if synced < expected else str(synced),
-        told,
+        reasons,
         str(fused),
     ]
     if step:
@@ -283,10 +283,10 @@ def row(name: str, step: bool) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", action="store_true", help="train each for a step, on two ranks and on one")
-    parser.add_argument("--only", default="", help="names that contain this")
+    parser.add_argument("--steps", action="store_true", help="also train each for one step, on two ranks and on one")
+    parser.add_argument("--only", default="", help="only models whose name contains this")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # the convolutions are many and small, and fp64's run group by group
+    torch.set_num_threads(1)  # many small convolutions; those in fp64 run group by group
     head = ["model", "norm layers", "synced", "left alone", "fused with their ReLU"]
     head += ["a step on 2 ranks and on 1"] * options.steps
     for cells in (head, ["---"] * len(head)):

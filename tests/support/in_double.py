@@ -1,6 +1,6 @@
-"""Runs a script in double precision, where the order of a sum over ranks changes nothing that one sees.
+"""Runs a script in double precision, so that the order of a sum over ranks makes no visible difference.
 
-in_double.py SCRIPT ...
+Usage: in_double.py SCRIPT ...
 """
 
 import runpy

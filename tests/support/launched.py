@@ -1,6 +1,6 @@
-"""Started by a launcher: a synced layer against fp64 on the whole batch, then steps of it for --seconds.
+"""Started by a launcher: compares a synced layer with fp64 on the whole batch, then runs steps for --seconds.
 
-Nothing but the layer communicates, so that whatever breaks the connection breaks it there.
+Only the layer communicates, so that a broken connection is detected in the layer.
 """
 
 import argparse

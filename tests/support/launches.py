@@ -1,4 +1,4 @@
-"""Starting recipes from launch/ as their heads say, and reading what they print."""
+"""Starts the recipes in launch/ as their first lines say, and parses what they print."""
 
 import os
 import re
@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+SUPPORT = ROOT / "tests" / "support"
 TRAIN = (str(ROOT / "examples" / "train_ddp.py"),)
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Without what a launcher around the tests may have set; one thread a rank; this interpreter for ``python3``."""
+    """Without the variables of a launcher around the tests; one thread per rank; this interpreter for ``python3``."""
     ours = {
         k: v
         for k, v in os.environ.items()
@@ -23,7 +24,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def run(*command: str, cwd: Path, timeout: float = 300, **env: str) -> str:
-    """What a command prints on stdout; it must succeed."""
+    """The stdout of a command, which must succeed."""
     done = subprocess.run(
         command,
         cwd=cwd,

@@ -1,4 +1,4 @@
-"""Layers and models that tests convert; importable by ranks."""
+"""Layers and models that the tests convert; ranks can import them."""
 
 import functools
 
@@ -15,7 +15,7 @@ class Scale(nn.Module):
 
 
 class BatchNormAct(nn.BatchNorm2d):
-    """A batch norm with an activation, written as timm writes its own."""
+    """A batch norm with an activation, written as in timm."""
 
     def __init__(self, num_features: int):
         super().__init__(num_features)
@@ -29,20 +29,20 @@ class BatchNormAct(nn.BatchNorm2d):
 
 
 class BatchNormPlusOne(nn.BatchNorm2d):
-    """Calls its parent."""
+    """Calls the forward of its parent class."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + 1
 
 
 class BatchNormTorchCall(nn.BatchNorm2d):
-    """Calls ``torch.batch_norm``, through a helper of its module."""
+    """Calls ``torch.batch_norm`` through a function of its module."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return normalised(self, x)
+        return normalized(self, x)
 
 
-def normalised(bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
+def normalized(bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
     return torch.batch_norm(x, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.training, 0.1, bn.eps, False)
 
 
@@ -50,16 +50,16 @@ class BatchNormAliased(nn.BatchNorm2d):
     """Calls ``F.batch_norm`` under another name, through a partial."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return normalise(
+        return normalize(
             x, self.running_mean, self.running_var, bias=self.bias, weight=self.weight, training=self.training
         )
 
 
-normalise = functools.partial(F.batch_norm, eps=1e-5)
+normalize = functools.partial(F.batch_norm, eps=1e-5)
 
 
 class BatchNormKeywords(nn.BatchNorm2d):
-    """Calls ``torch.batch_norm`` by keyword."""
+    """Calls ``torch.batch_norm`` with keyword arguments."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.batch_norm(
@@ -76,7 +76,7 @@ class BatchNormKeywords(nn.BatchNorm2d):
 
 
 class Frozen(nn.Module):
-    """A batch norm with constants."""
+    """A batch norm with constant statistics."""
 
     def forward(self, x: Tensor) -> Tensor:
         mean = torch.full((x.size(1),), 3.0, dtype=x.dtype)
@@ -84,7 +84,7 @@ class Frozen(nn.Module):
 
 
 class BatchNormWithFrozenChild(nn.BatchNorm2d):
-    """Its activation normalises too, with statistics of its own."""
+    """Its activation also normalizes, with separate statistics."""
 
     def __init__(self, num_features: int):
         super().__init__(num_features)
@@ -95,7 +95,7 @@ class BatchNormWithFrozenChild(nn.BatchNorm2d):
 
 
 class BatchNormOwnPickle(nn.BatchNorm2d):
-    """Pickles by its constructor."""
+    """Is pickled through its constructor."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)
@@ -105,7 +105,7 @@ class BatchNormOwnPickle(nn.BatchNorm2d):
 
 
 class BatchNormWithGroup(nn.BatchNorm2d):
-    """Has an attribute of the name that synced layers use."""
+    """Has an attribute with a name that synced layers use."""
 
     process_group = "none"
 
@@ -117,7 +117,7 @@ class BatchNormWithGroup(nn.BatchNorm2d):
 class BatchNormNamed(nn.BatchNorm2d):
     """A subclass that changes nothing in the forward."""
 
-    colour = "blue"
+    color = "blue"
 
 
 SUBCLASSES = [
@@ -134,7 +134,7 @@ SUBCLASSES = [
 
 
 class OwnArithmetic(nn.BatchNorm2d):
-    """Normalises by hand."""
+    """Normalizes without calling batch_norm."""
 
     def forward(self, x: Tensor) -> Tensor:
         mean = x.mean((0, 2, 3), keepdim=True)
@@ -142,7 +142,7 @@ class OwnArithmetic(nn.BatchNorm2d):
 
 
 class OwnInTraining(nn.BatchNorm2d):
-    """Normalises by hand in training alone, so that its code names what it does not call there."""
+    """Normalizes without batch_norm, in training only, although its code refers to batch_norm."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:

@@ -1,6 +1,6 @@
-"""Started by accelerate's launcher: a script whose CPU ranks accelerate shards as it would GPUs.
+"""Started by accelerate's launcher: makes accelerate shard CPU ranks as it does GPUs.
 
-Accelerate chooses FSDP only for ranks that it takes for GPUs; what it does then works on any device.
+Accelerate chooses FSDP only for ranks with GPUs; the sharding itself works on any device.
 """
 
 import runpy
@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 
 class Sharding(Accelerator):
-    """Says after ``prepare`` what lies on this rank."""
+    """Prints after ``prepare`` how many parameters this rank holds."""
 
     def prepare(self, model, *others):
         model, *others = super().prepare(model, *others)

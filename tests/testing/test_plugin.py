@@ -30,6 +30,7 @@ def plugin_arguments(pytestconfig):
     return [] if loaded_by_entry_point else ["-p", "syncnorm.testing.plugin"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("import_mode", "folder"), [("prepend", "."), ("importlib", "tests/unit")])
 def test_the_fixtures_run_functions_of_a_test_module(pytester, pytestconfig, import_mode, folder):
     path = pytester.path / folder / "test_uses_plugin.py"

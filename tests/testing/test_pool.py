@@ -179,6 +179,7 @@ def never_join():
     threading.Event().wait()
 
 
+@pytest.mark.slow
 def test_a_hang_names_the_ranks_and_shows_their_stacks():
     run_ranks(_rank_pid, 2)
     start = time.monotonic()
@@ -266,6 +267,7 @@ def _rank_nested():
     return run_ranks(_rank_pid, 1)
 
 
+@pytest.mark.slow
 def test_a_rank_may_have_ranks_and_still_ends():
     shutdown()
     ((inner,),) = run_ranks(_rank_nested, 1)
@@ -288,6 +290,7 @@ def _rank_echo(value):
     return value
 
 
+@pytest.mark.slow
 def test_classes_of_the_test_module_travel():
     assert run_ranks(_rank_echo, 2, args=(Picklable(3),)) == [Picklable(3)] * 2
     assert run_ranks(_rank_echo, 1, args=(_rank_pid,)) == [_rank_pid]
@@ -319,6 +322,7 @@ def test_invalid_arguments_raise_before_anything_starts():
     assert pool._kept is None
 
 
+@pytest.mark.slow
 def test_shutdown_ends_the_ranks_and_the_next_call_starts_new_ones():
     pids = run_ranks(_rank_pid, 2)
     with warnings.catch_warnings():
@@ -356,6 +360,7 @@ def in_subprocess(*arguments, **options):
     )
 
 
+@pytest.mark.slow
 def test_a_script_gets_its_results_and_leaves_nothing_behind(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
@@ -369,6 +374,7 @@ def test_a_script_gets_its_results_and_leaves_nothing_behind(tmp_path):
     assert set(os.listdir(tmp_path)) == before
 
 
+@pytest.mark.slow
 def test_ranks_end_with_a_caller_that_is_killed(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
@@ -384,6 +390,7 @@ def test_ranks_end_with_a_caller_that_is_killed(tmp_path):
     assert os.listdir(tmp_path) == ["script.py"]
 
 
+@pytest.mark.slow
 def test_a_script_without_guard_gets_an_explanation(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.replace('if __name__ == "__main__":', "if True:"))

@@ -210,6 +210,7 @@ def test_incomplete_environment_of_a_launcher(call, monkeypatch, environ, messag
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_the_json_is_written_although_stdout_fails(tmp_path):
     file = tmp_path / "out.json"
@@ -327,6 +328,7 @@ def test_the_users_model_and_data_on_started_ranks(nets):
     assert comparison.verdict[0] in " ".join(done.stdout.split())
 
 
+@pytest.mark.slow
 def test_the_users_model_and_loss_under_torchrun(nets):
     done = _torchrun(*USERS, "--loss", "nets:summed", "--arms", "ddp+syncbn", "--json", "out.json")
     assert done.returncode == 0, done.stderr
@@ -337,6 +339,7 @@ def test_the_users_model_and_loss_under_torchrun(nets):
     assert "the loss is a sum over samples" in synced.note
 
 
+@pytest.mark.slow
 def test_the_users_model_under_accelerate_launch(nets):
     launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
     done = _start(*launcher, "-m", "syncnorm", *USERS, "--arms", "ddp+syncbn", "--json", "out.json")
@@ -345,6 +348,7 @@ def test_the_users_model_under_accelerate_launch(nets):
     assert _of_nets(nets / "out.json")["ddp+syncbn"].parity[0].within_rounding
 
 
+@pytest.mark.slow
 def test_several_batch_sizes_under_torchrun(nets):
     given = ("compare", "--model", "nets:build", "--data", "nets:datasets", "--batch-per-rank", "2,4", *SHORT)
     done = _torchrun(*given, "--arms", "ddp", "--json", "out.json")
@@ -361,6 +365,7 @@ def test_under_torchrun_a_bad_argument_prints_one_line():
     assert "syncnorm/cli" not in done.stderr  # torchrun prints a traceback of its own code
 
 
+@pytest.mark.slow
 def test_under_torchrun_a_rank_that_fails_alone_says_why(nets):
     (nets / "lame.py").write_text(
         "import os\nfrom nets import build\nif os.environ['RANK'] == '1':\n    raise OSError('no disk here')\n"

@@ -84,6 +84,7 @@ def test_ddp_reduces_each_gradient_once(comparison):
     assert comparison["single"].collectives == ()
 
 
+@pytest.mark.slow
 def test_the_count_does_not_depend_on_the_number_of_steps(comparison):
     assert run(arms=["ddp"], steps=1)["ddp"].collectives == comparison["ddp"].collectives
 

@@ -94,6 +94,7 @@ class TestFullDisk:
         name = " ".join(command)
         assert err == f"syncnorm {name}: cannot write {FULL}: No space left on device\n"
 
+    @pytest.mark.slow
     def test_the_other_files_of_a_real_run_are_written(self, run, tmp_path):
         done = run(*COMPARE, "--json", FULL, "--html", "out.html")
         assert done.returncode == NOT_WRITTEN
@@ -152,6 +153,7 @@ class TestTextIsLiteral:
         assert NAME.replace("\u5c42", "?") in done.stdout.decode("latin-1")
         assert (tmp_path / "out.html").exists()
 
+    @pytest.mark.slow
     def test_steps_that_a_rank_prints(self, run):
         asked = ("--model", "nets:build", "--data", "nets:data", "--steps", "2", "--every", "2")
         done = run("diagnose", *asked, PYTHONIOENCODING="ascii")
@@ -178,6 +180,7 @@ class TestTextIsLiteral:
             figure.suptitle("$x_{$ \u5c42")
 
 
+@pytest.mark.slow
 def test_what_was_compared_before_a_rank_was_killed(run, tmp_path):
     done = run(
         *COMPARE, "--loss", "nets:deadly", "--batch-per-rank", "2,4", "--json", "out.json", "--html", "out.html"
@@ -205,6 +208,7 @@ def _sizes(file):
     return [each["settings"]["batch_per_rank"] for each in json.loads(file.read_text())["comparisons"]]
 
 
+@pytest.mark.slow
 def test_rows_that_were_measured_before_a_rank_was_killed(call, monkeypatch, tmp_path):
     monkeypatch.setattr(bench_runner, "measure_on_rank", _rank_killed_in_the_second_row)
     given = ("layer", "--quick", "--device", "cpu", "--dtypes", "fp32", "--shapes", "2,3;2,4")
@@ -234,6 +238,7 @@ def _deadly_row(shape, *how):
     return MEASURE_ROW(shape, *how)
 
 
+@pytest.mark.slow
 def test_runs_of_a_study_that_were_done_before_a_rank_was_killed(call, monkeypatch, tmp_path):
     monkeypatch.setattr(study_runner, "answer_on_rank", _rank_killed_in_the_second_run)
     code, out, err = call("study", "fold", "--quick", "--json", "out.json", "--markdown", "out.md")

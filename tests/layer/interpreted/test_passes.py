@@ -1,6 +1,6 @@
-"""The Triton kernels against fp64: on a GPU as they are, without one under Triton's interpreter.
+"""The Triton kernels compared with fp64: compiled on a GPU, otherwise under Triton's interpreter.
 
-``tests/layer/test_triton.py`` switches that on.
+``tests/layer/test_triton.py`` selects the interpreter.
 """
 
 import os
@@ -19,7 +19,7 @@ from syncnorm.testing import assert_close
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
-# C of 1, not a power of two, beyond a tile; places likewise; a tensor of several tiles in each direction.
+# C and the number of positions: 1, not a power of two, more than a tile; and several tiles in both directions.
 SHAPES = {
     torch.float32: [(3, 1, 5, 5), (4, 130), (2, 5, 40, 37), (2, 3, 4, 5, 6), (700, 3), (70, 2, 9)],
     torch.bfloat16: [(6, 5, 7, 3), (4, 130)],
@@ -97,7 +97,7 @@ def test_without_weight_and_bias():
         assert torch.equal(got, want)
 
 
-def test_a_nan_passes_the_relu_as_it_does_torchs():
+def test_a_nan_propagates_through_the_relu_as_in_torch():
     x, dy, _, mean, invstd, weight, bias = tensors((6, 5, 7, 3), torch.float32, False)
     x[0, 1, 2, 0] = torch.nan
     y = torch.empty_like(x)
@@ -127,7 +127,7 @@ def test_merging_equals_plain_operators(counts, channels, momentum, running_dtyp
     rows[:, -2] = torch.tensor(counts)
     rows[rows[:, -2] == 0, :channels] = 0
     rows = rows.to(DEVICE)
-    gathered, counts_W1 = rows[:, :-2], rows[:, -2:-1]  # as they come: with gaps between the rows
+    gathered, counts_W1 = rows[:, :-2], rows[:, -2:-1]  # with gaps between the rows, as in the exchange
     before = rows.clone()
 
     def running() -> moments.Running | None:
@@ -149,7 +149,7 @@ def test_merging_equals_plain_operators(counts, channels, momentum, running_dtyp
     assert torch.equal(rows, before)
 
 
-def test_what_the_merging_kernel_leaves_to_plain_operators():
+def test_inputs_that_the_merging_kernel_does_not_support():
     gathered, buffers = torch.zeros(2, 6), torch.zeros(3)
     assert not triton_merge.supports(gathered.double(), None)
     assert not triton_merge.supports(gathered, moments.Running(buffers, buffers, torch.tensor(0), None))

@@ -1,4 +1,4 @@
-"""The fused function on two ranks, through Triton's interpreter, against the fp64 full batch."""
+"""The layer fused with its ReLU on two ranks, in Triton's interpreter, compared with fp64 on the whole batch."""
 
 import os
 
@@ -30,7 +30,9 @@ def vectors() -> tuple[Tensor, Tensor]:
     return torch.rand(CHANNELS, generator=generator) - 0.3, torch.randn(CHANNELS, generator=generator)
 
 
-def step(rows: tuple[int, ...], dtype: torch.dtype, layout: str, with_shortcut: bool) -> dict[str, Tensor | None]:
+def _rank_step(
+    rows: tuple[int, ...], dtype: torch.dtype, layout: str, with_shortcut: bool
+) -> dict[str, Tensor | None]:
     rank = dist.get_rank()
     x, shortcut, dy = (part[rank] for part in batch(rows, dtype))
     x = x.contiguous(memory_format=getattr(torch, layout)).requires_grad_()
@@ -65,8 +67,8 @@ def step(rows: tuple[int, ...], dtype: torch.dtype, layout: str, with_shortcut: 
 def test_the_fused_step_is_that_of_the_full_batch(rows, dtype, layout, with_shortcut):
     inputs, shortcuts, grads = batch(rows, dtype)
     weight, bias = vectors()
-    found = run_ranks(step, len(rows), (rows, dtype, layout, with_shortcut))
-    # What the ReLU lets through is that of the rank's own output: at a rounding from zero either is right.
+    found = run_ranks(_rank_step, len(rows), (rows, dtype, layout, with_shortcut))
+    # Where the ReLU is open is taken from the rank's output, because within rounding of zero either is correct.
     passed = [dy.double() * (got["y"] > 0) for dy, got in zip(grads, found, strict=True)]
     start = torch.zeros(CHANNELS), torch.ones(CHANNELS)
     want = batch_norm_oracle(inputs, passed, weight, bias, *start, MOMENTUM, EPS)
@@ -83,7 +85,7 @@ def test_the_fused_step_is_that_of_the_full_batch(rows, dtype, layout, with_shor
             assert torch.equal(got["d_shortcut"].double(), passed[rank])
 
 
-def what_else() -> tuple[bool, bool]:
+def _rank_fp64_and_strided_weight() -> tuple[bool, bool]:
     generator = torch.Generator().manual_seed(dist.get_rank())
     x = torch.randn(3, CHANNELS, 2, 2, generator=generator)
     layer = syncnorm.SyncBatchNorm2d(CHANNELS, dtype=torch.float64)
@@ -96,11 +98,11 @@ def what_else() -> tuple[bool, bool]:
     return torch.allclose(wide, layer(x.double()).relu(), rtol=1e-13, atol=1e-13), torch.equal(y, z)
 
 
-def test_fp64_stays_fp64_and_a_strided_weight_is_read_as_it_is():
-    assert run_ranks(what_else, 2) == [(True, True)] * 2
+def test_fp64_input_and_a_strided_weight():
+    assert run_ranks(_rank_fp64_and_strided_weight, 2) == [(True, True)] * 2
 
 
-def penalty() -> str:
+def _rank_penalty() -> str:
     layer = syncnorm.SyncBatchNorm2d(3)
     x = torch.randn(2, 3, 2, 2).requires_grad_()
     (dx,) = torch.autograd.grad(layer(x, relu=True).square().sum(), x, create_graph=True)
@@ -111,5 +113,5 @@ def penalty() -> str:
     return ""
 
 
-def test_a_second_derivative_is_refused_and_not_wrong():
-    assert all("once_differentiable" in told for told in run_ranks(penalty, 2))
+def test_a_second_derivative_raises():
+    assert all("once_differentiable" in told for told in run_ranks(_rank_penalty, 2))

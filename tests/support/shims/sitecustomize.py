@@ -1,4 +1,4 @@
-"""Run by every Python that starts with this folder on its path, launched ranks included."""
+"""Run by every Python process that starts with this folder on its path, including launched ranks."""
 
 from torchvision_operators import make_torchvision_importable
 

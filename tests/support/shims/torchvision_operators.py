@@ -1,7 +1,7 @@
-"""torchvision beside a torch that its compiled part does not fit: torch's CPU build and torchvision's CUDA wheel.
+"""Makes torchvision's CUDA wheel importable with torch's CPU build, which its compiled part does not fit.
 
-Its Python part needs two names of that compiled part to be imported at all. Declared here, without an implementation,
-they let timm, transformers and segmentation-models-pytorch import what they use of it, none of which calls them.
+To be imported, its Python part needs two operators of the compiled part. They are declared here without an
+implementation; timm, transformers and segmentation-models-pytorch import torchvision but do not call them.
 """
 
 import sys
@@ -9,16 +9,16 @@ from importlib.util import find_spec
 
 import torch
 
-_DECLARED: list[torch.library.Library] = []  # an operator lives as long as its library
+_DECLARED: list[torch.library.Library] = []  # an operator exists as long as its library object
 
 
 def make_torchvision_importable() -> None:
-    """Imports torchvision, if there is one: as it is, or else with its two operators declared."""
+    """Imports torchvision if it is installed, with its two operators declared if the import fails otherwise."""
     if find_spec("torchvision") is None:
         return
     try:
         import torchvision
-    except RuntimeError as error:  # torch's for a fake of an operator that does not exist
+    except RuntimeError as error:  # raised when a fake kernel is registered for a missing operator
         if "torchvision::nms" not in str(error):
             raise
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
