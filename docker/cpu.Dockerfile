@@ -32,7 +32,7 @@ RUN pip wheel -q --no-deps --wheel-dir /dist .
 
 FROM ${BASE_IMAGE}
 LABEL org.opencontainers.image.title="syncnorm" \
-      org.opencontainers.image.description="Synchronized batch normalisation for PyTorch, on the CPU with gloo" \
+      org.opencontainers.image.description="Synchronized batch normalization for PyTorch, on the CPU with gloo" \
       org.opencontainers.image.licenses="BSD-3-Clause"
 # A user with a home: torch and matplotlib keep caches there, and ask for the user's name.
 RUN useradd --uid 1000 --create-home syncnorm && install -d -o syncnorm -g syncnorm /workspace /workspace/checkpoints

@@ -32,7 +32,7 @@ RUN pip wheel -q --no-deps --wheel-dir /dist .
 
 FROM ${BASE_IMAGE}
 LABEL org.opencontainers.image.title="syncnorm" \
-      org.opencontainers.image.description="Synchronized batch normalisation for PyTorch, on NVIDIA GPUs with NCCL" \
+      org.opencontainers.image.description="Synchronized batch normalization for PyTorch, on NVIDIA GPUs with NCCL" \
       org.opencontainers.image.licenses="BSD-3-Clause"
 # Triton and torch.compile build their launchers at run time. The distribution's compiler has no version here because
 # its archive keeps the newest one only: a pin would break the build at the next security fix.

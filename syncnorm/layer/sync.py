@@ -1,4 +1,4 @@
-"""Whom a call of the layer synchronizes with, and under which name ranks recognize it."""
+"""Which ranks a call of the layer synchronizes with, and the name by which they recognize it."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -76,7 +76,7 @@ def test_gan_trains_like_one_process(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_compiled_layer_is_fused_with_its_neighbours(tmp_path):
+def test_the_compiled_layer_is_fused_with_its_neighbors(tmp_path):
     forward, backward, *kernel = torchrun(str(ROOT / "examples" / "compiled_kernels.py"), cwd=tmp_path).splitlines()
     before, after = forward.split("gather_moments, ")
     assert before.count("sum") == 1  # one kernel, for all the local moments

@@ -14,7 +14,7 @@ def model() -> nn.Sequential:
 def test_the_first_forward_warns_and_later_ones_do_not(recwarn):
     parallel = nn.DataParallel(model())
     x = torch.randn(2, 3, 4, 4)
-    with pytest.warns(UserWarning, match=r"inside nn.DataParallel, whose replicas, .* cannot be synchronised"):
+    with pytest.warns(UserWarning, match=r"inside nn.DataParallel, whose replicas, .* cannot be synchronized"):
         parallel(x)
     recwarn.clear()
     parallel(x)

@@ -35,7 +35,7 @@ def normalize(
     x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor
 ) -> Tensor:
     """``(x - mean) * invstd * weight + bias`` in one pass."""
-    return torch.ops.aten.batch_norm_elemt.out(  # type: ignore[no-any-return]
+    return torch.ops.aten.batch_norm_elemt.out(  # type: ignore[no-any-return]  # torch.ops is untyped
         x, _as(weight, mean), _as(bias, mean), mean, invstd, 0.0, out=y
     )
 
