@@ -186,7 +186,7 @@ def running_of(
 
 
 def add_and_rectify(output: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    """``relu(output + residual)`` by torch operators, without the parts that were not requested; ``output`` may be overwritten."""
+    """``relu(output + residual)``, either part only if requested; ``output`` may be overwritten."""
     if residual is not None:
         output = output.add_(residual) if fused_relu.same_layout(residual, output) else output + residual
     return output.relu_() if relu else output
