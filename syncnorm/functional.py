@@ -22,9 +22,9 @@ from syncnorm.comm import process_groups
 from syncnorm.comm.process_groups import ProcessGroupLike
 from syncnorm.errors import REFUSED, InputError, SyncNormError
 from syncnorm.layer import checkpointing, checks, func_transforms, fused_relu, local
-from syncnorm.layer.autograd import NoGradArgs, SyncBatchNormFunction, has_own_class, plain_tensor
+from syncnorm.layer.arguments import NoGradArgs, Sync
+from syncnorm.layer.autograd import SyncBatchNormFunction, has_own_class, plain_tensor
 from syncnorm.layer.moments import Running
-from syncnorm.layer.sync import Sync
 
 
 def sync_batch_norm(

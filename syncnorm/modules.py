@@ -20,7 +20,7 @@ from syncnorm.comm.layer_names import LayerName, Model
 from syncnorm.comm.process_groups import ProcessGroupLike
 from syncnorm.errors import SyncNormError
 from syncnorm.layer import checks
-from syncnorm.layer.sync import Sync
+from syncnorm.layer.arguments import Sync
 
 INSTEAD = "call the layer, or syncnorm.functional.sync_batch_norm"
 

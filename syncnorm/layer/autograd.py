@@ -4,33 +4,17 @@ Shapes: C = channels, N = values per channel over all ranks.
 Source: Ioffe and Szegedy, "Batch Normalization" (2015), algorithm 1 and the derivatives after it.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from syncnorm import comm
-from syncnorm.layer import checkpointing, kernels, moments
+from syncnorm.layer import checkpointing, kernels
+from syncnorm.layer.arguments import ForwardCall, NoGradArgs
 from syncnorm.layer.double_backward import double_backward
-from syncnorm.layer.statistics import global_moments
-from syncnorm.layer.sync import ForwardCall, Sync
-
-
-class NoGradArgs(NamedTuple):
-    """The arguments of the forward that have no gradient.
-
-    Attributes:
-        eps: added to the biased variance.
-        sync: the ranks that share statistics.
-        padding: (batch, 1, *spatial), boolean, True where the input is padding (and zero); None for none.
-        running: the running statistics to update, or None.
-    """
-
-    eps: float
-    sync: Sync
-    padding: Tensor | None
-    running: moments.Running | None
+from syncnorm.layer.global_moments import global_moments
 
 
 def forward(

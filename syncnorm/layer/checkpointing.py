@@ -22,7 +22,7 @@ from torch import Tensor
 
 from syncnorm.comm.process_groups import syncing
 from syncnorm.errors import SyncNormError
-from syncnorm.layer.sync import ForwardCall
+from syncnorm.layer.arguments import ForwardCall
 
 # The largest distance of a recomputed input from the first one, in standard deviations: more than rounding, or the
 # inverse of a reversible block, leaves, and less than two batches differ by.

@@ -15,10 +15,9 @@ from torch._library.effects import EffectType
 from syncnorm import comm
 from syncnorm.errors import SyncNormError
 from syncnorm.layer import checkpointing, moments
-from syncnorm.layer.autograd import NoGradArgs
+from syncnorm.layer.arguments import NoGradArgs, Sync
+from syncnorm.layer.global_moments import global_moments
 from syncnorm.layer.kernels.cpu import corrected_moments, masked_moments, per_channel
-from syncnorm.layer.statistics import global_moments
-from syncnorm.layer.sync import Sync
 
 NO_GROUP = ""  # the name that stands for no group: this process alone
 
@@ -73,7 +72,7 @@ def gather_moments(
     layer_name: str,
     tracks: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``statistics.global_moments`` as an operator.
+    """``global_moments`` as an operator.
 
     Args:
         mean: (C), of this rank.

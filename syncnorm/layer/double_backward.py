@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from syncnorm import comm
-from syncnorm.layer.sync import ForwardCall
+from syncnorm.layer.arguments import ForwardCall
 
 
 def double_backward(

@@ -12,10 +12,9 @@ from torch import Tensor
 from syncnorm import comm
 from syncnorm.errors import InputError
 from syncnorm.layer import autograd
-from syncnorm.layer.autograd import NoGradArgs
+from syncnorm.layer.arguments import ForwardCall, NoGradArgs
 from syncnorm.layer.double_backward import double_backward
 from syncnorm.layer.moments import Count, Running
-from syncnorm.layer.sync import ForwardCall
 
 
 def batch_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, args: NoGradArgs) -> Tensor:

@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from syncnorm import comm
 from syncnorm.layer import checkpointing, kernels
-from syncnorm.layer.autograd import NoGradArgs
-from syncnorm.layer.statistics import global_moments
+from syncnorm.layer.arguments import NoGradArgs
+from syncnorm.layer.global_moments import global_moments
 
 
 def supports(input: Tensor, residual: Tensor | None) -> bool:

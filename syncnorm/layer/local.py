@@ -6,10 +6,10 @@ from torch import Tensor
 
 from syncnorm.errors import InputError
 from syncnorm.layer import checkpointing, kernels
-from syncnorm.layer.autograd import NoGradArgs
+from syncnorm.layer.arguments import NoGradArgs
 from syncnorm.layer.checks import shape, where
+from syncnorm.layer.global_moments import global_moments
 from syncnorm.layer.moments import statistics_dtype
-from syncnorm.layer.statistics import global_moments
 
 
 def batch_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, args: NoGradArgs) -> Tensor:

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from syncnorm import comm
 from syncnorm.layer import checkpointing, kernels, moments
+from syncnorm.layer.arguments import ForwardCall, Sync
 from syncnorm.layer.checks import check_count
 from syncnorm.layer.moments import Count
-from syncnorm.layer.sync import ForwardCall, Sync
 
 
 def global_moments(

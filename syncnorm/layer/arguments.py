@@ -1,11 +1,12 @@
-"""Which ranks a call of the layer synchronizes with, and the name by which they recognize it."""
+"""The arguments of a call that are passed on together, from ``functional`` down to the gather and the sum."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
+from torch import Tensor
 
-from syncnorm.layer.moments import Count
+from syncnorm.layer.moments import Count, Running
 
 
 class Sync(NamedTuple):
@@ -20,6 +21,22 @@ class Sync(NamedTuple):
     group: dist.ProcessGroup | None
     layer_name: str
     graph_owners: Sequence[Any] = ()
+
+
+class NoGradArgs(NamedTuple):
+    """The arguments of the forward that have no gradient.
+
+    Attributes:
+        eps: added to the biased variance.
+        sync: the ranks that share statistics.
+        padding: (batch, 1, *spatial), boolean, True where the input is padding (and zero); None for none.
+        running: the running statistics to update, or None.
+    """
+
+    eps: float
+    sync: Sync
+    padding: Tensor | None
+    running: Running | None
 
 
 class ForwardCall(NamedTuple):
