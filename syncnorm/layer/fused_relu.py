@@ -41,10 +41,10 @@ def batch_norm_relu(
     """
     # The kernels read parameters at consecutive addresses.
     weight, bias = (None if v is None else v.contiguous() for v in (weight, bias))
-    return _BatchNormRelu.apply(input, weight, bias, residual, args)  # type: ignore[no-any-return,no-untyped-call]  # torch leaves it untyped
+    return _SyncBatchNormRelu.apply(input, weight, bias, residual, args)  # type: ignore[no-any-return,no-untyped-call]  # torch leaves it untyped
 
 
-class _BatchNormRelu(torch.autograd.Function):
+class _SyncBatchNormRelu(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,

@@ -46,7 +46,7 @@ class Widen(FaultKind):
         job.mark_fault()
         # The parameters that DDP knows stay unchanged, so that only the layer disagrees and no gradient bucket.
         wide = x.repeat(1, int(job.fault.variant), 1, 1)
-        y = functional.sync_batch_norm(wide, None, None, training=True, layer=job.fault.layer)
+        y = functional.sync_batch_norm(wide, None, None, training=True, layer_name=job.fault.layer)
         return y[:, :CHANNELS]
 
 
