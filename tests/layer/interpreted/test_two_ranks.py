@@ -92,7 +92,7 @@ def _rank_fp64_and_strided_weight() -> tuple[bool, bool]:
     wide = layer(x.double(), relu=True)
     strided = torch.rand(2 * CHANNELS, generator=torch.Generator().manual_seed(1))[::2]
     y, z = (
-        syncnorm.functional.sync_batch_norm(x, None, None, w, None, training=True, relu=True, layer=name)
+        syncnorm.functional.sync_batch_norm(x, None, None, w, None, training=True, relu=True, layer_name=name)
         for name, w in (("strided", strided), ("dense", strided.contiguous()))
     )
     return torch.allclose(wide, layer(x.double()).relu(), rtol=1e-13, atol=1e-13), torch.equal(y, z)
