@@ -102,6 +102,7 @@ def test_accelerate_gives_the_losses_of_one_process(tmp_path):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_masked_speech_equals_one_process(tmp_path):
     first, last, masked, unmasked = map(numbers, torchrun(example("speech_block.py"), cwd=tmp_path).splitlines())
     assert last[1] < first[1] / 2

@@ -140,6 +140,7 @@ def test_an_existing_process_group_is_refused_before_the_measurement(monkeypatch
 # --- layer and model
 
 
+@pytest.mark.slow
 def test_a_quick_run_of_both_writes_what_it_measured(call, monkeypatch, tmp_path):
     monkeypatch.setattr(bench_runner, "measure_on_rank", _rank_measure_one_shape)
     files = {name: tmp_path / f"out.{name}" for name in ("json", "csv", "png")}
@@ -208,6 +209,7 @@ def test_a_quick_run_of_the_model_profiles_each_rank(call, tmp_path):
         assert json.loads((traces / f"rank{rank['rank']}.json").read_text())["traceEvents"]
 
 
+@pytest.mark.slow
 def test_under_torchrun_it_uses_the_given_ranks_and_prints_once():
     environ = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

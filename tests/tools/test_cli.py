@@ -291,6 +291,7 @@ def test_an_extra_that_is_missing_on_the_ranks_is_named(tmp_path):
     assert done.stderr.splitlines()[-1] == 'syncnorm: needs accelerate: pip install "syncnorm[cli]"'
 
 
+@pytest.mark.slow
 def test_without_a_launcher_it_starts_ranks_prints_a_table_and_writes_json(tmp_path):
     file = tmp_path / "result.json"
     done = _start("-m", "syncnorm", "compare", *SHORT, "--arms", "ddp+syncbn", "--json", str(file))
@@ -313,6 +314,7 @@ def _of_nets(file):
     return comparison
 
 
+@pytest.mark.slow
 def test_the_users_model_and_data_on_started_ranks(nets):
     done = _start(
         "-m", "syncnorm", *USERS, "--arms", "ddp,ddp+syncbn,ddp+group", "--seeds", "2", "--json", "out.json"
@@ -357,6 +359,7 @@ def test_several_batch_sizes_under_torchrun(nets):
     assert [each["settings"]["batch_per_rank"] for each in sweep["comparisons"]] == [2, 4]
 
 
+@pytest.mark.slow
 def test_under_torchrun_a_bad_argument_prints_one_line():
     done = _torchrun("compare", "--arms", "nonsense")
     assert done.returncode != 0

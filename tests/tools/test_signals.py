@@ -13,6 +13,7 @@ from user_module import NETS, user_environ
 from syncnorm.tools.cli.signals import SignalExit, signals_as_exceptions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_ranks_end_and_folders_are_removed(tmp_path, name):
     (tmp_path / "nets.py").write_text(NETS, encoding="utf-8")

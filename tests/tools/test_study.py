@@ -18,6 +18,7 @@ from syncnorm.tools.study import Study, StudySettings, run, sequence
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["batch-size", "placement", "learning-rate", "dp-vs-ddp"])
 def test_a_study_gives_a_well_formed_record(name, tmp_path):
     study = run(name, quick=True, steps=1)
@@ -115,6 +116,7 @@ def test_the_error_for_an_unknown_study_lists_the_studies():
         run("x")
 
 
+@pytest.mark.slow
 def test_under_torchrun_it_uses_the_launched_ranks_and_writes_every_file(tmp_path):
     files = {"--json": tmp_path / "s.json", "--markdown": tmp_path / "s.md"}
     options = [text for option, file in files.items() for text in (option, str(file))]
