@@ -204,6 +204,7 @@ def test_parts_of_buffers_and_buffers_of_a_child_are_synced(cls, how):
     check(cls, run_ranks(_rank_train, len(ROWS), (cls, how)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [Slimmable, Around, AroundList])
 def test_compiles_to_one_graph(cls):
     ranks = run_ranks(_rank_train, len(ROWS), (cls, "compiled"), timeout=100)

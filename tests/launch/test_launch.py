@@ -69,6 +69,7 @@ def test_several_machines_need_a_reachable_first_one(where, said):
     assert line.endswith(said) or f"{said}:" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -67,6 +67,7 @@ def test_torch_is_the_only_dependency():
     assert dependencies() == {"torch"}
 
 
+@pytest.mark.slow
 def test_convert_train_on_two_ranks_and_revert(bare):
     (bare / "program.py").write_text(PROGRAM)
     done = run(bare, "program.py")

@@ -42,6 +42,7 @@ def test_ranks_are_kept_and_shared_between_world_sizes():
     assert run_ranks(_rank_pid, 2) == pids[:2]
 
 
+@pytest.mark.slow
 def test_fifty_calls_are_quick():
     pids = run_ranks(_rank_pid, 2)
     start = time.monotonic()

@@ -189,6 +189,7 @@ def _rank_measure_one_shape(ranks, settings, *how):
     return MEASURE(ranks, replace(settings, shapes=((4, 8, 5, 5),)), *how)
 
 
+@pytest.mark.slow
 def test_a_quick_run_of_the_model_profiles_each_rank(call, tmp_path):
     file, traces = tmp_path / "out.json", tmp_path / "traces"
     code, out, err = call(
@@ -230,6 +231,7 @@ def test_under_torchrun_it_uses_the_given_ranks_and_prints_once():
 # --- scaling
 
 
+@pytest.mark.slow
 def test_a_quick_run_of_scaling_writes_what_it_measured_and_simulated(call, tmp_path):
     files = {name: tmp_path / f"out.{name}" for name in ("json", "png")}
     code, out, _ = call(

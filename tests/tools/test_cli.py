@@ -284,6 +284,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_an_extra_that_is_missing_on_the_ranks_is_named(tmp_path):
     (tmp_path / "hide.py").write_text(_HIDE_ACCELERATE)
     done = _start(str(tmp_path / "hide.py"), "compare", *SHORT)

@@ -147,6 +147,7 @@ def test_overhead_has_no_json(call):
 
 
 class TestTextIsLiteral:
+    @pytest.mark.slow
     def test_a_real_run_on_a_narrow_console(self, run, tmp_path):
         done = run(*COMPARE, "--html", "out.html", PYTHONIOENCODING="latin-1")
         assert done.returncode == 0, done.stderr

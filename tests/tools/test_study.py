@@ -46,6 +46,7 @@ def test_another_schema_is_rejected():
         Study.from_dict({"schema": "syncnorm.bench", "schema_version": 1})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "steps", "texts"), [
     ("fold", 1, ["Speed-up by folding, channels last", "All batch norms are folded"]),
     (
