@@ -20,7 +20,6 @@ __all__ = [
     "SyncBatchNorm2d",
     "SyncBatchNorm3d",
     "SyncNormError",
-    "compare",
     "convert",
     "describe",
     "fold",

@@ -81,3 +81,8 @@ def test_the_tools_name_the_extra_that_they_need(bare):
     assert (done.returncode, said) == (2, 'syncnorm: needs click: pip install "syncnorm[compare]"')
     done = run(bare, "-c", "import syncnorm; syncnorm.compare")
     assert done.stderr.endswith('syncnorm.compare needs accelerate: pip install "syncnorm[cli]"\n')
+
+
+def test_everything_that_the_package_exports_can_be_imported(bare):
+    done = run(bare, "-c", "from syncnorm import *; print(convert.__name__, testing.__name__)")
+    assert done.stdout == "convert syncnorm.testing\n", done.stderr
