@@ -27,6 +27,8 @@ def test_ranks_end_and_folders_are_removed(tmp_path, name):
         cwd=tmp_path,
         env=user_environ(TMPDIR=str(temporary)),
         start_new_session=True,
+        # A test run under nohup ignores SIGHUP, and its children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     with process:
         assert process.stdout.readline().startswith(b"step 1: ")
