@@ -115,8 +115,8 @@ def check_training(
     Args:
         input: passed :func:`check_input`.
         weight: passed :func:`check_vectors`, like ``bias`` and ``running``.
-        bias: likewise.
-        running: likewise.
+        bias: as ``weight``.
+        running: as ``weight``.
         eps: of the layer.
         synced: whether other ranks share the statistics.
         masked: whether there is a mask.

@@ -95,7 +95,7 @@ def normalize(
     x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor
 ) -> Tensor:
     """``(x - mean) * invstd * weight + bias`` in one pass."""
-    scale, shift = _scale(invstd, weight), _as(bias, mean)
+    scale, shift = _scale(invstd, weight), cast_like(bias, mean)
     if _channel_is_fastest(x) and x.dtype == mean.dtype and x.numel() > _SMALL_VALUES:
         offset = torch.addcmul(torch.zeros_like(mean) if shift is None else shift, mean, scale, value=-1)
         return torch.addcmul(per_channel(offset, x), x, per_channel(scale, x), out=y)
@@ -186,7 +186,8 @@ def _scale(invstd: Tensor, weight: Tensor | None) -> Tensor:
     return invstd if weight is None else invstd * weight.to(invstd.dtype)
 
 
-def _as(vector: Tensor | None, like: Tensor) -> Tensor | None:
+def cast_like(vector: Tensor | None, like: Tensor) -> Tensor | None:
+    """``vector`` in the dtype of ``like``."""
     return vector if vector is None or vector.dtype == like.dtype else vector.to(like.dtype)
 
 

@@ -36,7 +36,7 @@ def normalize(
 ) -> Tensor:
     """``(x - mean) * invstd * weight + bias`` in one pass."""
     return torch.ops.aten.batch_norm_elemt.out(  # type: ignore[no-any-return]  # torch.ops is untyped
-        x, _as(weight, mean), _as(bias, mean), mean, invstd, 0.0, out=y
+        x, cpu.cast_like(weight, mean), cpu.cast_like(bias, mean), mean, invstd, 0.0, out=y
     )
 
 
@@ -65,9 +65,5 @@ def finish_grad(
     # The kernel divides by a sum of int32 counts, which 2**31 values per channel would overflow: divide here.
     one = torch.ones(1, dtype=torch.int32, device=x.device)
     return torch.batch_norm_backward_elemt(
-        begun, x, mean, invstd, _as(weight, mean), sum_dy / count, sum_dy_xmu / count, one
+        begun, x, mean, invstd, cpu.cast_like(weight, mean), sum_dy / count, sum_dy_xmu / count, one
     )
-
-
-def _as(vector: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if vector is None else vector.to(like.dtype)

@@ -13,12 +13,12 @@ _T = [
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
     *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
 ]
-_NORMAL = 1.960
+NORMAL_QUANTILE = 1.960  # the limit for many degrees of freedom
 
 
 def t_quantile(degrees: int) -> float:
     """The two-sided 95 % quantile of Student's t distribution for ``degrees`` degrees of freedom."""
-    return _T[degrees - 1] if degrees <= len(_T) else _NORMAL
+    return _T[degrees - 1] if degrees <= len(_T) else NORMAL_QUANTILE
 
 
 def quartiles(times: Sequence[float]) -> tuple[float, float, float]:

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from math import sqrt
 from statistics import mean
 
-from syncnorm.tools.common.stats import PairedDifference
+from syncnorm.tools.common.stats import NORMAL_QUANTILE, PairedDifference
 from syncnorm.tools.compare.records import ArmResult, Comparison
 
 # Two-sided 95 % quantile of the normal distribution.
-_NORMAL = 1.960
 # A loss has no binomial noise. Arms whose losses differ by less than this share count as equivalent.
 LOSS_MARGIN = 0.02
 # In percentage points. Two arms are not called equivalent by a test set with a coarser resolution than this.
@@ -72,7 +71,7 @@ def difference(comparison: Comparison, arm: ArmResult, other: ArmResult) -> Resu
     scale = 100.0 if metric == "accuracy" else -1.0
     if metric == "accuracy":
         variances = [_binomial_variance(mean(side), comparison.task.num_test) for side in zip(*pairs, strict=True)]
-        resolution = 100 * _NORMAL * sqrt(sum(variances))
+        resolution = 100 * NORMAL_QUANTILE * sqrt(sum(variances))
     else:
         resolution = LOSS_MARGIN * mean(abs(b) for _, b in pairs)
     return ResultDifference(tuple(scale * (a - b) for a, b in pairs), resolution, metric)
