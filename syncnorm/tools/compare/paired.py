@@ -9,7 +9,6 @@ from statistics import mean
 from syncnorm.tools.common.stats import NORMAL_QUANTILE, PairedDifference
 from syncnorm.tools.compare.records import ArmResult, Comparison
 
-# Two-sided 95 % quantile of the normal distribution.
 # A loss has no binomial noise. Arms whose losses differ by less than this share count as equivalent.
 LOSS_MARGIN = 0.02
 # In percentage points. Two arms are not called equivalent by a test set with a coarser resolution than this.
