@@ -2,6 +2,7 @@
 
 import sys
 from functools import partial
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -11,10 +12,10 @@ from syncnorm.integrations import missing
 
 try:
     # Lightning is published under two names, and the Trainer of each accepts only plugins of its own LayerSync.
-    if "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules:
-        from pytorch_lightning.plugins.layer_sync import LayerSync
-    else:
+    if TYPE_CHECKING or "lightning.pytorch" in sys.modules or "pytorch_lightning" not in sys.modules:
         from lightning.pytorch.plugins.layer_sync import LayerSync
+    else:
+        from pytorch_lightning.plugins.layer_sync import LayerSync
 except ModuleNotFoundError as error:
     raise missing(error, "lightning", __name__) from None
 

@@ -31,13 +31,24 @@ PROCESS_NAME = "syncnorm rank"
 # The exit code of a rank whose caller's script starts ranks while the rank imports it. Python itself uses 1 and 2.
 STARTED_BY_IMPORT = 93
 
-_serving = False  # whether main has been called, which is after the import
+_serving = False  # whether main has been called, which is after that import
+_importing = False  # whether the modules of a call are being imported
 
 
-def exit_if_importing_script() -> None:
-    """End this process without a traceback if it is a rank that still imports its caller's script."""
+def refuse_while_importing() -> None:
+    """Refuse to start ranks in a rank that is importing the code that started it, which would never end.
+
+    Raises:
+        SystemExit: It imports its caller's script. The caller says so, and this process ends without a traceback.
+        InputError: It imports another module.
+    """
     if multiprocessing.current_process().name == PROCESS_NAME and not _serving:
         raise SystemExit(STARTED_BY_IMPORT)
+    if _importing:
+        raise InputError(
+            "a module starts ranks at its top level, and would do so again in each rank, which imports it: put the "
+            'call in a function, or under `if __name__ == "__main__":`'
+        )
 
 
 def main(connection: Connection, stacks_path: str) -> None:
@@ -94,8 +105,7 @@ def _serve(call: RankCall, connection: Connection) -> None:
 def _run(call: RankCall) -> Returned | Raised:
     try:
         _adopt_environment(call)
-        import_modules(call.modules)
-        fn, args = _load(call.pickled)
+        fn, args = _load(call)
         _join_group(call)
         return Returned(_dump_result(fn(*args), call.rank))
     except BaseException as error:  # also SystemExit and pytest's outcomes: the process has to survive
@@ -110,7 +120,17 @@ def _run(call: RankCall) -> Returned | Raised:
         )
 
 
-def _load(pickled: bytes) -> Any:
+def _load(call: RankCall) -> Any:
+    global _importing
+    _importing = True
+    try:
+        import_modules(call.modules)
+        return _unpickle(call.pickled)
+    finally:
+        _importing = False
+
+
+def _unpickle(pickled: bytes) -> Any:
     try:
         return pickle.loads(pickled)
     except AttributeError as error:

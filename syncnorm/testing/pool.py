@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from syncnorm.errors import InputError, SyncNormError
 from syncnorm.testing._processes import Lost, Pool, Report
-from syncnorm.testing._rank import exit_if_importing_script
+from syncnorm.testing._rank import refuse_while_importing
 from syncnorm.testing._transport import Raised, Returned, pickle_call
 
 _T = TypeVar("_T")
@@ -76,7 +76,7 @@ def run_ranks(
         >>> run_ranks(dist.get_rank, world_size=2)
         [0, 1]
     """
-    exit_if_importing_script()
+    refuse_while_importing()
     if not isinstance(world_size, int) or world_size < 1:
         raise InputError(f"run_ranks needs a world_size of 1 or more, got {world_size!r}.")
     if not isinstance(args, tuple):

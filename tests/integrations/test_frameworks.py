@@ -11,6 +11,8 @@ from torch import nn
 import syncnorm
 from syncnorm.testing import run_ranks
 
+pytestmark = pytest.mark.timeout(300)  # importing these frameworks takes long
+
 
 def needs(package: str) -> None:
     """Skips the test if the package is missing; does not import it."""
@@ -57,7 +59,7 @@ def _rank_huggingface(options) -> int:
 )
 def test_it_converts_with_its_arguments_and_reverts(rank_function, package, options):
     needs(package)
-    assert run_ranks(rank_function, 2, (options,)) == [options.get("group_size", 2)] * 2
+    assert run_ranks(rank_function, 2, (options,), timeout=140) == [options.get("group_size", 2)] * 2
 
 
 @pytest.mark.slow
@@ -68,5 +70,5 @@ def test_the_trainer_of_either_name_of_lightning_accepts_the_plugin(name):
         f"import {name} as L; from syncnorm.integrations.lightning import SyncNorm; "
         "L.Trainer(accelerator='cpu', devices=2, strategy='ddp', plugins=[SyncNorm(group_size=2)], logger=False)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=110)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr

@@ -29,12 +29,14 @@ def _rank_train_with_tensorboard(folder: str, synced: bool):
     model = syncnorm.convert(model) if synced else model
     ddp = DistributedDataParallel(model)
     generator = torch.Generator().manual_seed(rank)
-    with SummaryWriter(f"{folder}/{rank}") as writer:
-        with monitor(ddp, every=2, log=None, scalars=writer.add_scalar) as watch:
-            for _ in range(6):
-                if rank == 1:
-                    time.sleep(0.2)
-                ddp(torch.randn(16, 4, generator=generator) + rank).sum().backward()
+    with (
+        SummaryWriter(f"{folder}/{rank}") as writer,
+        monitor(ddp, every=2, log=None, scalars=writer.add_scalar) as watch,
+    ):
+        for _ in range(6):
+            if rank == 1:
+                time.sleep(0.2)
+            ddp(torch.randn(16, 4, generator=generator) + rank).sum().backward()
     return watch.findings()
 
 

@@ -14,8 +14,11 @@ import torch
 from torch import nn
 import syncnorm
 
-with open(os.environ["IMPORTS"], "a") as file:
+with open(os.environ["IMPORTS"], "a+") as file:
     file.write(f"{os.getpid()}\\n")
+    file.seek(0)
+    if len(file.readlines()) > 20:  # ranks that start ranks
+        os._exit(1)
 
 def build():
     return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
@@ -72,6 +75,16 @@ def test_a_script_without_the_guard_gets_one_line(tmp_path, call):
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+@pytest.mark.slow
+def test_a_module_that_starts_ranks_when_it_is_imported_is_refused(tmp_path):
+    (tmp_path / "nets.py").write_text(HEAD + CALLS["run_ranks"])
+    done, pids = run_script(tmp_path, f"{GUARD}import nets")
+    assert re.search(
+        r"RankError: rank \d .*failed first: .*InputError: a module starts ranks at its top level", done.stderr
+    )
+    assert len(pids) == 1 + 3 + 2  # both files here, both in each rank
 
 
 @pytest.mark.slow
