@@ -193,7 +193,10 @@ class Pool:
                 f"the call {_GUARD}"
             )
         if new:  # one died, or the deadline has passed
-            unready = f"not ready after {SPAWN_S:.0f} s; it imports {script}: what takes long there belongs {_GUARD}"
+            unready = (
+                f"not ready after {SPAWN_S:.0f} s, in which it imports {script}: what a script does at its top level "
+                f"belongs {_GUARD}"
+            )
             failed = failed or {
                 min(new): Lost(unready, "", TimeoutError(f"rank {min(new)} was {unready}"), time.monotonic())
             }
@@ -260,7 +263,7 @@ class Pool:
 
 
 def _script_to_import() -> str:
-    """The script of this process, which a new rank imports before anything else; "torch" if there is none.
+    """The script of this process, which a new rank imports before anything else; "torch" without a script.
 
     Raises:
         InputError: It is not a file.
