@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -17,10 +16,13 @@ from syncnorm.testing.pool import RankError
 from syncnorm.tools.common.provenance import command_line, provenance
 from syncnorm.tools.common.ranks import WAIT, Ranks, ranks_for, world_size_for
 from syncnorm.tools.compare.arm_runner import ArmProgressFactory, ArmRunner, no_progress
-from syncnorm.tools.compare.arms import ARMS, SINGLE
+from syncnorm.tools.compare.arms import ARMS, SINGLE, arm_named
+from syncnorm.tools.compare.checks import check_problem
+from syncnorm.tools.compare.metrics import Metric
 from syncnorm.tools.compare.paired import decisions
-from syncnorm.tools.compare.problem import Loss, Problem, check_problem
+from syncnorm.tools.compare.problem import Loss, Problem
 from syncnorm.tools.compare.records import CompareSettings, Comparison, Task
+from syncnorm.tools.compare.steps import Step
 from syncnorm.tools.compare.verdict import verdict
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ DEFAULT_STEPS = 504
 DEFAULT_PARITY_STEPS = 10
 DEFAULT_LR = 0.02
 MOMENTUM = 0.9
+AMP = ("bfloat16", "float16")
 
 
 def run(
@@ -39,6 +42,10 @@ def run(
     datasets: Callable[[], Any] | None = None,
     loss: Loss | None = None,
     *,
+    step: Step | None = None,
+    collate: Callable[[list[Any]], Any] | None = None,
+    metric: str | Metric | Callable[..., Any] | None = None,
+    optimizer: Callable[[nn.Module], Any] | None = None,
     arms: Sequence[str] | None = None,
     ranks: int | None = None,
     batch_per_rank: int = DEFAULT_BATCH_PER_RANK,
@@ -47,6 +54,10 @@ def run(
     seed: int = 0,
     seeds: int = 1,
     lr: float = DEFAULT_LR,
+    eval_batch: int | None = None,
+    accumulate: int = 1,
+    num_workers: int = 0,
+    amp: str = "",
     progress: ArmProgressFactory = no_progress,
 ) -> Comparison:
     """Trains the arms in turn, from the same weights on the same batches, and measures them.
@@ -60,8 +71,18 @@ def run(
         datasets: () -> (training data, test data), map-style, of ``(input, target)``; scikit-learn's digits by
             default. It must return the same on every rank; the random generators are seeded before the call.
         loss: (output, target) -> scalar, the mean over the samples; cross-entropy by default.
-        arms: names from `ARMS`; all of them by default. ``single`` always runs, first, because the others are
-            compared with it.
+        step: (model, batch) -> loss, in place of ``loss``: a scalar tensor, the mean over the samples; a dict of
+            losses, which are added up; or an output with ``loss``. The items of the data may then be anything that
+            ``collate`` can make a batch of. With a third parameter, ``optimizers``, the step calls ``backward`` and
+            the optimizers itself, and returns a number to record.
+        collate: list of items -> batch; torch's ``default_collate`` by default.
+        metric: by which the arms are judged: ``"accuracy"``, ``"loss"``, ``"miou"`` or ``"map"``, a `Metric`, or a
+            function or class as in `Metric.measure` with an attribute ``higher_is_better`` and, optionally, ``name``
+            and ``share``. By default accuracy if the targets are classes, else the loss.
+        optimizer: model -> its optimizer, or several in a list, tuple or dict; SGD with momentum 0.9 by default. Each
+            initial learning rate falls to zero with a cosine schedule.
+        arms: names of `ARMS`, all of them by default; or those of `arm_named`. ``single`` always runs, first, because
+            the others are compared with it.
         ranks: number of ranks to start; 2 by default. Under a launcher it must equal the launcher's.
         batch_per_rank: samples per rank and step; ``single`` and ``dp`` have the global batch, ``ranks`` times as
             many.
@@ -69,7 +90,12 @@ def run(
         parity_steps: parity is measured at a few steps up to this one; 10 by default, or ``steps`` if that is less.
         seed: the first seed, of the initial weights and of the order of the batches.
         seeds: number of consecutive seeds. A verdict on accuracy needs at least two.
-        lr: initial learning rate of SGD with momentum 0.9; it falls to zero with a cosine schedule.
+        lr: initial learning rate of the default optimizer.
+        eval_batch: test samples per forward; ``batch_per_rank`` by default.
+        accumulate: batches per optimizer step, whose gradients are averaged.
+        num_workers: processes that load the training data of each rank; 0 loads it in the rank.
+        amp: ``"bfloat16"`` or ``"float16"``: training and tests run under ``torch.autocast``, float16 with loss
+            scaling. Parity is measured in full precision.
         progress: called on rank 0, in its process, to report the progress of the run.
 
     Returns:
@@ -89,8 +115,13 @@ def run(
         seed=seed,
         seeds=seeds,
         lr=lr,
+        eval_batch=eval_batch,
+        accumulate=accumulate,
+        num_workers=num_workers,
+        amp=amp,
     )
-    (comparison,) = sweep(Problem.of(build_model, datasets, loss), [settings], progress)
+    problem = Problem.of(build_model, datasets, loss, step=step, collate=collate, metric=metric, optimizer=optimizer)
+    (comparison,) = sweep(problem, [settings], progress)
     return comparison
 
 
@@ -104,13 +135,26 @@ def make_settings(
     seed: int = 0,
     seeds: int = 1,
     lr: float = DEFAULT_LR,
+    eval_batch: int | None = None,
+    accumulate: int = 1,
+    num_workers: int = 0,
+    amp: str = "",
 ) -> CompareSettings:
     """The settings for the arguments of `run`; `sweep` determines ``num_groups`` from the model.
 
     Raises:
         InputError: an argument is out of range.
     """
-    minima = (("batch_per_rank", batch_per_rank, 1), ("steps", steps, 1), ("seed", seed, 0), ("seeds", seeds, 1))
+    eval_batch = batch_per_rank if eval_batch is None else eval_batch
+    minima = (
+        ("batch_per_rank", batch_per_rank, 1),
+        ("steps", steps, 1),
+        ("seed", seed, 0),
+        ("seeds", seeds, 1),
+        ("eval_batch", eval_batch, 1),
+        ("accumulate", accumulate, 1),
+        ("num_workers", num_workers, 0),
+    )
     for name, value, minimum in minima:
         if value < minimum:
             raise InputError(f"{name} must be at least {minimum}, got {value}")
@@ -118,6 +162,8 @@ def make_settings(
         raise InputError(f"seed must be less than 2**62, got {seed}")
     if not 0 < lr < math.inf:
         raise InputError(f"lr must be a positive number, got {lr}")
+    if amp not in ("", *AMP):
+        raise InputError(f"amp must be {' or '.join(AMP)}, got {amp!r}")
     parity_steps = min(DEFAULT_PARITY_STEPS, steps) if parity_steps is None else parity_steps
     if not 1 <= parity_steps <= steps:
         raise InputError(f"parity_steps must be between 1 and steps ({steps}), got {parity_steps}")
@@ -131,6 +177,10 @@ def make_settings(
         lr=lr,
         momentum=MOMENTUM,
         num_groups=1,
+        accumulate=accumulate,
+        eval_batch=eval_batch,
+        num_workers=num_workers,
+        amp=amp,
     )
 
 
@@ -138,10 +188,7 @@ def _arm_names(names: Sequence[str] | None) -> tuple[str, ...]:
     if names is None:
         return tuple(ARMS)
     for name in names:
-        if name not in ARMS:
-            close = get_close_matches(name, ARMS, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise InputError(f"no arm is called {name!r}: {hint}the arms are {', '.join(ARMS)}")
+        arm_named(name)
     # The reference comes first; an arm that is named twice runs once.
     return tuple(dict.fromkeys((SINGLE.name, *names)))
 
@@ -158,10 +205,10 @@ def sweep(
     """
     checked = [(each, *check_problem(problem, each)) for each in settings]
     with ranks_for(settings[0].world_size, WAIT.total_seconds()) as on_ranks:
-        for each, task, num_groups in checked:
+        for each, found, task, num_groups in checked:
             complete = replace(each, num_groups=num_groups)
             try:
-                comparison = on_ranks(compare_on_rank, problem, task, complete, command_line(), progress)
+                comparison = on_ranks(compare_on_rank, found, task, complete, command_line(), progress)
             except RankError as error:
                 if isinstance(error.__cause__, InputError):
                     raise error.__cause__ from error
@@ -191,7 +238,7 @@ def compare_on_rank(
             ArmRunner(problem, task, datasets, short, ranks, accelerator, progress).run(ARMS["ddp+syncbn"])
         with (open_progress if ranks.rank == 0 else no_progress)(len(settings.arms)) as progress:
             runner = ArmRunner(problem, task, datasets, settings, ranks, accelerator, progress)
-            results = tuple(runner.run(ARMS[name]) for name in settings.arms)
+            results = tuple(runner.run(arm_named(name)) for name in settings.arms)
     comparison = Comparison(
         settings=settings,
         task=task,
