@@ -296,11 +296,11 @@ def test_an_extra_that_is_missing_on_the_ranks_is_named(tmp_path):
 def test_without_a_launcher_it_starts_ranks_prints_a_table_and_writes_json(tmp_path):
     file = tmp_path / "result.json"
     done = _start("-m", "syncnorm", "compare", *SHORT, "--arms", "ddp+syncbn", "--json", str(file))
-    assert (done.returncode, done.stderr.splitlines()[0][:12]) == (0, "1/2 single: ")
+    assert (done.returncode, done.stderr.splitlines()[0][:20]) == (0, "1/6 single, seed 0: ")
     assert "yes (rounding)" in done.stdout
     assert "\x1b" not in done.stdout + done.stderr
     written = json.loads(file.read_text())
-    assert (written["schema"], written["schema_version"]) == ("syncnorm.compare", 2)
+    assert (written["schema"], written["schema_version"]) == ("syncnorm.compare", 3)
     assert written["command"].startswith("syncnorm compare --steps 2")
 
 
@@ -311,7 +311,7 @@ def _of_nets(file):
     comparison = read_json(Comparison, file)
     assert comparison.task.model == "nets:build"
     assert comparison.task.norm_layers == ("1", "5")
-    assert (comparison.task.metric, comparison.task.num_train, comparison.task.num_test) == ("accuracy", 32, 16)
+    assert (comparison.task.metric.name, comparison.task.num_train, comparison.task.num_test) == ("accuracy", 32, 16)
     return comparison
 
 

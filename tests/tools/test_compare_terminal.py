@@ -120,5 +120,5 @@ def test_progress_is_one_line_per_arm_if_stderr_is_not_a_terminal(comparison, ca
             progress.start(arm.name, 504)
             progress.step()
             progress.finish(arm)
-    expected = "1/2 single: 0.975 on the test data\n2/2 ddp+torch-syncbn: not run: torch refuses: [CPU]\n"
+    expected = "1/2 single: 0.98 on the test data\n2/2 ddp+torch-syncbn: not run: torch refuses: [CPU]\n"
     assert capsys.readouterr().err == expected

@@ -54,11 +54,12 @@ class ArmProgress:
         """The run is done; its arm has ``result`` so far."""
 
 
-# Called with the number of arms in the process of rank 0, which may be a spawned one: it must pickle.
-ArmProgressFactory = Callable[[int], AbstractContextManager[ArmProgress]]
+# Called with the number of training runs, or None if it is not known, in the process of rank 0, which may be a spawned
+# one: it must pickle.
+ArmProgressFactory = Callable[[int | None], AbstractContextManager[ArmProgress]]
 
 
-def no_progress(num_arms: int) -> AbstractContextManager[ArmProgress]:
+def no_progress(num_runs: int | None) -> AbstractContextManager[ArmProgress]:
     """An `ArmProgressFactory` that shows nothing."""
     return nullcontext(ArmProgress())
 
@@ -92,13 +93,13 @@ class ArmRunner:
             if name not in self.results:
                 self.results[name] = self._set_up(arm)
             result = self.results[name]
+            self.progress.start(f"{name}, seed {seed}", self.settings.steps)
             if result.not_run is None:
-                self.progress.start(f"{name}, seed {seed}", self.settings.steps)
                 if self._takes_part(arm):
                     result = self._run(arm, seed, result)
                 result = replace(result, wall_seconds=(result.wall_seconds or 0.0) + time.perf_counter() - started)
                 self.results[name] = result
-                self.progress.finish(result)
+            self.progress.finish(result)
             self.ranks.wait()
 
     def time_steps(self) -> None:

@@ -265,7 +265,8 @@ def compare_on_rank(
         with no_progress(1) as progress:
             short = replace(settings, arms=(SYNCED,), steps=1, parity_steps=1)
             ArmRunner(problem, task, datasets, short, ranks, accelerator, progress).train(settings.seeds[0])
-        with (open_progress if ranks.rank == 0 else no_progress)(len(settings.arms)) as progress:
+        num_runs = None if settings.budget_seconds else len(settings.arms) * len(settings.seeds)
+        with (open_progress if ranks.rank == 0 else no_progress)(num_runs) as progress:
             runner = ArmRunner(problem, task, datasets, settings, ranks, accelerator, progress)
 
             def record(seeds: Sequence[int], looks: int) -> Comparison:

@@ -15,11 +15,11 @@ from syncnorm.tools.report.consoles import console as console_on
 
 
 @contextmanager
-def progress_on_stderr(num_arms: int) -> Iterator[ArmProgress]:
-    """Shows the progress of a comparison of ``num_arms`` arms on the stderr of this process."""
+def progress_on_stderr(num_runs: int | None) -> Iterator[ArmProgress]:
+    """Shows the training runs of a comparison, ``num_runs`` if that is known, on the stderr of this process."""
     console = console_on(stderr=True)
     if not console.is_terminal:
-        yield _Lines(console, num_arms)
+        yield _Lines(console, num_runs)
         return
     # Only four times per second, because the ranks need the cores.
     with Bar(
@@ -31,45 +31,48 @@ def progress_on_stderr(num_arms: int) -> Iterator[ArmProgress]:
         refresh_per_second=4,
         transient=True,
     ) as bar:
-        yield _Bars(bar, num_arms)
+        yield _Bars(bar, num_runs)
 
 
 class _Bars(ArmProgress):
-    """One bar, which is reset for each arm."""
+    """One bar, which is reset for each run."""
 
-    def __init__(self, bar: Bar, num_arms: int) -> None:
-        self._bar, self._num_arms, self._arm = bar, num_arms, 0
+    def __init__(self, bar: Bar, num_runs: int | None) -> None:
+        self._bar, self._num_runs, self._run = bar, num_runs, 0
         self._task = bar.add_task("starting", total=None)
 
     def start(self, label: str, steps: int) -> None:
-        self._arm += 1
-        description = f"{self._arm}/{self._num_arms} {label}"
-        self._bar.reset(self._task, description=description, total=steps)
+        self._run += 1
+        self._bar.reset(self._task, description=_numbered(self._run, self._num_runs, label), total=steps)
 
     def step(self) -> None:
         self._bar.advance(self._task)
 
     def finish(self, result: ArmResult) -> None:
-        """The bar stays full until the next arm begins."""
+        """The bar stays full until the next run begins."""
 
 
 class _Lines(ArmProgress):
-    """For logs: a line when an arm is done."""
+    """For logs: a line when a run is done."""
 
-    def __init__(self, console: Console, num_arms: int) -> None:
-        self._console, self._num_arms, self._arm, self._label = console, num_arms, 0, ""
+    def __init__(self, console: Console, num_runs: int | None) -> None:
+        self._console, self._num_runs, self._run, self._label = console, num_runs, 0, ""
 
     def start(self, label: str, steps: int) -> None:
-        self._arm, self._label = self._arm + 1, label
+        self._run, self._label = self._run + 1, label
 
     def finish(self, result: ArmResult) -> None:
         outcome = f"not run: {result.not_run}" if result.not_run else _result(result)
-        line = f"{self._arm}/{self._num_arms} {self._label}: {outcome}"
-        self._console.print(line, soft_wrap=True)
+        self._console.print(f"{_numbered(self._run, self._num_runs, self._label)}: {outcome}", soft_wrap=True)
+
+
+def _numbered(run: int, num_runs: int | None, label: str) -> str:
+    return f"{run}/{num_runs} {label}" if num_runs else f"{run} {label}"
 
 
 def _result(result: ArmResult) -> str:
-    return "not finite" if result.test_metric is None else f"{result.test_metric:.4g} on the test data"
+    value = result.seeds[-1].test_metric if result.seeds else None
+    return "not finite" if value is None else f"{value:.4g} on the test data"
 
 
 @contextmanager
