@@ -54,8 +54,8 @@ class ArmProgress:
         """The run is done; its arm has ``result`` so far."""
 
 
-# Called with the number of training runs, or None if it is not known, in the process of rank 0, which may be a spawned
-# one: it must pickle.
+# Called with the number of training runs, or None if it is not known, in the process of rank 0, which may be a
+# spawned one: it must pickle.
 ArmProgressFactory = Callable[[int | None], AbstractContextManager[ArmProgress]]
 
 
