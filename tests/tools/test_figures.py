@@ -1,6 +1,5 @@
 """Logarithmic axes have plain tick labels, in every picture that has such an axis."""
 
-from dataclasses import replace
 from io import BytesIO
 
 import pytest

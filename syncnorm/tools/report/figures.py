@@ -6,14 +6,29 @@ Text is shown literally: a ``$`` does not start a formula. matplotlib's own labe
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from rich.cells import cell_len
+
 from syncnorm.tools.common.files import write_file
+
+# Fonts with Chinese characters, which matplotlib's own font lacks, on Linux, macOS and Windows.
+_CHINESE_FONTS = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Source Han Sans SC",
+    "WenQuanYi Micro Hei",
+    "WenQuanYi Zen Hei",
+    "PingFang SC",
+    "Hiragino Sans GB",
+    "Microsoft YaHei",
+    "SimHei",
+)
 
 
 @contextmanager
@@ -23,8 +38,8 @@ def figure(file: BytesIO, size: tuple[float, float], look: dict[str, Any], layou
     import matplotlib
     from matplotlib.figure import Figure
 
-    literal: Any = {"text.parse_math": False, "text.usetex": False}
-    with matplotlib.rc_context(literal | look), warnings.catch_warnings():
+    text: Any = {"text.parse_math": False, "text.usetex": False, "font.family": _font_families()}
+    with matplotlib.rc_context(text | look), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # matplotlib draws a box in its place
         drawn = Figure(figsize=size, layout=layout)
         yield drawn
@@ -43,6 +58,23 @@ def png(
         write_file(file, drawn.getvalue())
     else:
         file.write(drawn.getvalue())
+
+
+@cache
+def _font_families() -> list[str]:
+    """matplotlib's own font, and one for the characters that it lacks, if one is installed."""
+    from matplotlib.font_manager import fontManager
+
+    installed = set(fontManager.get_font_names())
+    return ["DejaVu Sans", *[name for name in _CHINESE_FONTS if name in installed][:1]]
+
+
+def legend_columns(labels: Sequence[str], width: float, points: float = 10) -> int:
+    """How many entries of a legend fit next to each other in ``width`` inches, in a font of ``points``."""
+    entry = points * (
+        0.07 + 0.01 * max(map(cell_len, labels))
+    )  # a marker, and about 0.01 inches per point and letter
+    return max(1, min(len(labels), int(width / entry)))
 
 
 def log_scale(axis: Any, base: int = 10) -> None:

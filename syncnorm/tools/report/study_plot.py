@@ -5,12 +5,13 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import ceil
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from syncnorm.tools.report.figures import log_scale, png
+from syncnorm.tools.report.figures import legend_columns, log_scale, png
 from syncnorm.tools.report.study_text import sample
 from syncnorm.tools.study.findings import levels, std, text
 from syncnorm.tools.study.records import Study, StudyRow, Value, View
@@ -55,9 +56,10 @@ class _Panel:
         if self.view.scale == "category":
             return self.across.index(column) + _CATEGORY_WIDTH * beside
         numbers = sorted(float(each) for each in self.across)
-        neighbors = list(zip(numbers, numbers[1:], strict=False))
+        neighbors = list(pairwise(numbers))
         if self.view.scale == "log":
-            return float(column) * min((b / a for a, b in neighbors), default=1.0) ** (_NUMBER_WIDTH * beside)
+            ratio = min((b / a for a, b in neighbors), default=1.0)
+            return float(float(column) * ratio ** (_NUMBER_WIDTH * beside))
         return float(column) + _NUMBER_WIDTH * beside * min((b - a for a, b in neighbors), default=1.0)
 
 
@@ -87,7 +89,7 @@ def write_plot(study: Study, path: Path) -> None:
                 handles.values(),
                 handles.keys(),
                 loc="outside lower center",
-                ncols=_legend_columns(list(handles), figure.get_figwidth()),
+                ncols=legend_columns(list(handles), figure.get_figwidth()),
                 frameon=False,
             )
         figure.suptitle("\n".join(textwrap.wrap(study.question, 30 + 45 * columns)), fontsize=11)
@@ -108,11 +110,6 @@ def _share_y(axes: Sequence[Any], panels: Sequence[_Panel]) -> None:
         low, high = min(ax.get_ylim()[0] for ax in same), max(ax.get_ylim()[1] for ax in same)
         for ax in same:
             ax.set_ylim(low, high)
-
-
-def _legend_columns(labels: list[str], width: float) -> int:
-    """How many fit next to each other in ``width`` inches: about 0.1 inches per letter and 0.7 per marker."""
-    return max(1, min(len(labels), int(width / (0.7 + 0.1 * max(map(len, labels))))))
 
 
 def _draw(ax: Any, panel: _Panel) -> None:
