@@ -9,12 +9,14 @@ from syncnorm.tools.compare.records import (
     LayerDivergence,
     LayerParity,
     MaxError,
+    MetricInfo,
     Parity,
     PeakMemory,
     Point,
     SeedResult,
+    StepRatio,
+    StepTime,
     Task,
-    Wait,
 )
 
 LAYERS = ("0.1", "1.norm1")
@@ -32,7 +34,7 @@ def seed(seed, accuracy):
         accuracy,
         0.2,
         0.008,
-        test_accuracies=(Point(252, 0.5), Point(504, accuracy)),
+        test_metrics=(Point(252, 0.5), Point(504, accuracy)),
         test_losses=(Point(252, 1.5), Point(504, 0.2)),
     )
 
@@ -42,10 +44,8 @@ def arm(name, **changes):
         "label": name,
         "ranks": 2,
         "seeds": (seed(0, 0.97), seed(1, 0.98)),
-        "step_seconds": 0.008,
-        "samples_per_second": 1000.0,
+        "step": StepTime(0.008, 0.0, 0.0015),
         "collectives": (CollectiveCount("all_reduce", "ddp", 1, 2048),),
-        "wait": Wait(0.0, 0.0015, 0.008),
         "memory": PeakMemory(3 * 2**20, "rss growth"),
         "wall_seconds": 12.34,
     }
@@ -58,7 +58,7 @@ def comparison() -> Comparison:
     other_norm = tuple(Parity(step, error, error, error, None, None) for step in (1, 10))
     return Comparison(
         settings=CompareSettings(("single",), 2, 4, 504, 10, (0, 1), 0.02, 0.9, 8),
-        task=Task("a residual CNN", "scikit-learn's digits", "cross-entropy", "accuracy", 77754, LAYERS, 1347, 450),
+        task=Task("a residual CNN", "scikit-learn's digits", "cross-entropy", MetricInfo(), 77754, LAYERS, 1347, 450),
         hardware=Hardware(
             "cpu", "A processor with a name as long as vendors like to make them @ 2.0 GHz", "gloo", 2, 1
         ),
@@ -68,10 +68,16 @@ def comparison() -> Comparison:
         date="2024-01-01T00:00:00+00:00",
         command="syncnorm compare",
         arms=(
-            arm("single", parity=parity(0.0), collectives=(), wait=None),
-            arm("dp", label="dp (emulated)", parity=parity(4e-3), collectives=(), wait=None),
+            arm("single", parity=parity(0.0), collectives=(), step=StepTime(0.008)),
+            arm("dp", label="dp (emulated)", parity=parity(4e-3), collectives=(), step=StepTime(0.008)),
             arm("ddp", parity=parity(4e-3)),
-            arm("ddp+syncbn", parity=parity(2e-7), collectives=synced, wait=Wait(0.004, 0.001, 0.008)),
+            arm(
+                "ddp+syncbn",
+                parity=parity(2e-7),
+                collectives=synced,
+                step=StepTime(0.008, 0.004, 0.001),
+                cost=StepRatio(1.3, 1.2, 1.4, 12),
+            ),
             arm("ddp+group", parity=other_norm, memory=None),
             ArmResult("ddp+torch-syncbn", "ddp+torch-syncbn", 2, not_run="torch refuses: [CPU]"),
         ),

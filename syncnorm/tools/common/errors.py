@@ -6,7 +6,7 @@ from textwrap import shorten
 
 # Names of imported packages -> the extra of syncnorm that installs them.
 _EXTRAS = {
-    "accelerate": "cli",
+    **dict.fromkeys(("accelerate", "scipy", "tomli"), "cli"),
     **dict.fromkeys(("click", "rich", "sklearn", "matplotlib", "jinja2", "mlxtend"), "compare"),
 }
 _MAX_CHARACTERS = 500

@@ -28,6 +28,7 @@ from syncnorm.tools.compare.records import (
     PeakMemory,
     Point,
     SeedResult,
+    StepTime,
     Task,
 )
 from syncnorm.tools.compare.training import Trainer, curve, evaluate
@@ -117,8 +118,7 @@ class ArmRunner:
         return replace(
             result,
             seeds=tuple(runs),
-            step_seconds=step_seconds,
-            samples_per_second=settings.global_batch / step_seconds,
+            step=StepTime(step_seconds),
         )
 
     def _first_trainer(self, arm: Arm) -> tuple[Trainer | None, str | None]:
@@ -188,7 +188,9 @@ class ArmRunner:
             self.progress.step()
             if step in evaluated_after:
                 if self.ranks.rank == 0:
-                    results = evaluate(trainer.model, self.problem.loss, self.datasets[1], metric, self.ranks.device)
+                    results = evaluate(
+                        trainer.model, self.problem.loss, self.datasets[1], metric.name, self.ranks.device
+                    )
                     points.append((step, *results))
                 if arm.parallelism == "ddp":
                     self.ranks.wait()
@@ -198,11 +200,11 @@ class ArmRunner:
         last = points[-1] if points else (steps, None, None)
         return SeedResult(
             seed=trainer.seed,
-            test_accuracy=last[1],
+            test_metric=last[1] if metric.share else last[2],
             test_loss=last[2],
             step_seconds=median_step(seconds),
             train_loss=curve(losses.tolist()),
-            test_accuracies=tuple(Point(p[0], p[1]) for p in points) if metric == "accuracy" else (),
+            test_metrics=tuple(Point(p[0], p[1] if metric.share else p[2]) for p in points),
             test_losses=tuple(Point(p[0], p[2]) for p in points),
         )
 
@@ -212,7 +214,7 @@ class ArmRunner:
         if arm.parallelism != "ddp":
             return result
         if self.ranks.device.type != "cuda":
-            result = replace(result, wait=measure_wait(trainer.step, trainer.wrapper, trainer.model, self.ranks))
+            measure_wait(trainer.step, trainer.wrapper, trainer.model, self.ranks)
         if arm.name == "ddp":
             layers = self.task.norm_layers
             self.divergence = measure_divergence(trainer.model, layers, trainer.batches, self.ranks)

@@ -25,7 +25,7 @@ from syncnorm.monitor.divergence import rank_divergence, root_mean_square
 from syncnorm.tools.common.data import Batches
 from syncnorm.tools.common.ranks import Ranks
 from syncnorm.tools.common.timing import ExchangeTimes, record_exchanges
-from syncnorm.tools.compare.records import CollectiveCount, LayerDivergence, PeakMemory, Wait
+from syncnorm.tools.compare.records import CollectiveCount, LayerDivergence, PeakMemory, StepTime
 
 # Training steps in which the waiting is measured.
 WAIT_STEPS = 5
@@ -137,7 +137,7 @@ class StepTimes(NamedTuple):
     backward_done: float
 
 
-def measure_wait(step: Callable[[], StepTimes], wrapper: nn.Module, model: nn.Module, ranks: Ranks) -> Wait:
+def measure_wait(step: Callable[[], StepTimes], wrapper: nn.Module, model: nn.Module, ranks: Ranks) -> StepTime:
     """The waiting in some training steps of ``wrapper``, a DistributedDataParallel around ``model``, over gloo.
 
     Collective: all ranks; those of the steps, and one object gather.
@@ -163,7 +163,8 @@ def measure_wait(step: Callable[[], StepTimes], wrapper: nn.Module, model: nn.Mo
         for hook in hooks:
             hook.remove()
     by_rank = ranks.collect((exchanges.total(), ddp, total))
-    return Wait(*(sum(each) / (WAIT_STEPS * len(by_rank)) for each in zip(*by_rank, strict=True)))
+    norm, ddp, whole = (sum(each) / (WAIT_STEPS * len(by_rank)) for each in zip(*by_rank, strict=True))
+    return StepTime(whole, norm, ddp)
 
 
 def watch_memory(device: torch.device) -> Callable[[], PeakMemory | None]:

@@ -1,81 +1,75 @@
-"""Differences between the test results of two arms, paired by seed, and whether they are significant."""
+"""Which arms of a comparison are compared with which, and the `Decision` on each pair."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import sqrt
-from statistics import mean
+from collections.abc import Iterator
+from math import isfinite
 
-from syncnorm.tools.common.stats import NORMAL_QUANTILE, PairedDifference
-from syncnorm.tools.compare.records import ArmResult, Comparison
+import torch
 
-# A loss has no binomial noise. Arms whose losses differ by less than this share count as equivalent.
-LOSS_MARGIN = 0.02
-# In percentage points. Two arms are not called equivalent by a test set with a coarser resolution than this.
-MAX_RESOLUTION = 10.0
+from syncnorm.tools.common.decision import LEVEL, Difference, Rule, Scores, level_of_look
+from syncnorm.tools.common.units import decode
+from syncnorm.tools.compare.records import ArmResult, Comparison, Decision
 
-
-@dataclass(frozen=True)
-class ResultDifference(PairedDifference):
-    """How much better one arm is than another; positive is better, for accuracy as well as loss.
-
-    Attributes:
-        by_seed: in percentage points of accuracy, or in units of the loss.
-        resolution: the smallest difference that the test set can confirm, with any number of seeds: 95 % of the
-            binomial noise of the difference, as if the errors of the two arms were independent, which is an upper
-            bound; for a loss a share of the other arm's.
-        metric: ``"accuracy"`` or ``"loss"``.
-    """
-
-    resolution: float
-    metric: str
-
-    @property
-    def enough_seeds(self) -> bool:
-        """A single seed has no interval."""
-        return len(self.by_seed) > 1
-
-    @property
-    def significant(self) -> bool:
-        """Larger than the noise of the seeds and of the test set."""
-        return self.enough_seeds and abs(self.mean) > max(self.half_width, self.resolution)
-
-    @property
-    def underpowered(self) -> bool:
-        """The test set is so small that it can confirm only a large difference."""
-        return self.metric == "accuracy" and self.resolution > MAX_RESOLUTION and not self.significant
-
-    @property
-    def equivalent(self) -> bool:
-        """An equivalence test: the interval lies within the resolution of the test set, if that is fine enough."""
-        return self.enough_seeds and not self.underpowered and abs(self.mean) + self.half_width <= self.resolution
-
-    @property
-    def below_resolution(self) -> bool:
-        """The seeds agree on a difference that the test set cannot confirm."""
-        return self.half_width < abs(self.mean) <= self.resolution and not self.equivalent
+LOCAL, SYNCED, REFERENCE = "ddp", "ddp+syncbn", "single"
 
 
-def difference(comparison: Comparison, arm: ArmResult, other: ArmResult) -> ResultDifference | None:
-    """``arm - other``; ``None`` if one of them did not run, or ended with a loss that is not finite.
+def decisions(comparison: Comparison) -> tuple[Decision, ...]:
+    """A decision on every pair of `pairs` of which both arms have finite results."""
+    arms = {arm.name: arm for arm in comparison.arms}
+    found = (decide(comparison, arms[name], arms[other]) for name, other in pairs(arms))
+    return tuple(decision for decision in found if decision is not None)
 
-    Source: the paired t-test; the variance of a difference of two binomial proportions, with one success and one
-    failure added (Agresti and Caffo, 2000), so that a perfect score has a variance as well.
-    """
-    metric = comparison.task.metric
-    results, others = arm.results(metric), other.results(metric)
-    pairs = [(a, b) for a, b in zip(results, others, strict=False) if a is not None and b is not None]
-    if not pairs or len(pairs) != len(results) or len(results) != len(others):
+
+def pairs(names: Iterator[str] | dict[str, ArmResult]) -> Iterator[tuple[str, str]]:
+    """Local BN and SyncBN with the whole batch, SyncBN with local BN, and every other arm with SyncBN."""
+    present = list(names)
+    others = [name for name in present if name not in (REFERENCE, LOCAL, SYNCED)]
+    wanted = [(LOCAL, REFERENCE), (SYNCED, LOCAL), (SYNCED, REFERENCE)]
+    wanted += [(name, SYNCED if SYNCED in present else REFERENCE) for name in others]
+    return ((name, other) for name, other in wanted if name in present and other in present)
+
+
+def essential(decision: Decision) -> bool:
+    """Whether the advice depends on it; seeds are added until these are decided."""
+    return (decision.arm, decision.other) in ((LOCAL, REFERENCE), (SYNCED, LOCAL))
+
+
+def decide(comparison: Comparison, arm: ArmResult, other: ArmResult) -> Decision | None:
+    """``arm`` compared with ``other``; ``None`` if one of them did not run, or has a result that is not finite."""
+    ours, theirs = _scores(comparison, arm), _scores(comparison, other)
+    if ours is None or theirs is None or len(ours.by_seed) != len(theirs.by_seed):
         return None
-    scale = 100.0 if metric == "accuracy" else -1.0
-    if metric == "accuracy":
-        variances = [_binomial_variance(mean(side), comparison.task.num_test) for side in zip(*pairs, strict=True)]
-        resolution = 100 * NORMAL_QUANTILE * sqrt(sum(variances))
-    else:
-        resolution = LOSS_MARGIN * mean(abs(b) for _, b in pairs)
-    return ResultDifference(tuple(scale * (a - b) for a, b in pairs), resolution, metric)
+    metric, looks = comparison.task.metric, comparison.looks
+    rule = Rule(
+        share=metric.share,
+        higher_is_better=metric.higher_is_better,
+        margin=comparison.settings.margin,
+        level=level_of_look(looks) if looks else LEVEL,
+    )
+    return _decision(arm.name, other.name, rule.decide(ours, theirs))
 
 
-def _binomial_variance(share: float, samples: int) -> float:
-    smoothed = (share * samples + 1) / (samples + 2)
-    return smoothed * (1 - smoothed) / (samples + 2)
+def _decision(arm: str, other: str, found: Difference) -> Decision:
+    return Decision(
+        arm=arm,
+        other=other,
+        kind=found.kind,
+        difference=found.mean,
+        by_seed=found.by_seed,
+        low=found.low if isfinite(found.low) else None,
+        high=found.high if isfinite(found.high) else None,
+        margin=found.margin,
+        confidence=1 - found.level,
+        more_seeds=found.more_seeds,
+        more_samples=found.more_samples,
+    )
+
+
+def _scores(comparison: Comparison, arm: ArmResult) -> Scores | None:
+    values = tuple(value for value in arm.results if value is not None)
+    if not values or len(values) != len(arm.seeds):
+        return None
+    units = [decode(run.units) for run in arm.seeds]
+    known = all(len(each) == len(units[0]) > 1 for each in units)
+    return Scores(values, torch.stack(units) if known else None, comparison.task.num_test)

@@ -20,7 +20,7 @@ from syncnorm.errors import InputError
 from syncnorm.tools.common.data import collate, digits, seed_everything
 from syncnorm.tools.common.errors import one_line
 from syncnorm.tools.common.nets import build_residual_net
-from syncnorm.tools.compare.records import CompareSettings, Task
+from syncnorm.tools.compare.records import CompareSettings, MetricInfo, Task
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -190,7 +190,7 @@ def _check_item(data: Any, name: str) -> None:
 @torch.no_grad()
 def _try_evaluation(
     problem: Problem, model: nn.Module, norms: dict[str, Any], items: list[Any]
-) -> tuple[str, list[str]]:
+) -> tuple[MetricInfo, list[str]]:
     """The metric, and the names of ``norms`` in the order in which a forward in eval mode calls them."""
     order: list[str] = []
     hooks = [m.register_forward_pre_hook(lambda *_, name=name: order.append(name)) for name, m in norms.items()]
@@ -213,7 +213,8 @@ def _try_evaluation(
         loss: Any = problem.loss(outputs, targets)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise InputError(f"the loss {problem.loss_name} must return a scalar tensor, got {_shape(loss)}")
-    return "accuracy" if are_class_targets(outputs, targets) else "loss", order
+    metric = MetricInfo() if are_class_targets(outputs, targets) else MetricInfo("loss", False, False, "batches")
+    return metric, order
 
 
 def _try_training(problem: Problem, model: nn.Module, batch: Any) -> None:

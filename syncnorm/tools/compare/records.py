@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from syncnorm.tools.common.provenance import Hardware
 from syncnorm.tools.common.records import Record
+from syncnorm.tools.compare.old_records import from_version_2
 
 # fp32 has a relative precision of 1.2e-7; summing a batch in a different order loses about one more digit. An arm
 # that computes something different is above 1e-3.
@@ -106,22 +107,25 @@ class SeedResult:
     """One training run of an arm.
 
     Attributes:
-        test_accuracy: share of the test targets that rank 0's model predicts correctly after the last step, in eval
-            mode; ``None`` if the metric is the loss.
-        test_loss: mean loss over the test samples, likewise.
+        test_metric: the metric of the task on the test samples, of rank 0's model after the last step in eval mode;
+            ``None`` if it is not finite.
+        test_loss: mean loss over the test samples, likewise; ``None`` too if a model in eval mode has no loss.
         step_seconds: median time of a training step, without warm-up and data loading.
         train_loss: of the global batch, averaged over up to 50 intervals of steps; each is placed at its last step.
-        test_accuracies: at a few steps including the last; empty if the metric is the loss.
-        test_losses: at the same steps, for either metric.
+        test_metrics: at a few steps including the last.
+        test_losses: at the same steps.
+        units: the metric of each unit of the test set (`MetricInfo.units`) after the last step, as a text of
+            `tools.common.units`; empty if it is not known.
     """
 
     seed: int
-    test_accuracy: float | None
+    test_metric: float | None
     test_loss: float | None
     step_seconds: float
     train_loss: tuple[Point, ...] = ()
-    test_accuracies: tuple[Point, ...] = ()
+    test_metrics: tuple[Point, ...] = ()
     test_losses: tuple[Point, ...] = ()
+    units: str = ""
 
 
 @dataclass(frozen=True)
@@ -143,19 +147,41 @@ class CollectiveCount:
 
 
 @dataclass(frozen=True)
-class Wait:
-    """Time per step that a rank is blocked in collectives: mean over ranks and a few steps after the training.
+class StepTime:
+    """Duration of a training step and its parts: means over ranks and over the middle half of the timed steps.
 
     Attributes:
-        norm_seconds: in the collectives of the norm layers.
-        ddp_seconds: from the last gradient to the end of the backward, plus DDP's work before the forward (its
-            broadcast of buffers).
-        step_seconds: the whole step, in the same steps.
+        seconds: the whole step.
+        norm_seconds: waiting in the collectives of the norm layers.
+        ddp_seconds: waiting from the last gradient to the end of the backward, plus DDP's work before the forward
+            (its broadcast of buffers). Both are ``None`` on GPUs, where the host does not observe the waiting.
     """
 
-    norm_seconds: float
-    ddp_seconds: float
-    step_seconds: float
+    seconds: float
+    norm_seconds: float | None = None
+    ddp_seconds: float | None = None
+
+    @property
+    def work_seconds(self) -> float:
+        """The rest of the step."""
+        return self.seconds - (self.norm_seconds or 0.0) - (self.ddp_seconds or 0.0)
+
+
+@dataclass(frozen=True)
+class StepRatio:
+    """Step time of an arm relative to that of ``ddp``; the arms took turns, so that a slow moment slows both.
+
+    Attributes:
+        ratio: median over the rounds.
+        low: lower end of the 95 % interval of the median (order statistics).
+        high: its upper end.
+        rounds: how many times each arm took its turn.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    rounds: int
 
 
 @dataclass(frozen=True)
@@ -194,10 +220,9 @@ class ArmResult:
         ranks: number of processes that trained it.
         not_run: why it did not run, else ``None``.
         seeds: one run for each.
-        step_seconds: median over the seeds of their median step times.
-        samples_per_second: global batch / ``step_seconds``.
+        step: time of a training step.
+        cost: the same relative to the ``ddp`` arm; ``None`` without that arm.
         collectives: those of one training step.
-        wait: ``None`` in a single process, and on GPUs, where the host does not observe the waiting.
         memory: ``None`` if it cannot be measured.
         parity: difference from ``single`` at a few steps of the first seed, without dropout.
         wall_seconds: of the whole arm, including setup and evaluation.
@@ -208,31 +233,29 @@ class ArmResult:
     ranks: int
     not_run: str | None = None
     seeds: tuple[SeedResult, ...] = ()
-    step_seconds: float | None = None
-    samples_per_second: float | None = None
+    step: StepTime | None = None
+    cost: StepRatio | None = None
     collectives: tuple[CollectiveCount, ...] | None = None
-    wait: Wait | None = None
     memory: PeakMemory | None = None
     parity: tuple[Parity, ...] = ()
     wall_seconds: float | None = None
 
     @property
-    def test_accuracy(self) -> float | None:
-        """Mean over the seeds."""
-        return _mean([run.test_accuracy for run in self.seeds])
+    def test_metric(self) -> float | None:
+        """Mean over the seeds; ``None`` if one of them is not finite."""
+        values = self.results
+        known = [value for value in values if value is not None]
+        return mean(known) if known and len(known) == len(values) else None
 
     @property
-    def test_loss(self) -> float | None:
-        """Mean over the seeds."""
-        return _mean([run.test_loss for run in self.seeds])
+    def results(self) -> tuple[float | None, ...]:
+        """The final value of the metric for each seed."""
+        return tuple(run.test_metric for run in self.seeds)
 
-    def results(self, metric: str) -> tuple[float | None, ...]:
-        """The final test result of each seed; ``metric`` is ``"accuracy"`` or ``"loss"``."""
-        return tuple(run.test_accuracy if metric == "accuracy" else run.test_loss for run in self.seeds)
-
-    def std(self, metric: str) -> float | None:
+    @property
+    def std(self) -> float | None:
         """Standard deviation of `results`; ``None`` for fewer than two seeds, or if one is not finite."""
-        values = [value for value in self.results(metric) if value is not None]
+        values = [value for value in self.results if value is not None]
         return stdev(values) if len(values) == len(self.seeds) > 1 else None
 
     def calls(self, origin: str) -> int:
@@ -253,6 +276,14 @@ class CompareSettings:
         parity_steps: the last step at which parity is measured, in a separate short run.
         seeds: of the initial weights and of the order of the data; every arm is trained once with each.
         num_groups: of the group norm arm.
+        accumulate: batches per optimizer step, whose gradients are accumulated.
+        eval_batch: test samples per forward.
+        num_workers: processes that load the training data of a rank; 0 loads it in the rank itself.
+        amp: dtype of autocast, ``"bfloat16"`` or ``"float16"``; empty for full precision. Parity is measured in full
+            precision.
+        margin: largest difference that does not matter, see `tools.common.decision.Rule`; ``None`` for the default.
+        budget_seconds: seeds were added until the results decided or this time was over; ``None`` if the number of
+            seeds was given.
     """
 
     arms: tuple[str, ...]
@@ -264,11 +295,35 @@ class CompareSettings:
     lr: float
     momentum: float
     num_groups: int
+    accumulate: int = 1
+    eval_batch: int = 1
+    num_workers: int = 0
+    amp: str = ""
+    margin: float | None = None
+    budget_seconds: float | None = None
 
     @property
     def global_batch(self) -> int:
-        """Samples per optimizer step, over all ranks."""
+        """Samples whose statistics a synced layer combines: those of one forward of all ranks."""
         return self.world_size * self.batch_per_rank
+
+
+@dataclass(frozen=True)
+class MetricInfo:
+    """By what the arms are judged.
+
+    Attributes:
+        name: ``"accuracy"``, ``"loss"``, or the name of the user's metric.
+        higher_is_better: its direction.
+        share: whether its values are between 0 and 1; they are shown as percentages.
+        units: what `SeedResult.units` has a value for: ``"samples"``; ``"batches"`` of the evaluation for a loss;
+            ``"groups"`` of samples, each left out once, for a metric of the whole test set (the jackknife).
+    """
+
+    name: str = "accuracy"
+    higher_is_better: bool = True
+    share: bool = True
+    units: str = "samples"
 
 
 @dataclass(frozen=True)
@@ -279,20 +334,58 @@ class Task:
         model: ``package.module:function``, or a description of the default model.
         data: likewise.
         loss: likewise.
-        metric: by which the arms are judged: ``"accuracy"`` if targets are class indices, else ``"loss"``.
+        metric: by which the arms are judged.
         norm_layers: names of the model's batch norms, in the order in which the forward calls them.
         num_train: number of training samples.
         num_test: number of test samples, even if each has many labeled pixels.
+        step: name of the function that computes the loss of a batch, empty by default; likewise the next two.
+        collate: of the one that makes a batch of samples.
+        optimizer: of the one that builds the optimizer.
     """
 
     model: str
     data: str
     loss: str
-    metric: str
+    metric: MetricInfo
     num_parameters: int
     norm_layers: tuple[str, ...]
     num_train: int
     num_test: int
+    step: str = ""
+    collate: str = ""
+    optimizer: str = ""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How one arm compares with another, by the rule of `tools.common.decision`.
+
+    Attributes:
+        arm: name of the arm.
+        other: name of the arm that it is compared with.
+        kind: ``"better"``, ``"worse"``, ``"equivalent"`` or ``"undecided"``: what the interval says.
+        difference: mean over seeds, positive if ``arm`` is better; in percentage points, or in units of the metric.
+        by_seed: the difference for each seed.
+        low: lower end of the confidence interval; ``None`` if one seed gives no interval.
+        high: its upper end.
+        margin: differences up to this one do not matter.
+        confidence: of the interval: 0.95, and more for seeds that were added until the results decided.
+        more_seeds: how many more seeds would decide if the spread stays as it is; 0 if it is decided, ``None`` if
+            seeds alone would not.
+        more_samples: how many more test samples would, with the same seeds; likewise.
+    """
+
+    arm: str
+    other: str
+    kind: str
+    difference: float
+    by_seed: tuple[float, ...]
+    low: float | None
+    high: float | None
+    margin: float
+    confidence: float
+    more_seeds: int | None
+    more_samples: int | None
 
 
 @dataclass(frozen=True)
@@ -302,11 +395,13 @@ class Comparison(Record):
     Attributes:
         spread: divergence of the statistics between ranks, for each norm layer of the ``ddp`` arm's model after the
             first seed's training; empty without that arm.
+        looks: how many times the results were judged while seeds were added; 0 if the number of seeds was given.
+        decisions: the comparisons of arms that the verdict is based on.
         verdict: sentences, the most important first.
     """
 
     schema: ClassVar[str] = "syncnorm.compare"
-    schema_version: ClassVar[int] = 2
+    schema_version: ClassVar[int] = 3
 
     settings: CompareSettings
     task: Task
@@ -319,7 +414,16 @@ class Comparison(Record):
     arms: tuple[ArmResult, ...]
     spread: tuple[LayerDivergence, ...]
     wall_seconds: float
+    looks: int = 0
+    decisions: tuple[Decision, ...] = ()
     verdict: tuple[str, ...] = ()
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Comparison:
+        """As for any `Record`; also reads version 2, which had no results of single samples."""
+        if (data.get("schema"), data.get("schema_version")) == (cls.schema, 2):
+            data = from_version_2(data)
+        return super().from_dict(data)
 
     def __getitem__(self, name: str) -> ArmResult:
         """The result of the arm called ``name``."""
@@ -327,6 +431,11 @@ class Comparison(Record):
             if result.name == name:
                 return result
         raise KeyError(name)
+
+    def samples_per_second(self, arm: ArmResult) -> float | None:
+        """Samples of a training step / its time, without data loading; ``None`` if ``arm`` was not timed."""
+        settings = self.settings
+        return settings.global_batch * settings.accumulate / arm.step.seconds if arm.step else None
 
 
 @dataclass(frozen=True)
@@ -342,7 +451,9 @@ class Sweep(Record):
         """As for any `Record`; each comparison has its own schema as well."""
         return {**super().to_dict(), "comparisons": [comparison.to_dict() for comparison in self.comparisons]}
 
-
-def _mean(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return mean(known) if known and len(known) == len(values) else None
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Sweep:
+        """As for any `Record`; also reads version 2."""
+        if data.get("schema") != cls.schema or data.get("schema_version") not in (2, cls.schema_version):
+            return super().from_dict(data)  # which raises
+        return cls(tuple(Comparison.from_dict(each) for each in data["comparisons"]))

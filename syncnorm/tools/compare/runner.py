@@ -18,6 +18,7 @@ from syncnorm.tools.common.provenance import command_line, provenance
 from syncnorm.tools.common.ranks import WAIT, Ranks, ranks_for, world_size_for
 from syncnorm.tools.compare.arm_runner import ArmProgressFactory, ArmRunner, no_progress
 from syncnorm.tools.compare.arms import ARMS, SINGLE
+from syncnorm.tools.compare.paired import decisions
 from syncnorm.tools.compare.problem import Loss, Problem, check_problem
 from syncnorm.tools.compare.records import CompareSettings, Comparison, Task
 from syncnorm.tools.compare.verdict import verdict
@@ -200,7 +201,7 @@ def compare_on_rank(
         spread=runner.divergence,
         wall_seconds=time.perf_counter() - started,
     )
-    comparison = replace(comparison, verdict=tuple(verdict(comparison)))
+    comparison = replace(comparison, decisions=decisions(comparison), verdict=tuple(verdict(comparison)))
     return ranks.share(comparison if ranks.rank == 0 else None)
 
 

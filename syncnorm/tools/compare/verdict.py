@@ -1,152 +1,198 @@
-"""From the record to sentences: is SyncBN needed, is it correct, what does it cost, is another norm as good?"""
+"""From the record to sentences: the decision, its reasons, the cost of SyncBN, and whether SyncBN is correct."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from statistics import median
+from collections.abc import Iterator, Mapping
 
-from syncnorm.tools.compare.paired import ResultDifference, difference
-from syncnorm.tools.compare.records import ArmResult, Comparison
+from syncnorm.tools.compare.paired import LOCAL, REFERENCE, SYNCED, decisions, pairs
+from syncnorm.tools.compare.records import ArmResult, Comparison, Decision, MetricInfo, StepRatio
 
-BASELINES = {"ddp+group": "GroupNorm", "ddp+layer": "LayerNorm", "ddp+instance": "InstanceNorm"}
-NAMES = {"ddp": "local BN", "ddp+syncbn": "SyncBN", **BASELINES}
-REFERENCE = "single-process training"
-# With fewer seeds the t-quantile is above 4.
+NO_COMMUNICATION = {"ddp+group": "GroupNorm", "ddp+layer": "LayerNorm", "ddp+instance": "InstanceNorm"}
+NAMES = {
+    LOCAL: "local BN",
+    SYNCED: "SyncBN",
+    REFERENCE: "single-process training",
+    "dp": "DataParallel",
+    "ddp+recalibrated": "recalibrated local BN",
+    "ddp+frozen": "frozen BN",
+    "ddp+torch-syncbn": "torch.nn.SyncBatchNorm",
+    **NO_COMMUNICATION,
+}
+# An interval whose ends differ by more than this factor says too little about a step time.
+MAX_RATIO_OF_ENDS = 1.25
+# With two seeds the interval is 4 times as wide.
 ENOUGH_SEEDS = 3
-# Medians of the same step on the same machine differ by this share by chance.
-STEP_TIME_NOISE = 0.03
+
+Pair = tuple[str, str]
 
 
 def verdict(comparison: Comparison) -> list[str]:
-    """Sentences, the answer first and the reasons after it; a pure function of the record.
+    """The decision first, then its reasons, the cost, and correctness; a pure function of the record.
+
+    A difference is described by one of three sentences, which depends on its confidence interval alone: better or
+    worse, equivalent within the margin, or undecided.
 
     Example:
         >>> verdict(comparison)  # doctest: +SKIP
-        ['At 4 samples per rank, local BN is 3.1 ± 0.6 points worse than single-process training.', ...]
+        ['Use SyncBN.', 'At 2 samples per rank, local BN is worse than single-process training by 10.9 points ...']
     """
     arms = {arm.name: arm for arm in comparison.arms}
-    sentences = [*_accuracy(comparison, arms), *_correctness(arms), *_failures(comparison)]
-    # Names of arms are never capitalized.
-    capitalized = ("local", "no verdict")
-    return [each[0].upper() + each[1:] if each.startswith(capitalized) else each for each in sentences]
-
-
-def _failures(comparison: Comparison) -> Iterator[str]:
-    for arm in comparison.arms:
-        if arm.not_run and arm.name in NAMES:
-            yield f"{NAMES[arm.name]} did not run: {arm.not_run}."
-        if arm.seeds and arm.test_loss is None:
-            yield f"{NAMES.get(arm.name, arm.name)} ended with a loss that is not finite: use a smaller --lr."
-
-
-def _accuracy(comparison: Comparison, arms: dict[str, ArmResult]) -> Iterator[str]:
-    if len(comparison.settings.seeds) < 2:
-        metric = "accuracy" if comparison.task.metric == "accuracy" else "test loss"
-        yield (
-            f"No verdict on {metric}: with one seed, a difference cannot be distinguished from chance. "
-            f"Run with --seeds {ENOUGH_SEEDS}."
-        )
-        if cost := _cost(arms):
-            yield f"SyncBN {cost}."
-        return
-    local = _between(comparison, arms, "ddp", "single")
-    synced = _between(comparison, arms, "ddp+syncbn", "ddp")
-    synced_single = _between(comparison, arms, "ddp+syncbn", "single")
-    if local is not None:
-        sentence = _compared(local, comparison, "local BN", REFERENCE)
-        prefix = "" if sentence.startswith("no verdict") else f"At {_samples(comparison)} per rank, "
-        yield f"{prefix}{sentence}."
-    if synced is not None and synced_single is not None:
-        yield _synced(comparison, local, synced, synced_single, _cost(arms))
-    other = "ddp+syncbn" if synced_single is not None else "single"
-    differences = {name: _between(comparison, arms, name, other) for name in BASELINES}
-    known = {name: found for name, found in differences.items() if found is not None}
-    for name, found in known.items():
-        yield f"{_compared(found, comparison, BASELINES[name], NAMES.get(other, REFERENCE))}."
-    if advice := _advice(local, synced, known):
-        yield advice
-
-
-def _synced(
-    comparison: Comparison,
-    local: ResultDifference | None,
-    synced: ResultDifference,
-    synced_single: ResultDifference,
-    cost: str,
-) -> str:
-    and_cost = f"; it {cost}" if cost else ""
-    if local is not None and local.equivalent and not synced.significant:
-        return f"SyncBN has nothing to recover{and_cost}."
-    if synced.significant and synced.mean > 0 and not (synced_single.significant and synced_single.mean < 0):
-        lost = local is not None and local.significant and local.mean < 0
-        what = "recovers the difference" if lost else "is better than local BN"
-        return f"SyncBN {what} ({_figures(synced)} compared with local BN){and_cost}."
-    and_cost = f". SyncBN {cost}" if cost else ""
-    return f"{_compared(synced, comparison, 'SyncBN', 'local BN')}{and_cost}."
-
-
-def _advice(
-    local: ResultDifference | None,
-    synced: ResultDifference | None,
-    others: dict[str, ResultDifference],
-) -> str | None:
-    if local is None:
-        return None
-    if local.equivalent or (local.significant and local.mean > 0):
-        return "Local BN is sufficient here: SyncBN is not needed."
-    if not local.significant or synced is None or not (synced.significant and synced.mean > 0):
-        return None
-    as_good = [
-        BASELINES[name]
-        for name, found in others.items()
-        if found.equivalent or (found.significant and found.mean > 0)
+    found = {(each.arm, each.other): each for each in decisions(comparison)}
+    sentences = [
+        *_advice(comparison, found),
+        *(_reason(comparison, found[pair]) for pair in pairs(arms) if pair in found and _informative(found[pair])),
+        *_cost(arms),
+        *_correctness(arms),
+        *_failures(comparison),
     ]
+    return [f"{each[0].upper()}{each[1:]}" if _starts_with_a_word(each) else each for each in sentences]
+
+
+def _starts_with_a_word(sentence: str) -> bool:
+    # Names of arms and functions are never capitalized.
+    return sentence.startswith(("local BN", "recalibrated local", "frozen BN", "undecided", "single-process"))
+
+
+def _advice(comparison: Comparison, found: Mapping[Pair, Decision]) -> Iterator[str]:
+    local, gain = found.get((LOCAL, REFERENCE)), found.get((SYNCED, LOCAL))
+    if local is None:
+        return
+    if local.kind in ("equivalent", "better"):
+        yield "Local BN is enough here: SyncBN is not needed."
+    elif local.kind == "undecided":
+        yield f"Undecided whether SyncBN is needed: {_what_would_decide(comparison, local)}."
+    elif -local.difference <= local.margin and (local.low or 0) >= -local.margin:
+        margin = _amount(local.margin, comparison)
+        yield f"Local BN loses, but less than the margin of {margin}: use SyncBN if that matters."
+    elif gain is None:
+        yield "Local BN loses here: compare it with SyncBN (--arms ddp,ddp+syncbn)."
+    elif gain.kind == "better":
+        yield _use_syncbn(found)
+    elif gain.kind == "undecided":
+        yield f"Undecided whether SyncBN recovers what local BN loses: {_what_would_decide(comparison, gain)}."
+    else:
+        yield "Local BN loses here, and SyncBN does not recover it."
+
+
+def _use_syncbn(found: Mapping[Pair, Decision]) -> str:
+    others = {name: found[name, SYNCED].kind for name in NO_COMMUNICATION if (name, SYNCED) in found}
+    as_good = [NO_COMMUNICATION[name] for name, kind in others.items() if kind in ("equivalent", "better")]
     if as_good:
         return (
-            f"Use {' or '.join(as_good)}, which needs no communication, when training from scratch; use SyncBN when "
-            f"starting from weights that were trained with BN."
+            f"Use SyncBN when starting from weights that were trained with BN; use {' or '.join(as_good)}, which "
+            f"needs no communication, when training from scratch."
         )
-    unclear = [BASELINES[name] for name, found in others.items() if not found.significant]
-    unless = f", unless more seeds show that {' or '.join(unclear)} is as good" if unclear else ""
-    return f"Use SyncBN{unless}."
+    unclear = [NO_COMMUNICATION[name] for name, kind in others.items() if kind == "undecided"]
+    return f"Use SyncBN{f'; whether {_either(unclear)} as good is undecided' if unclear else ''}."
 
 
-def _samples(comparison: Comparison) -> str:
-    number = comparison.settings.batch_per_rank
-    return f"{number} sample{'s' * (number > 1)}"
+def _either(names: list[str]) -> str:
+    return f"{names[0]} is" if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]} is"
 
 
-def _compared(found: ResultDifference, comparison: Comparison, name: str, other: str) -> str:
-    num_test = comparison.task.num_test
-    if found.significant:
-        return f"{name} is {_figures(found, signed=False)} {'better' if found.mean > 0 else 'worse'} than {other}"
-    if found.equivalent:
-        return f"{name} is statistically equivalent to {other} ({_figures(found)})"
-    if found.underpowered:
-        return (
-            f"no verdict on {name} compared with {other} ({_figures(found)}): a test set of {num_test:,} "
-            f"sample{'s' * (num_test > 1)} cannot confirm a difference below {_number(found.resolution, found)} "
-            "points"
+def _informative(decision: Decision) -> bool:
+    # That SyncBN trains like the single process is shown by parity, to which no noise of seeds or samples is added.
+    return (decision.arm, decision.other) != (SYNCED, REFERENCE) or decision.kind != "undecided"
+
+
+def _reason(comparison: Comparison, decision: Decision) -> str:
+    name, other = arm_name(decision.arm), arm_name(decision.other)
+    interval = interval_text(decision, comparison.task.metric)
+    if decision.kind == "equivalent":
+        margin = _amount(decision.margin, comparison)
+        sentence = f"{name} is equivalent to {other} within the margin of {margin} ({interval})"
+    elif decision.kind == "undecided":
+        size = _amount(decision.difference, comparison, signed=True)
+        why = _what_would_decide(comparison, decision)
+        sentence = f"undecided: {name} compared with {other}, {size} ({interval}); {why}"
+    else:
+        size = _amount(abs(decision.difference), comparison)
+        sentence = f"{name} is {decision.kind} than {other} by {size} ({interval})"
+    if (decision.arm, decision.other) == (LOCAL, REFERENCE) and decision.kind != "undecided":
+        number = comparison.settings.batch_per_rank
+        sentence = f"At {number} sample{'s' * (number > 1)} per rank, {sentence}"
+    return f"{sentence}."
+
+
+def arm_name(arm: str) -> str:
+    """An arm in a sentence: ``"local BN"``."""
+    base, colon, size = arm.partition(":")
+    if colon and base == SYNCED:
+        return f"SyncBN in groups of {size}"
+    return NAMES.get(arm, arm)
+
+
+def interval_text(decision: Decision, metric: MetricInfo) -> str:
+    """The confidence interval: ``95% interval -0.2 to +1.4``; without signs if the sentence says better or worse."""
+    if decision.low is None or decision.high is None:
+        return "one seed has no interval"
+    ends, signed = [decision.low, decision.high], True
+    if decision.kind in ("better", "worse"):
+        ends, signed = sorted(map(abs, ends)), False
+    low, high = (_number(value, metric, signed) for value in ends)
+    return f"{100 * decision.confidence:.4g}% interval {low} to {high}"
+
+
+def _what_would_decide(comparison: Comparison, decision: Decision) -> str:
+    num_seeds, num_test = len(decision.by_seed), comparison.task.num_test
+    if num_seeds < 2:
+        return f"one seed has no interval; run --seeds {ENOUGH_SEEDS} or --seeds auto"
+    ways = []
+    if decision.more_seeds is not None:
+        more, total = decision.more_seeds, num_seeds + decision.more_seeds
+        ways.append(f"about {more} more seed{'s' * (more > 1)} (--seeds {total})")
+    if decision.more_samples is not None and comparison.task.metric.units == "samples":
+        ways.append(f"about {_two_digits(decision.more_samples):,} more test samples than the {num_test:,}")
+    if not ways:
+        return "more seeds or more test samples alone would not decide: use more of both"
+    return f"{' or '.join(ways)} would decide"
+
+
+def _two_digits(number: int) -> int:
+    return int(float(f"{number:.2g}"))
+
+
+def _amount(value: float, comparison: Comparison, signed: bool = False) -> str:
+    metric = comparison.task.metric
+    unit = "points" if metric.share else f"of {'test loss' if metric.name == 'loss' else metric.name}"
+    return f"{_number(value, metric, signed)} {unit}"
+
+
+def _number(value: float, metric: MetricInfo, signed: bool = False) -> str:
+    spec = (".2f" if abs(value) < 0.095 else ".1f") if metric.share else ".3g"
+    return format(value, ("+" if signed else "") + spec)
+
+
+def _cost(arms: Mapping[str, ArmResult]) -> Iterator[str]:
+    local, synced = arms.get(LOCAL), arms.get(SYNCED)
+    if local is None or synced is None or local.step is None or synced.step is None:
+        return
+    times = f"{synced.step.seconds * 1e3:.1f} against {local.step.seconds * 1e3:.1f} ms"
+    if synced.cost is None:
+        yield f"A training step takes {times} with SyncBN and with local BN, which were timed one after the other."
+    elif too_noisy(synced.cost):
+        yield (
+            f"The cost of SyncBN is too noisy to time here: a training step takes {_ends(synced.cost)} times that of "
+            f"local BN."
         )
-    if found.below_resolution:
-        differs = f"{name} differs from {other} by {_figures(found)}"
-        if found.metric == "loss":
-            return f"{differs}: the seeds agree, but a difference below 2% counts as none"
-        return (
-            f"{differs}, but on a test set of {num_test:,} samples a difference below "
-            f"{_number(found.resolution, found)} points may be chance: no verdict without a larger test set"
-        )
-    by_seed = ", ".join(_number(value, found, signed=True) for value in found.by_seed)
-    one_sign = len({value > 0 for value in found.by_seed}) == 1
-    why = f"{len(found.by_seed)} seeds are too few" if one_sign else "the seeds disagree"
-    return (
-        f"no verdict on {name} compared with {other}: {why} ({by_seed}{_unit(found)}). "
-        f"Run with --seeds {max(ENOUGH_SEEDS, 2 * len(found.by_seed))}"
-    )
+    elif synced.cost.low <= 1 <= synced.cost.high:
+        yield f"SyncBN takes {_ends(synced.cost)} times the step time of local BN ({times}): no measurable cost."
+    else:
+        more = f"{100 * abs(synced.cost.ratio - 1):.0f}% {'more' if synced.cost.ratio > 1 else 'less'}"
+        yield f"SyncBN takes {more} time per step than local BN: {_ends(synced.cost)} times as long ({times})."
 
 
-def _correctness(arms: dict[str, ArmResult]) -> Iterator[str]:
-    arm = arms.get("ddp+syncbn")
+def too_noisy(cost: StepRatio) -> bool:
+    """Whether the interval is too wide to say anything."""
+    return cost.high > MAX_RATIO_OF_ENDS * cost.low
+
+
+def _ends(cost: StepRatio) -> str:
+    return f"{cost.low:.2f} to {cost.high:.2f}"
+
+
+def _correctness(arms: Mapping[str, ArmResult]) -> Iterator[str]:
+    arm = arms.get(SYNCED)
     first = arm.parity[0] if arm is not None and arm.parity else None
     if first is None:
         return
@@ -173,33 +219,9 @@ def _correctness(arms: dict[str, ArmResult]) -> Iterator[str]:
         )
 
 
-def _cost(arms: dict[str, ArmResult]) -> str:
-    synced, local = arms.get("ddp+syncbn"), arms.get("ddp")
-    if synced is None or local is None or not synced.step_seconds or not local.step_seconds:
-        return ""
-    ratios = [a.step_seconds / b.step_seconds for a, b in zip(synced.seeds, local.seeds, strict=False)]
-    times = f"{synced.step_seconds * 1e3:.1f} vs. {local.step_seconds * 1e3:.1f} ms"
-    if min(ratios) < 1 < max(ratios):
-        return f"may or may not increase the step time: the runs disagree ({times})"
-    increase = median(ratios) - 1
-    if increase > STEP_TIME_NOISE:
-        return f"increases the step time by {100 * increase:.0f}% ({times})"
-    return f"does not measurably increase the step time ({times})"
-
-
-def _between(comparison: Comparison, arms: dict[str, ArmResult], name: str, other: str) -> ResultDifference | None:
-    arm, reference = arms.get(name), arms.get(other)
-    return None if arm is None or reference is None else difference(comparison, arm, reference)
-
-
-def _figures(found: ResultDifference, signed: bool = True) -> str:
-    value = found.mean if signed else abs(found.mean)
-    return f"{_number(value, found, signed)} ± {_number(found.half_width, found)}{_unit(found)}"
-
-
-def _number(value: float, found: ResultDifference, signed: bool = False) -> str:
-    return format(value, ("+" if signed else "") + (".1f" if found.metric == "accuracy" else ".3g"))
-
-
-def _unit(found: ResultDifference) -> str:
-    return " points" if found.metric == "accuracy" else " of test loss"
+def _failures(comparison: Comparison) -> Iterator[str]:
+    for arm in comparison.arms:
+        if arm.not_run and arm.name in NAMES:
+            yield f"{arm_name(arm.name)} did not run: {arm.not_run}."
+        if arm.seeds and arm.test_metric is None:
+            yield f"{arm_name(arm.name)} ended with a result that is not finite: use a smaller --lr."

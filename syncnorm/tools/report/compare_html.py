@@ -71,20 +71,20 @@ def _part(comparison: Comparison) -> dict[str, Any]:
 
 
 def _result_table(comparison: Comparison) -> _Table:
-    accuracy = comparison.task.metric == "accuracy"
+    accuracy = comparison.task.metric.share
     rows = []
     for arm in (each for each in comparison.arms if not each.not_run):
-        value = arm.test_accuracy if accuracy else arm.test_loss
+        value = arm.test_metric
         scale = 100 if accuracy else 1
         rows.append(
             (
                 arm.label,
                 _number(value, scale, ".1f" if accuracy else ".4f"),
-                _number(arm.std(comparison.task.metric), scale, ".1f" if accuracy else ".4f"),
-                _number(arm.samples_per_second, 1, ",.0f"),
-                _number(arm.step_seconds, 1e3, ".1f"),
-                _number(arm.wait.norm_seconds if arm.wait else None, 1e3, ".1f"),
-                _number(arm.wait.ddp_seconds if arm.wait else None, 1e3, ".1f"),
+                _number(arm.std, scale, ".1f" if accuracy else ".4f"),
+                _number(comparison.samples_per_second(arm), 1, ",.0f"),
+                _number(arm.step.seconds if arm.step else None, 1e3, ".1f"),
+                _number(arm.step.norm_seconds if arm.step else None, 1e3, ".1f"),
+                _number(arm.step.ddp_seconds if arm.step else None, 1e3, ".1f"),
                 f"{arm.calls('ddp')} + {arm.calls('norm')}" if arm.collectives else "0",
                 _number(arm.payload_bytes / 1024, 1, ",.0f"),
                 _number(arm.memory.peak_bytes if arm.memory else None, 2**-20, ",.0f"),

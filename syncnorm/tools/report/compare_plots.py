@@ -7,7 +7,7 @@ from io import BytesIO
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-from syncnorm.tools.compare.records import ROUNDING, ArmResult, Comparison, MaxError
+from syncnorm.tools.compare.records import ROUNDING, ArmResult, Comparison, MaxError, StepTime
 from syncnorm.tools.report.figures import figure
 
 # Marker, line style and color: each of them distinguishes the arms.
@@ -102,7 +102,7 @@ def _curves(comparison: Comparison) -> Plot | None:
 
     def draw(ax: Any) -> None:
         for arm in arms:
-            runs = [run.test_accuracies if metric == "accuracy" else run.test_losses for run in arm.seeds]
+            runs = [run.test_metrics for run in arm.seeds]
             by_step: dict[int, list[float]] = {}
             for point in (p for run in runs for p in run if p.value is not None):
                 by_step.setdefault(point.step, []).append((point.value or 0.0) * scale)
@@ -182,14 +182,14 @@ def _divergence(comparison: Comparison) -> Plot | None:
 
 
 def _step_time(comparison: Comparison) -> Plot | None:
-    arms = [arm for arm in comparison.arms if arm.step_seconds is not None]
+    arms = [arm for arm in comparison.arms if arm.step is not None]
     if not arms:
         return None
 
     def draw(ax: Any) -> None:
         labels, left = [arm.label for arm in arms], [0.0] * len(arms)
         for name, part, style in _PARTS:
-            widths = [1e3 * part(arm) for arm in arms]
+            widths = [1e3 * part(arm.step) for arm in arms if arm.step]
             if any(widths):
                 ax.barh(labels, widths, 0.62, left=left, label=name, **_bar(*style))
             left = [a + b for a, b in zip(left, widths, strict=True)]
@@ -203,39 +203,24 @@ def _step_time(comparison: Comparison) -> Plot | None:
     return Plot("Step time", _svg(draw), caption)
 
 
-def _scaled(arm: ArmResult, seconds: Callable[[Any], float]) -> float:
-    """The waiting, scaled from the steps in which it was measured to the median step."""
-    if arm.wait is None or not arm.wait.step_seconds:
-        return 0.0
-    return (arm.step_seconds or 0.0) * seconds(arm.wait) / arm.wait.step_seconds
-
-
-def _norm_wait(arm: ArmResult) -> float:
-    return _scaled(arm, lambda wait: wait.norm_seconds)
-
-
-def _ddp_wait(arm: ArmResult) -> float:
-    return _scaled(arm, lambda wait: wait.ddp_seconds)
-
-
-_PARTS: tuple[tuple[str, Callable[[ArmResult], float], tuple[str, str]], ...] = (
-    ("work", lambda arm: (arm.step_seconds or 0.0) - _norm_wait(arm) - _ddp_wait(arm), ("#b8b8b8", "")),
-    ("waiting in norm layers", _norm_wait, ("#0072b2", "")),
-    ("waiting in DDP", _ddp_wait, ("#ffffff", "////")),
+_PARTS: tuple[tuple[str, Callable[[StepTime], float], tuple[str, str]], ...] = (
+    ("work", lambda step: step.work_seconds, ("#b8b8b8", "")),
+    ("waiting in norm layers", lambda step: step.norm_seconds or 0.0, ("#0072b2", "")),
+    ("waiting in DDP", lambda step: step.ddp_seconds or 0.0, ("#ffffff", "////")),
 )
 
 
 def _metric(comparison: Comparison) -> tuple[str, float, str]:
     """The name of the metric, the factor that converts it to the unit shown, and the label."""
-    return ("accuracy", 100, "Test accuracy, %") if comparison.task.metric == "accuracy" else ("loss", 1, "Test loss")
+    return ("accuracy", 100, "Test accuracy, %") if comparison.task.metric.share else ("loss", 1, "Test loss")
 
 
 def _finished(arm: ArmResult, metric: str) -> bool:
-    return bool(arm.seeds) and all(value is not None for value in arm.results(metric))
+    return bool(arm.seeds) and all(value is not None for value in arm.results)
 
 
 def _values(arm: ArmResult, metric: str, scale: float) -> list[float]:
-    return [value * scale for value in arm.results(metric) if value is not None]
+    return [value * scale for value in arm.results if value is not None]
 
 
 def _relative(error: MaxError | None) -> float | None:

@@ -180,7 +180,7 @@ _DIVERGENCE_LEGEND = (
 
 
 def _result_table(comparison: Comparison) -> PlainTable:
-    accuracy = comparison.task.metric == "accuracy"
+    accuracy = comparison.task.metric.share
     ran = [arm for arm in comparison.arms if arm.seeds]
     steps = [point.step for point in (ran[0].seeds[0].test_losses if ran else ())]
     table = PlainTable(f"Result: test {'accuracy' if accuracy else 'loss'} after a number of steps, and speed")
@@ -193,19 +193,19 @@ def _result_table(comparison: Comparison) -> PlainTable:
         if arm.not_run:
             table.add_row(arm.label, *["-"] * len(steps), "not run", "-", "-")
             continue
-        std = arm.std(comparison.task.metric)
+        std = arm.std
         table.add_row(
             arm.label,
             *(_result(_mean_at(arm, accuracy, index), accuracy) for index in range(len(steps))),
             "-" if std is None else f"± {_result(std, accuracy)}",
-            _number(arm.samples_per_second, ",.0f"),
+            _number(comparison.samples_per_second(arm), ",.0f"),
             _number(arm.wall_seconds, ".1f"),
         )
     return table
 
 
 def _mean_at(arm: ArmResult, accuracy: bool, index: int) -> float | None:
-    points = [(run.test_accuracies if accuracy else run.test_losses)[index] for run in arm.seeds]
+    points = [run.test_metrics[index] for run in arm.seeds]
     values = [point.value for point in points if point.value is not None]
     return sum(values) / len(values) if len(values) == len(points) else None
 
@@ -226,7 +226,7 @@ def _result_legend(comparison: Comparison) -> Text:
 
 
 def _noise(comparison: Comparison) -> str:
-    accuracies = [arm.test_accuracy for arm in comparison.arms if arm.test_accuracy is not None]
+    accuracies = [arm.test_metric for arm in comparison.arms if arm.test_metric is not None]
     if not accuracies:
         return ""
     share = accuracies[0]
@@ -247,10 +247,11 @@ def _cost_table(comparison: Comparison) -> PlainTable:
 
 
 def _cost_cells(arm: ArmResult) -> tuple[str, ...]:
-    wait = arm.wait
+    step = arm.step
+    waits = () if step is None else (step.work_seconds, step.ddp_seconds, step.norm_seconds)
     return (
-        _number(arm.step_seconds and arm.step_seconds * 1e3, ".1f"),
-        f"{wait.ddp_seconds * 1e3:.1f} + {wait.norm_seconds * 1e3:.1f}" if wait else "-",
+        _number(step.seconds * 1e3 if step else None, ".1f"),
+        " + ".join(_number(wait * 1e3, ".1f") for wait in waits if wait is not None) or "-",
         f"{arm.calls('ddp')} + {arm.calls('norm')}" if arm.collectives else "0",
         _number(arm.payload_bytes / 1024, ",.1f") if arm.collectives else "0",
         _number(arm.memory.peak_bytes / 2**20 if arm.memory else None, ",.1f"),

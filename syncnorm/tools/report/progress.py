@@ -69,9 +69,7 @@ class _Lines(ArmProgress):
 
 
 def _result(result: ArmResult) -> str:
-    if result.test_accuracy is not None:
-        return f"test accuracy {result.test_accuracy:.1%}"
-    return "not finite" if result.test_loss is None else f"test loss {result.test_loss:.3g}"
+    return "not finite" if result.test_metric is None else f"{result.test_metric:.4g} on the test data"
 
 
 @contextmanager
