@@ -5,6 +5,7 @@ Text is shown literally: a ``$`` does not start a formula. matplotlib's own labe
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,11 +40,26 @@ def figure(file: BytesIO, size: tuple[float, float], look: dict[str, Any], layou
     from matplotlib.figure import Figure
 
     text: Any = {"text.parse_math": False, "text.usetex": False, "font.family": _font_families()}
-    with matplotlib.rc_context(text | look), warnings.catch_warnings():
+    with (
+        matplotlib.rc_context(text | look),
+        warnings.catch_warnings(),
+        _quiet(logging.getLogger("matplotlib.font_manager")),
+    ):
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # matplotlib draws a box in its place
         drawn = Figure(figsize=size, layout=layout)
         yield drawn
         drawn.savefig(file, **save)
+
+
+@contextmanager
+def _quiet(logger: logging.Logger) -> Iterator[None]:
+    """Without its warnings: that a font has no such weight is no news to the user."""
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager
@@ -62,7 +78,7 @@ def png(
 
 @cache
 def _font_families() -> list[str]:
-    """matplotlib's own font, and one for the characters that it lacks, if one is installed."""
+    """The font of matplotlib, and one for the characters that it lacks, if one is installed."""
     from matplotlib.font_manager import fontManager
 
     installed = set(fontManager.get_font_names())

@@ -1,4 +1,4 @@
-"""Plots as SVG inside of a page: the browser draws their texts in the page's font, and their colors are the page's."""
+"""Plots as SVG inside of a page: their texts have the page's font, and their colors are those of the page."""
 
 from __future__ import annotations
 
@@ -87,6 +87,7 @@ def _for_page(svg: str) -> str:
 def _in_page_colors(tag: str) -> str:
     """A tag whose colors are variables and whose texts have the font of the page."""
     tag = re.sub(r"font-family: [^;\"]*; ", "", tag)
+    tag = re.sub(r"font: (?:[\w ]+ )?([\d.]+px) [^;\"]*", r"font-size: \1", tag)  # so do earlier versions write it
     tag = re.sub(r'fill="(#[0-9a-f]{6})"', r'style="fill: \1"', tag)
     return re.sub(r"(fill|stroke): (#[0-9a-f]{6})", lambda m: f"{m[1]}: var(--{VARIABLES[m[2]]})", tag)
 
