@@ -15,6 +15,7 @@ import torch.distributed as dist
 from syncnorm.tools.bench.records import Timing
 from syncnorm.tools.common.ranks import Ranks
 from syncnorm.tools.common.stats import median_ratio, quartiles
+from syncnorm.tools.common.timing import rotated
 
 T = TypeVar("T")
 Step = Callable[[], None]
@@ -58,18 +59,6 @@ def interleaved(
     slowest = torch.tensor(list(seconds.values()), dtype=torch.float64)
     dist.all_reduce(slowest, dist.ReduceOp.MAX, group=ranks.control)
     return {name: tuple(times) for name, times in zip(seconds, slowest.tolist(), strict=True)}
-
-
-def rotated(names: Sequence[T], repetition: int) -> list[T]:
-    """``names`` in the order of this repetition: each is first equally often, and not always after the same one.
-
-    Example:
-        >>> [rotated("abc", r) for r in range(3)]
-        [['a', 'b', 'c'], ['a', 'c', 'b'], ['b', 'c', 'a']]
-    """
-    start = repetition // 2 % len(names)
-    order = [*names[start:], *names[:start]]
-    return order if repetition % 2 == 0 else [order[0], *reversed(order[1:])]
 
 
 def warm_up(steps: Mapping[str, Step]) -> None:

@@ -1,11 +1,12 @@
-"""How much of a training step is spent in the exchanges of the norm layers."""
+"""Timing: whose turn it is, and how much of a training step is spent in the exchanges of the norm layers."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,25 @@ from torch import Tensor, nn
 from syncnorm.comm import Call, Kind
 from syncnorm.comm.call import observers
 
+T = TypeVar("T")
+
 
 def synchronize(device: torch.device) -> None:
     """Waits until the device is idle, so that a clock read afterwards includes the work and not only its launch."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def rotated(names: Sequence[T], repetition: int) -> list[T]:
+    """``names`` in the order of this repetition: each is first equally often, and not always after the same one.
+
+    Example:
+        >>> [rotated("abc", r) for r in range(3)]
+        [['a', 'b', 'c'], ['a', 'c', 'b'], ['b', 'c', 'a']]
+    """
+    start = repetition // 2 % len(names)
+    order = [*names[start:], *names[:start]]
+    return order if repetition % 2 == 0 else [order[0], *reversed(order[1:])]
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""One arm, from the model to its result: parity, a training run for each seed, and the cost of a step."""
+"""The arms of a comparison on one rank: parity, a training run for each seed, and the cost of a step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,8 +15,8 @@ from torch import nn
 from syncnorm.tools.common.data import Batches
 from syncnorm.tools.common.data_parallel import EmulatedDataParallel, data_parallel
 from syncnorm.tools.common.ranks import Ranks
-from syncnorm.tools.compare.arms import SINGLE, Arm
-from syncnorm.tools.compare.measurements import measure_divergence, measure_wait, median_step, watch_memory
+from syncnorm.tools.compare.arms import SINGLE, Arm, arm_named
+from syncnorm.tools.compare.measurements import measure_divergence, median_step, watch_memory
 from syncnorm.tools.compare.parity import Recorder, Snapshot, measure_parity
 from syncnorm.tools.compare.problem import Problem
 from syncnorm.tools.compare.records import (
@@ -28,10 +27,10 @@ from syncnorm.tools.compare.records import (
     PeakMemory,
     Point,
     SeedResult,
-    StepTime,
     Task,
 )
 from syncnorm.tools.compare.training import Trainer, curve, evaluate
+from syncnorm.tools.compare.turns import BASELINE, time_in_turns
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -44,13 +43,13 @@ class ArmProgress:
     """Receives the progress of a comparison on rank 0; this base class shows nothing."""
 
     def start(self, label: str, steps: int) -> None:
-        """An arm of ``steps`` training steps begins."""
+        """A training run of ``steps`` steps begins."""
 
     def step(self) -> None:
         """One of its training steps is done."""
 
     def finish(self, result: ArmResult) -> None:
-        """The arm is done."""
+        """The run is done; its arm has ``result`` so far."""
 
 
 # Called with the number of arms in the process of rank 0, which may be a spawned one: it must pickle.
@@ -64,9 +63,10 @@ def no_progress(num_arms: int) -> AbstractContextManager[ArmProgress]:
 
 @dataclass
 class ArmRunner:
-    """Runs the arms of a comparison on this rank.
+    """Runs the arms of a comparison on this rank: `train` for each seed, then `time_steps`.
 
     Attributes:
+        results: of each arm, so far.
         reference: the snapshots of ``single``, which must run first; on rank 0.
         divergence: of the ``ddp`` arm's statistics between ranks, once that arm has run.
     """
@@ -78,60 +78,78 @@ class ArmRunner:
     ranks: Ranks
     accelerator: Accelerator
     progress: ArmProgress
+    results: dict[str, ArmResult] = field(default_factory=dict)
     reference: dict[int, Snapshot] = field(default_factory=dict)
     divergence: tuple[LayerDivergence, ...] = ()
 
-    def run(self, arm: Arm) -> ArmResult:
-        """Trains ``arm`` with every seed. Collective: all ranks, including those that do not take part in the arm."""
-        started = time.perf_counter()
-        self.progress.start(arm.name, self.settings.steps * len(self.settings.seeds))
-        if arm.parallelism == "ddp" or self.ranks.rank == 0:
-            result = self._measure(arm)
-        else:
-            result = ArmResult(arm.name, arm.name, ranks=1)
-        self.ranks.wait()
-        result = replace(result, wall_seconds=None if result.not_run else time.perf_counter() - started)
-        self.progress.finish(result)
-        return result
+    def train(self, seed: int) -> None:
+        """Trains and tests every arm once. Collective: all ranks."""
+        for name in self.settings.arms:
+            arm = arm_named(name)
+            started = time.perf_counter()
+            if name not in self.results:
+                self.results[name] = self._set_up(arm)
+            result = self.results[name]
+            if result.not_run is None:
+                self.progress.start(f"{name}, seed {seed}", self.settings.steps)
+                if self._takes_part(arm):
+                    result = self._run(arm, seed, result)
+                result = replace(result, wall_seconds=(result.wall_seconds or 0.0) + time.perf_counter() - started)
+                self.results[name] = result
+                self.progress.finish(result)
+            self.ranks.wait()
 
-    def _measure(self, arm: Arm) -> ArmResult:
-        settings = self.settings
+    def time_steps(self) -> None:
+        """Measures the duration of a training step of each arm. Collective: all ranks."""
+        arms = [arm_named(name) for name, result in self.results.items() if result.not_run is None]
+        seed = self.settings.seeds[0]
+        trainers = {arm.name: self._trainer(arm, seed) if self._takes_part(arm) else None for arm in arms}
+        for name, (step, cost) in time_in_turns(trainers, self.ranks).items():
+            self.results[name] = replace(self.results[name], step=step, cost=cost if name != BASELINE else None)
+        for trainer in trainers.values():
+            self._release(trainer)
+
+    def _takes_part(self, arm: Arm) -> bool:
+        return arm.parallelism == "ddp" or self.ranks.rank == 0
+
+    def _set_up(self, arm: Arm) -> ArmResult:
+        """The arm's result before its first run: its parity, or why it does not run. Collective: all ranks."""
         result = ArmResult(arm.name, arm.name, self.ranks.world_size if arm.parallelism == "ddp" else 1)
-        trainer, not_run = self._first_trainer(arm)
+        trainer, error_here = self._first_trainer(arm) if self._takes_part(arm) else (None, None)
+        if errors := self.ranks.collect(error_here):
+            return replace(result, not_run=errors[0])
         if trainer is None:
-            return replace(result, not_run=not_run)
+            return result
         if isinstance(trainer.wrapper, EmulatedDataParallel):
             result = replace(result, label=f"{arm.name} (emulated)")
         result = replace(result, parity=self._parity(arm, trainer))
         self._release(trainer)
+        return result
 
-        runs: list[SeedResult] = []
-        for seed in settings.seeds:
-            peak_memory = watch_memory(self.ranks.device)
-            trainer = self._trainer(arm, seed)
-            runs.append(self._train(arm, trainer))
-            if seed == settings.seeds[0]:
-                result = replace(result, memory=self._max_over_ranks(arm, peak_memory()))
-                result = self._measure_step(arm, trainer, result)
-            self._release(trainer)
-        step_seconds = median(run.step_seconds for run in runs)
-        return replace(
-            result,
-            seeds=tuple(runs),
-            step=StepTime(step_seconds),
-        )
+    def _run(self, arm: Arm, seed: int, result: ArmResult) -> ArmResult:
+        """``result`` with one more training run; the first also gives the memory, collectives and divergence."""
+        peak_memory = watch_memory(self.ranks.device)
+        trainer = self._trainer(arm, seed)
+        is_first = not result.seeds
+        result = replace(result, seeds=(*result.seeds, self._train(arm, trainer)))
+        if is_first:
+            result = replace(result, memory=self._max_over_ranks(arm, peak_memory()))
+            # Further steps change the model, which has been tested before.
+            result = replace(result, collectives=trainer.count_collectives())
+            if arm.name == BASELINE:
+                layers = self.task.norm_layers
+                self.divergence = measure_divergence(trainer.model, layers, trainer.batches, self.ranks)
+        self._release(trainer)
+        return result
 
     def _first_trainer(self, arm: Arm) -> tuple[Trainer | None, str | None]:
-        """The first seed's trainer; or why the arm cannot run, which is the same on all of its ranks."""
-        trainer, error_here = None, None
+        """The first seed's trainer; or why the arm cannot run on this rank."""
         try:
             trainer = self._trainer(arm, self.settings.seeds[0])
             self._try_forward(arm, trainer.model)
         except ValueError as error:
-            error_here = f"torch refuses: {error}" if arm.torch_may_refuse else str(error)
-        errors = self.ranks.collect(error_here) if arm.parallelism == "ddp" else [error_here]
-        not_run = next((each for each in errors if each), None)
-        return (None, not_run) if not_run else (trainer, None)
+            return None, f"torch refuses: {error}" if arm.torch_may_refuse else str(error)
+        return trainer, None
 
     def _trainer(self, arm: Arm, seed: int) -> Trainer:
         settings, ranks = self.settings, self.ranks
@@ -208,23 +226,13 @@ class ArmRunner:
             test_losses=tuple(Point(p[0], p[2]) for p in points),
         )
 
-    def _measure_step(self, arm: Arm, trainer: Trainer, result: ArmResult) -> ArmResult:
-        """Measures collectives, waiting and divergence in further steps, which change the model: evaluate before."""
-        result = replace(result, collectives=trainer.count_collectives())
-        if arm.parallelism != "ddp":
-            return result
-        if self.ranks.device.type != "cuda":
-            measure_wait(trainer.step, trainer.wrapper, trainer.model, self.ranks)
-        if arm.name == "ddp":
-            layers = self.task.norm_layers
-            self.divergence = measure_divergence(trainer.model, layers, trainer.batches, self.ranks)
-        return result
-
     def _max_over_ranks(self, arm: Arm, memory: PeakMemory | None) -> PeakMemory | None:
         by_rank = self.ranks.collect(memory) if arm.parallelism == "ddp" else [memory]
         return max((m for m in by_rank if m is not None), key=lambda m: m.peak_bytes, default=None)
 
-    def _release(self, trainer: Trainer) -> None:
+    def _release(self, trainer: Trainer | None) -> None:
+        if trainer is None:
+            return
         # The next arm's memory must not include this one's.
         trainer.wrapper = trainer.model = trainer.optimizer = None  # type: ignore[assignment]  # not used again
         self.accelerator.free_memory()

@@ -72,3 +72,8 @@ ARMS = {
         Arm("ddp+torch-syncbn", "DDP with torch.nn.SyncBatchNorm", "ddp", _torch_synced, True, torch_may_refuse=True),
     )
 }
+
+
+def arm_named(name: str) -> Arm:
+    """The arm called ``name``, which has been checked."""
+    return ARMS[name]

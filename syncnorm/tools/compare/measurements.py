@@ -1,4 +1,4 @@
-"""Measurements of an arm: the collectives, waiting and memory of a training step, and how ranks' statistics differ.
+"""Measurements of an arm: the collectives and memory of a training step, and how much ranks' statistics differ.
 
 Shapes: W = ranks, C = channels.
 """
@@ -9,7 +9,6 @@ import ctypes
 import gc
 import re
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -24,11 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from syncnorm.monitor.divergence import rank_divergence, root_mean_square
 from syncnorm.tools.common.data import Batches
 from syncnorm.tools.common.ranks import Ranks
-from syncnorm.tools.common.timing import ExchangeTimes, record_exchanges
-from syncnorm.tools.compare.records import CollectiveCount, LayerDivergence, PeakMemory, StepTime
+from syncnorm.tools.compare.records import CollectiveCount, LayerDivergence, PeakMemory
 
-# Training steps in which the waiting is measured.
-WAIT_STEPS = 5
 # Batches over which the divergence between ranks is averaged.
 DIVERGENCE_BATCHES = 4
 
@@ -135,36 +131,6 @@ class StepTimes(NamedTuple):
 
     seconds: float
     backward_done: float
-
-
-def measure_wait(step: Callable[[], StepTimes], wrapper: nn.Module, model: nn.Module, ranks: Ranks) -> StepTime:
-    """The waiting in some training steps of ``wrapper``, a DistributedDataParallel around ``model``, over gloo.
-
-    Collective: all ranks; those of the steps, and one object gather.
-    """
-    exchanges, entered, ddp, total = ExchangeTimes(), 0.0, 0.0, 0.0
-
-    def enter_wrapper(*_: Any) -> None:
-        nonlocal entered
-        entered = time.perf_counter()
-
-    def enter_model(*_: Any) -> None:
-        nonlocal ddp
-        ddp += time.perf_counter() - entered
-
-    hooks = [wrapper.register_forward_pre_hook(enter_wrapper), model.register_forward_pre_hook(enter_model)]
-    try:
-        with record_exchanges(exchanges, model):
-            for _ in range(WAIT_STEPS):
-                times = step()
-                ddp += max(0.0, times.backward_done - exchanges.last_gradient)
-                total += times.seconds
-    finally:
-        for hook in hooks:
-            hook.remove()
-    by_rank = ranks.collect((exchanges.total(), ddp, total))
-    norm, ddp, whole = (sum(each) / (WAIT_STEPS * len(by_rank)) for each in zip(*by_rank, strict=True))
-    return StepTime(whole, norm, ddp)
 
 
 def watch_memory(device: torch.device) -> Callable[[], PeakMemory | None]:

@@ -8,19 +8,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from syncnorm.errors import InputError
 from syncnorm.testing.pool import RankError
 from syncnorm.tools.common.provenance import command_line, provenance
-from syncnorm.tools.common.ranks import WAIT, Ranks, ranks_for, world_size_for
+from syncnorm.tools.common.ranks import WAIT, Keep, Ranks, discard, ranks_for, world_size_for
 from syncnorm.tools.compare.arm_runner import ArmProgressFactory, ArmRunner, no_progress
 from syncnorm.tools.compare.arms import ARMS, SINGLE
-from syncnorm.tools.compare.paired import decisions
+from syncnorm.tools.compare.paired import SYNCED, decisions
 from syncnorm.tools.compare.problem import Loss, Problem, check_problem
 from syncnorm.tools.compare.records import CompareSettings, Comparison, Task
+from syncnorm.tools.compare.seeds import run_seeds
 from syncnorm.tools.compare.verdict import verdict
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ DEFAULT_STEPS = 504
 DEFAULT_PARITY_STEPS = 10
 DEFAULT_LR = 0.02
 MOMENTUM = 0.9
+DEFAULT_SEEDS = 3
+DEFAULT_BUDGET_SECONDS = 600.0
 
 
 def run(
@@ -45,7 +48,9 @@ def run(
     steps: int = DEFAULT_STEPS,
     parity_steps: int | None = None,
     seed: int = 0,
-    seeds: int = 1,
+    seeds: int | Literal["auto"] = DEFAULT_SEEDS,
+    budget: float = DEFAULT_BUDGET_SECONDS,
+    margin: float | None = None,
     lr: float = DEFAULT_LR,
     progress: ArmProgressFactory = no_progress,
 ) -> Comparison:
@@ -68,7 +73,11 @@ def run(
         steps: optimizer steps of each arm and seed.
         parity_steps: parity is measured at a few steps up to this one; 10 by default, or ``steps`` if that is less.
         seed: the first seed, of the initial weights and of the order of the batches.
-        seeds: number of consecutive seeds. A verdict on accuracy needs at least two.
+        seeds: number of consecutive seeds, at least two for a decision; ``"auto"`` adds seeds until the results
+            decide or the budget is used up.
+        budget: seconds of training, for ``seeds="auto"``.
+        margin: the largest difference that does not matter: in percentage points for a metric between 0 and 1 (0.5 by
+            default), in percent of the other arm's result for other metrics (2 by default).
         lr: initial learning rate of SGD with momentum 0.9; it falls to zero with a cosine schedule.
         progress: called on rank 0, in its process, to report the progress of the run.
 
@@ -88,6 +97,8 @@ def run(
         parity_steps=parity_steps,
         seed=seed,
         seeds=seeds,
+        budget=budget,
+        margin=margin,
         lr=lr,
     )
     (comparison,) = sweep(Problem.of(build_model, datasets, loss), [settings], progress)
@@ -102,7 +113,9 @@ def make_settings(
     steps: int = DEFAULT_STEPS,
     parity_steps: int | None = None,
     seed: int = 0,
-    seeds: int = 1,
+    seeds: int | Literal["auto"] = DEFAULT_SEEDS,
+    budget: float = DEFAULT_BUDGET_SECONDS,
+    margin: float | None = None,
     lr: float = DEFAULT_LR,
 ) -> CompareSettings:
     """The settings for the arguments of `run`; `sweep` determines ``num_groups`` from the model.
@@ -110,14 +123,21 @@ def make_settings(
     Raises:
         InputError: an argument is out of range.
     """
-    minima = (("batch_per_rank", batch_per_rank, 1), ("steps", steps, 1), ("seed", seed, 0), ("seeds", seeds, 1))
+    first_seeds = 1 if seeds == "auto" else seeds
+    minima = (
+        ("batch_per_rank", batch_per_rank, 1),
+        ("steps", steps, 1),
+        ("seed", seed, 0),
+        ("seeds", first_seeds, 1),
+    )
     for name, value, minimum in minima:
         if value < minimum:
             raise InputError(f"{name} must be at least {minimum}, got {value}")
-    if seed + seeds > 2**62:
+    if seed + first_seeds > 2**62:
         raise InputError(f"seed must be less than 2**62, got {seed}")
-    if not 0 < lr < math.inf:
-        raise InputError(f"lr must be a positive number, got {lr}")
+    for name, positive in (("lr", lr), ("budget", budget), ("margin", 1.0 if margin is None else margin)):
+        if not 0 < positive < math.inf:
+            raise InputError(f"{name} must be a positive number, got {positive}")
     parity_steps = min(DEFAULT_PARITY_STEPS, steps) if parity_steps is None else parity_steps
     if not 1 <= parity_steps <= steps:
         raise InputError(f"parity_steps must be between 1 and steps ({steps}), got {parity_steps}")
@@ -127,10 +147,12 @@ def make_settings(
         batch_per_rank=batch_per_rank,
         steps=steps,
         parity_steps=parity_steps,
-        seeds=tuple(range(seed, seed + seeds)),
+        seeds=tuple(range(seed, seed + first_seeds)),
         lr=lr,
         momentum=MOMENTUM,
         num_groups=1,
+        margin=margin,
+        budget_seconds=budget if seeds == "auto" else None,
     )
 
 
@@ -147,9 +169,19 @@ def _arm_names(names: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def sweep(
-    problem: Problem, settings: Sequence[CompareSettings], progress: ArmProgressFactory = no_progress
+    problem: Problem,
+    settings: Sequence[CompareSettings],
+    progress: ArmProgressFactory = no_progress,
+    keep: Keep = discard,
 ) -> Iterator[Comparison]:
     """A comparison for each of ``settings``, which have the same world size, as soon as it is complete.
+
+    Args:
+        problem: what to train.
+        settings: of each comparison.
+        progress: see `run`.
+        keep: called in the process of rank 0 with a record of the seeds that are done, at the latest before an error
+            is raised.
 
     Raises:
         InputError: the problem does not fit one of the settings; raised before anything is started.
@@ -161,7 +193,7 @@ def sweep(
         for each, task, num_groups in checked:
             complete = replace(each, num_groups=num_groups)
             try:
-                comparison = on_ranks(compare_on_rank, problem, task, complete, command_line(), progress)
+                comparison = on_ranks(compare_on_rank, problem, task, complete, command_line(), progress, keep=keep)
             except RankError as error:
                 if isinstance(error.__cause__, InputError):
                     raise error.__cause__ from error
@@ -179,6 +211,8 @@ def compare_on_rank(
 ) -> Comparison:
     """Trains and measures every arm of ``settings``; the same record on every rank.
 
+    Rank 0 passes a record to ``ranks.keep`` after each seed.
+
     Collective: all ranks.
     """
     started = time.perf_counter()
@@ -187,22 +221,27 @@ def compare_on_rank(
     with _accelerator(ranks) as accelerator:
         # The same applies to the first optimizer, the first DDP and the first collectives.
         with no_progress(1) as progress:
-            short = replace(settings, steps=1, parity_steps=1, seeds=settings.seeds[:1])
-            ArmRunner(problem, task, datasets, short, ranks, accelerator, progress).run(ARMS["ddp+syncbn"])
+            short = replace(settings, arms=(SYNCED,), steps=1, parity_steps=1)
+            ArmRunner(problem, task, datasets, short, ranks, accelerator, progress).train(settings.seeds[0])
         with (open_progress if ranks.rank == 0 else no_progress)(len(settings.arms)) as progress:
             runner = ArmRunner(problem, task, datasets, settings, ranks, accelerator, progress)
-            results = tuple(runner.run(ARMS[name]) for name in settings.arms)
-    comparison = Comparison(
-        settings=settings,
-        task=task,
-        **provenance(ranks.hardware()),
-        command=command,
-        arms=results,
-        spread=runner.divergence,
-        wall_seconds=time.perf_counter() - started,
-    )
-    comparison = replace(comparison, decisions=decisions(comparison), verdict=tuple(verdict(comparison)))
-    return ranks.share(comparison if ranks.rank == 0 else None)
+
+            def record(seeds: Sequence[int], looks: int) -> Comparison:
+                comparison = Comparison(
+                    settings=replace(settings, seeds=tuple(seeds)),
+                    task=task,
+                    **provenance(ranks.hardware()),
+                    command=command,
+                    arms=tuple(runner.results.values()),
+                    spread=runner.divergence,
+                    wall_seconds=time.perf_counter() - started,
+                    looks=looks,
+                )
+                return replace(comparison, decisions=decisions(comparison), verdict=tuple(verdict(comparison)))
+
+            seeds, looks = run_seeds(runner.train, record, settings, ranks)
+            runner.time_steps()
+    return ranks.share(record(seeds, looks) if ranks.rank == 0 else None)
 
 
 @contextmanager

@@ -60,7 +60,7 @@ def _advice(comparison: Comparison, found: Mapping[Pair, Decision]) -> Iterator[
     if local.kind in ("equivalent", "better"):
         yield "Local BN is enough here: SyncBN is not needed."
     elif local.kind == "undecided":
-        yield f"Undecided whether SyncBN is needed: {_what_would_decide(comparison, local)}."
+        yield "Undecided whether SyncBN is needed."
     elif -local.difference <= local.margin and (local.low or 0) >= -local.margin:
         margin = _amount(local.margin, comparison)
         yield f"Local BN loses, but less than the margin of {margin}: use SyncBN if that matters."
@@ -69,7 +69,7 @@ def _advice(comparison: Comparison, found: Mapping[Pair, Decision]) -> Iterator[
     elif gain.kind == "better":
         yield _use_syncbn(found)
     elif gain.kind == "undecided":
-        yield f"Undecided whether SyncBN recovers what local BN loses: {_what_would_decide(comparison, gain)}."
+        yield "Local BN loses here; undecided whether SyncBN recovers it."
     else:
         yield "Local BN loses here, and SyncBN does not recover it."
 

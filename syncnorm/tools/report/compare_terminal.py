@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import sqrt
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
@@ -34,9 +33,9 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
 def render(comparison: Comparison) -> RenderableType:
     """The verdict, the tables and their legends, for any rich console."""
     return Group(
+        *_verdict(comparison),
         _headline(comparison),
         Text(),
-        *_verdict(comparison),
         *_parity_part(comparison),
         *_layer_part(comparison),
         _result_table(comparison),
@@ -63,10 +62,9 @@ def _headline(comparison: Comparison) -> Text:
 
 
 def _verdict(comparison: Comparison) -> list[RenderableType]:
-    if not comparison.verdict:
-        return []
-    sentences = [Padding(Text(sentence), (0, 0, 0, 2)) for sentence in comparison.verdict]
-    return [Text("Verdict", style="bold"), *sentences, Text()]
+    """The decision in bold, and below it what it is based on."""
+    decision, *reasons = comparison.verdict or ("No decision: the arms that it is based on did not run.",)
+    return [Text(decision, style="bold"), *(Padding(Text(each), (0, 0, 0, 2)) for each in reasons), Text()]
 
 
 def _parity_part(comparison: Comparison) -> Iterator[RenderableType]:
@@ -183,7 +181,7 @@ def _result_table(comparison: Comparison) -> PlainTable:
     accuracy = comparison.task.metric.share
     ran = [arm for arm in comparison.arms if arm.seeds]
     steps = [point.step for point in (ran[0].seeds[0].test_losses if ran else ())]
-    table = PlainTable(f"Result: test {'accuracy' if accuracy else 'loss'} after a number of steps, and speed")
+    table = PlainTable(f"Result: {comparison.task.metric.name} on the test data after a number of steps, and speed")
     table.add_column("arm", no_wrap=True)
     for step in steps:
         table.add_column(f"{step:,}", justify="right", no_wrap=True)
@@ -218,26 +216,17 @@ def _result_legend(comparison: Comparison) -> Text:
     num_seeds = len(comparison.settings.seeds)
     mean = f"Mean and standard deviation over {num_seeds} seeds" if num_seeds > 1 else "One seed"
     return Text(
-        f"{mean}, on {comparison.task.num_test:,} samples that were not used for training{_noise(comparison)}. "
-        "Samples/s: global batch / median step, without data loading; single and dp use one process, the other arms "
-        "use all ranks.",
+        f"{mean}, on {comparison.task.num_test:,} samples that were not used for training. Samples/s: without data "
+        "loading; single and dp use one process, the other arms use all ranks.",
         style="dim",
     )
-
-
-def _noise(comparison: Comparison) -> str:
-    accuracies = [arm.test_metric for arm in comparison.arms if arm.test_metric is not None]
-    if not accuracies:
-        return ""
-    share = accuracies[0]
-    points = 100 * 2 * sqrt(2 * share * (1 - share) / comparison.task.num_test)
-    return f"; a difference below {points:.1f} points may be chance"
 
 
 def _cost_table(comparison: Comparison) -> PlainTable:
     table = PlainTable("Cost of a training step")
     table.add_column("arm", no_wrap=True)
-    headers = ("\nms", "ms waiting\nDDP + norm", "collectives\nDDP + norm", "\nKiB sent", "peak MiB\nper rank")
+    headers = ("\nms", "ms of work + waiting\nin DDP + in norms", "times ddp\n(95% interval)")
+    headers += ("collectives\nDDP + norms", "\nKiB sent", "peak MiB\nper rank")
     for header in headers:
         table.add_column(header, justify="right", no_wrap=True)
     for arm in comparison.arms:
@@ -247,11 +236,13 @@ def _cost_table(comparison: Comparison) -> PlainTable:
 
 
 def _cost_cells(arm: ArmResult) -> tuple[str, ...]:
-    step = arm.step
-    waits = () if step is None else (step.work_seconds, step.ddp_seconds, step.norm_seconds)
+    step, cost = arm.step, arm.cost
+    parts = (step.work_seconds, step.ddp_seconds, step.norm_seconds) if step else ()
+    known = [f"{part * 1e3:.1f}" for part in parts if part is not None]
     return (
         _number(step.seconds * 1e3 if step else None, ".1f"),
-        " + ".join(_number(wait * 1e3, ".1f") for wait in waits if wait is not None) or "-",
+        " + ".join(known) if len(known) > 1 and arm.ranks > 1 else "-",
+        f"{cost.ratio:.2f} ({cost.low:.2f} to {cost.high:.2f})" if cost else "-",
         f"{arm.calls('ddp')} + {arm.calls('norm')}" if arm.collectives else "0",
         _number(arm.payload_bytes / 1024, ",.1f") if arm.collectives else "0",
         _number(arm.memory.peak_bytes / 2**20 if arm.memory else None, ",.1f"),
@@ -270,9 +261,9 @@ def _cost_legend(comparison: Comparison) -> Text:
     }
     memory = f" Peak: {what[measures.pop()]} during training, the largest over ranks." if measures else ""
     return Text(
-        "Waiting: time blocked in collectives, mean over ranks; for DDP from the last gradient to the end of the "
-        "backward, plus its broadcast of buffers. Collectives and KiB: rank 0's calls, and the size of the tensors "
-        f"that it passes in.{memory}",
+        "The arms took turns. Waiting: time blocked in collectives, mean over ranks; for DDP from the last gradient "
+        "to the end of the backward, plus its broadcast of buffers. Times ddp: median ratio of the turns. Collectives "
+        f"and KiB: rank 0's calls, and the size of the tensors that it passes in.{memory}",
         style="dim",
     )
 
