@@ -143,7 +143,13 @@ def _results(comparison: Comparison) -> Plot | None:
         ax.set_xlabel(label)
 
     caption = "One stroke per seed; the marker is their mean."
-    return Plot(f"{label} by arm", inline_svg(draw, legend=False), caption, _means(arms, comparison))
+    svg = inline_svg(draw, _height(len(arms)), legend=False)
+    return Plot(f"{label} by arm", svg, caption, _means(arms, comparison))
+
+
+def _height(rows: int) -> float:
+    """Of a plot with a row per arm, in inches."""
+    return max(HEIGHT * 0.8, 0.26 * rows + 0.7)
 
 
 def _means(arms: Sequence[ArmResult], comparison: Comparison) -> str:
@@ -280,7 +286,7 @@ def _step_time(comparison: Comparison) -> Plot | None:
         "DDP, and work, which includes waiting for a core if there are more ranks than cores."
     )
     shows = _listed([(arm.label, f"{1e3 * step.seconds:.1f} ms") for arm, step in timed])
-    return Plot("Step time", inline_svg(draw), caption, shows)
+    return Plot("Step time", inline_svg(draw, _height(len(timed) + 2)), caption, shows)
 
 
 _PARTS: tuple[tuple[str, Callable[[StepTime], float], tuple[str, str]], ...] = (

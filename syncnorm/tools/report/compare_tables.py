@@ -38,23 +38,31 @@ def tables(comparison: Comparison) -> list[Table]:
 
 def _decisions(comparison: Comparison) -> Table:
     unit = "points" if comparison.task.metric.share else comparison.task.metric.name
+    spec = "+.2f" if comparison.task.metric.share else "+.3g"
     rows = [
-        (Cell(each.arm), Cell(each.other), Cell(each.kind), _number(each.difference, "+.2f"), Cell(_interval(each)))
+        (
+            Cell(each.arm),
+            Cell(each.other),
+            Cell(each.kind),
+            _number(each.difference, spec),
+            Cell(_interval(each, spec)),
+        )
         for each in comparison.decisions
     ]
     head = ("arm", "compared with", "decision", f"difference, {unit}", "confidence interval")
     margins = sorted({f"{each.margin:.3g}" for each in comparison.decisions}, key=float)
+    confidence = max((each.confidence for each in comparison.decisions), default=0.0)
     legend = (
-        "A positive difference: the arm is better. The interval is over seeds and test samples. Differences within "
-        f"the margin do not matter; it is {' or '.join(margins)} {unit}."
+        f"A positive difference: the arm is better. The intervals have {100 * confidence:.4g}% confidence, over "
+        f"seeds and test samples. Differences within the margin do not matter; it is {' or '.join(margins)} {unit}."
     )
     return Table("Decisions", head, rows, legend)
 
 
-def _interval(decision: Decision) -> str:
+def _interval(decision: Decision, spec: str) -> str:
     if decision.low is None or decision.high is None:
         return "one seed has none"
-    return f"{decision.low:+.2f} to {decision.high:+.2f}, {100 * decision.confidence:.4g}%"
+    return f"{decision.low:{spec}} to {decision.high:{spec}}"
 
 
 def _results(comparison: Comparison) -> Table:

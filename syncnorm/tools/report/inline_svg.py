@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from io import BytesIO
+from math import ceil
 from typing import Any, NamedTuple
 
 from rich.cells import cell_len, set_cell_size
@@ -39,6 +40,7 @@ VARIABLES = {
 # A phone shows 4.6 inches at about full size.
 WIDTH, HEIGHT = 4.6, 3.1
 _FONT_POINTS, _LEGEND_POINTS = 9.0, 8.0
+_LEGEND_ROW = 0.17
 # Columns of a name in a plot; the tables have the whole name.
 _NAME_COLUMNS = 26
 
@@ -71,6 +73,8 @@ def inline_svg(draw: Callable[[Any], None], height: float = HEIGHT, legend: bool
             columns = min(3, legend_columns(labels, WIDTH, _LEGEND_POINTS))
             style = {"frameon": False, "fontsize": _LEGEND_POINTS, "columnspacing": 1.2}
             drawn.legend(handles, labels, loc="outside lower center", ncols=columns, **style)
+            # A long legend makes the picture higher, not the axes lower.
+            drawn.set_figheight(height + _LEGEND_ROW * max(0, ceil(len(labels) / columns) - 2))
     return _for_page(file.getvalue().decode())
 
 

@@ -38,7 +38,7 @@ def _side_by_side(runs: Sequence[Run]) -> RenderableType:
 
 def _table(title: str, first: str, lines: Mapping[str, Sequence[str]], runs: Sequence[Run]) -> PlainTable:
     table = PlainTable(title)
-    table.add_column(first)
+    table.add_column(first, overflow="fold")
     for run in runs:
         table.add_column(run.name, justify="right", overflow="fold")
     for name, cells in lines.items():
