@@ -9,6 +9,7 @@ from syncnorm.tools.compare.records import (
     CollectiveCount,
     CompareSettings,
     Comparison,
+    Decision,
     LayerDivergence,
     LayerParity,
     MaxError,
@@ -85,6 +86,7 @@ def comparison() -> Comparison:
             ArmResult("ddp+torch-syncbn", "ddp+torch-syncbn", 2, not_run="torch refuses: [CPU]"),
         ),
         spread=tuple(LayerDivergence(name, 0.1234, None) for name in LAYERS),
+        decisions=(Decision("ddp", "single", "equivalent", 0.1, (0.0, 0.2), -0.3, 0.4, 0.5, 0.95, 0, 0),),
         verdict=("Local BN is sufficient here: SyncBN is not needed.", "A second sentence."),
         wall_seconds=61.0,
     )

@@ -22,7 +22,7 @@ KINDS = ("params", "running_mean", "running_var")
 
 @pytest.fixture(scope="module")
 def comparison() -> Comparison:
-    return run(steps=STEPS, parity_steps=PARITY_STEPS)
+    return run(steps=STEPS, parity_steps=PARITY_STEPS, seeds=1)
 
 
 def test_every_arm_is_present_in_order(comparison):
@@ -86,33 +86,45 @@ def test_ddp_reduces_each_gradient_once(comparison):
 
 @pytest.mark.slow
 def test_the_count_does_not_depend_on_the_number_of_steps(comparison):
-    assert run(arms=["ddp"], steps=1)["ddp"].collectives == comparison["ddp"].collectives
+    assert run(arms=["ddp"], steps=1, seeds=1)["ddp"].collectives == comparison["ddp"].collectives
 
 
 def test_torch_syncbn_says_why_it_did_not_run(comparison):
     arm = comparison["ddp+torch-syncbn"]
     assert arm.not_run == "torch refuses: SyncBatchNorm layers only work with GPU modules"
-    assert arm.test_accuracy is None
+    assert arm.test_metric is None
 
 
 def test_speed_and_accuracy_are_measured(comparison):
     for arm in comparison.arms:
         if not arm.not_run:
-            assert 0 < arm.test_accuracy < 1
-            assert arm.samples_per_second == pytest.approx(8 / arm.step_seconds)
-            assert STEPS * arm.step_seconds / 2 < arm.wall_seconds < comparison.wall_seconds
+            assert 0 < arm.test_metric < 1
+            assert comparison.samples_per_second(arm) == pytest.approx(8 / arm.step.seconds)
+            assert 0 < arm.wall_seconds < comparison.wall_seconds
             [only] = arm.seeds
             assert [point.step for point in only.train_loss] == [1, 2, 3, 4]
             assert [point.step for point in only.test_losses] == [1, 2, 3, 4]
-            assert only.test_accuracies[-1].value == arm.test_accuracy
+            assert only.test_metrics[-1].value == arm.test_metric
 
 
-def test_waiting_and_memory_are_measured(comparison):
-    assert comparison["single"].wait is None
+def test_the_parts_of_a_step_add_up_and_its_cost_is_a_ratio_to_ddp(comparison):
+    assert comparison["ddp"].cost is None
+    for arm in comparison.arms:
+        if arm.not_run:
+            continue
+        step = arm.step
+        assert step.work_seconds > 0
+        assert step.work_seconds + step.ddp_seconds + step.norm_seconds == pytest.approx(step.seconds)
+        assert (step.norm_seconds > 0) == (arm.name == "ddp+syncbn")
+        assert (step.ddp_seconds > 0) == arm.name.startswith("ddp")
+        if arm.name != "ddp":
+            assert 0 < arm.cost.low <= arm.cost.ratio <= arm.cost.high
+            assert arm.cost.rounds >= 6
+
+
+def test_memory_is_measured(comparison):
     for name in ("ddp", "ddp+syncbn"):
-        wait, memory = comparison[name].wait, comparison[name].memory
-        assert 0 < wait.ddp_seconds < wait.step_seconds
-        assert (0 < wait.norm_seconds < wait.step_seconds) == (name == "ddp+syncbn")
+        memory = comparison[name].memory
         assert memory is None or (memory.measure == "rss growth" and memory.peak_bytes < 2**30)
 
 
@@ -125,8 +137,8 @@ def test_json_round_trip(comparison, tmp_path):
     file = tmp_path / "result.json"
     write_json(comparison, file)
     assert read_json(Comparison, file) == comparison
-    file.write_text(file.read_text().replace('"schema_version": 2', '"schema_version": 3'))
-    with pytest.raises(ValueError, match=r"expected schema syncnorm\.compare version 2, got .* 3"):
+    file.write_text(file.read_text().replace('"schema_version": 3', '"schema_version": 4'))
+    with pytest.raises(ValueError, match=r"expected schema syncnorm\.compare version 3, got .* 4"):
         read_json(Comparison, file)
 
 
@@ -134,32 +146,35 @@ def test_json_keys_are_those_of_files_written_before():
     found = records.comparison().to_dict()
     parity = ["output", "gradients", "params", "running_mean", "running_var"]
     expected = {
-        "settings": "arms world_size batch_per_rank steps parity_steps seeds lr momentum num_groups",
-        "task": "model data loss metric num_parameters norm_layers num_train num_test",
-        "arms": "name label ranks not_run seeds step_seconds samples_per_second collectives wait memory parity "
-        "wall_seconds",
+        "settings": "arms world_size batch_per_rank steps parity_steps seeds lr momentum num_groups accumulate "
+        "eval_batch num_workers amp margin budget_seconds",
+        "task": "model data loss metric num_parameters norm_layers num_train num_test step collate optimizer",
+        "arms": "name label ranks not_run seeds step cost collectives memory parity wall_seconds",
         "spread": "layer mean var",
+        "decisions": "arm other kind difference by_seed low high margin confidence more_seeds more_samples",
     }
     for name, keys in expected.items():
         record = found[name] if isinstance(found[name], dict) else found[name][0]
         assert list(record) == keys.split()
-    arm = found["arms"][2]
+    arm = found["arms"][3]
     assert list(arm["parity"][0]) == ["step", *parity, "gradient_factor", "note", "layers"]
     assert list(arm["parity"][0]["layers"][0]) == ["layer", *parity]
     assert list(arm["parity"][0]["output"]) == ["max_abs", "max_rel"]
     assert list(arm["memory"]) == ["peak_bytes", "measure"]
-    assert list(arm["wait"]) == ["norm_seconds", "ddp_seconds", "step_seconds"]
+    assert list(arm["step"]) == ["seconds", "norm_seconds", "ddp_seconds"]
+    assert list(arm["cost"]) == ["ratio", "low", "high", "rounds"]
     assert list(arm["collectives"][0]) == ["op", "origin", "calls", "payload_bytes"]
-    seed = "seed test_accuracy test_loss step_seconds train_loss test_accuracies test_losses"
+    seed = "seed test_metric test_loss step_seconds train_loss test_metrics test_losses units"
     assert list(arm["seeds"][0]) == seed.split()
     assert list(arm["seeds"][0]["test_losses"][0]) == ["step", "value"]
+    assert list(found["task"]["metric"]) == ["name", "higher_is_better", "share", "units"]
 
 
 def test_same_seed_same_numbers_and_single_comes_first(comparison):
-    again = run(arms=["ddp"], steps=STEPS, parity_steps=PARITY_STEPS)
+    again = run(arms=["ddp"], steps=STEPS, parity_steps=PARITY_STEPS, seeds=1)
     assert [arm.name for arm in again.arms] == ["single", "ddp"]
     assert again["ddp"].parity == comparison["ddp"].parity
-    assert again["ddp"].test_accuracy == comparison["ddp"].test_accuracy
+    assert again["ddp"].test_metric == comparison["ddp"].test_metric
 
 
 NORM = nn.Sequential(nn.Linear(64, 10), nn.BatchNorm1d(10))
@@ -219,6 +234,8 @@ def test_a_single_logit_has_no_class_targets():
         ({"batch_per_rank": 674}, "a global batch of 1348, more than the 1347 training samples"),
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
         ({"lr": float("inf")}, "lr must be a positive number, got inf"),
+        ({"margin": 0}, "margin must be a positive number, got 0"),
+        ({"seeds": "auto", "budget": -1}, "budget must be a positive number, got -1"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"steps": 5, "parity_steps": 6}, r"parity_steps must be between 1 and steps \(5\), got 6"),
         ({"ranks": -3}, "compare needs at least 2 ranks, got -3: ask for --ranks 2"),

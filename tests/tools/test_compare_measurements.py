@@ -1,6 +1,5 @@
 """The measurements of an arm, each against a known value."""
 
-import time
 from functools import partial
 
 import pytest
@@ -8,7 +7,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm.monitor.divergence import rank_divergence
 from syncnorm.testing import run_ranks
@@ -17,9 +15,7 @@ from syncnorm.tools.common.ranks import initialized_ranks
 from syncnorm.tools.compare.measurements import (
     DIVERGENCE_BATCHES,
     CollectiveRecorder,
-    StepTimes,
     measure_divergence,
-    measure_wait,
     median_step,
     watch_memory,
 )
@@ -72,33 +68,6 @@ def _rank_divergence_of_a_known_layer():
 def test_divergence_of_a_layer_against_both_halves_by_hand():
     for found, expected in run_ranks(_rank_divergence_of_a_known_layer):
         assert [found.mean, found.var] == pytest.approx(expected)
-
-
-class Late(nn.Linear):
-    def forward(self, x):
-        time.sleep(0.05 * dist.get_rank())
-        return super().forward(x)
-
-
-def _rank_measure_wait():
-    model = Late(2, 2)
-    wrapper = DistributedDataParallel(model)
-
-    def step():
-        started = time.perf_counter()
-        wrapper(torch.ones(1, 2)).sum().backward()
-        now = time.perf_counter()
-        return StepTimes(now - started, now)
-
-    with initialized_ranks(torch.device("cpu")) as ranks:
-        return measure_wait(step, wrapper, model, ranks)
-
-
-def test_ddp_waits_for_a_rank_that_is_late():
-    both = run_ranks(_rank_measure_wait)
-    assert both[0] == both[1]
-    assert both[0].norm_seconds == 0
-    assert 0.02 < both[0].ddp_seconds < both[0].step_seconds  # the mean of 50 ms and almost zero
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [([9], 9), ([9, 1], 5), ([9, 1, 1], 1), ([9] * 5 + [2] * 15, 2)])

@@ -4,7 +4,7 @@ import pytest
 import records
 from rich.console import Console
 
-from syncnorm.tools.compare.records import CompareSettings, Comparison, Task
+from syncnorm.tools.compare.records import CompareSettings, Comparison, MetricInfo, Task
 from syncnorm.tools.report.compare_terminal import print_comparison
 from syncnorm.tools.report.progress import progress_on_stderr
 
@@ -28,7 +28,7 @@ def test_the_verdict_comes_first(comparison):
     text = _printed(comparison, width=100)
     at = [
         text.index(part)
-        for part in ("Verdict\n", "Local BN is sufficient", "A second", "Relative difference from single")
+        for part in ("Local BN is sufficient", "A second", "a residual CNN", "Relative difference from single")
     ]
     assert at == sorted(at)
     assert (
@@ -66,14 +66,17 @@ def test_result_rows(comparison):
 
 
 def test_losses_if_there_are_no_classes(comparison):
-    task = Task(**{**vars(comparison.task), "metric": "loss"})
+    task = Task(**{**vars(comparison.task), "metric": MetricInfo("loss", False, False, "batches")})
     text = _printed(Comparison(**{**vars(comparison), "task": task}), width=100)
-    assert _rows(text, "ddp+syncbn")[1] == ["ddp+syncbn", "1.5", "0.2", "±", "0", "1,000", "12.3"]
+    assert _rows(text, "ddp+syncbn")[1] == ["ddp+syncbn", "0.5", "0.975", "±", "0.00707", "1,000", "12.3"]
 
 
 def test_cost_rows(comparison):
     text = _printed(comparison, width=100)
-    assert _rows(text, "ddp+syncbn")[2] == ["ddp+syncbn", "8.0", "1.0", "+", "4.0", "1", "+", "9", "3.0", "3.0"]
+    assert _rows(text, "ddp+syncbn")[2] == [
+        *["ddp+syncbn", "8.0", "=", "3.0", "+", "1.0", "+", "4.0", "1.20-1.40"],
+        *["1", "+", "9", "3.0", "3.0"],
+    ]
     assert _rows(text, "single")[-1] == ["single", "8.0", "-", "0", "0", "3.0"]
     assert _rows(text, "ddp+group")[2][-1] == "-"
 
@@ -117,5 +120,5 @@ def test_progress_is_one_line_per_arm_if_stderr_is_not_a_terminal(comparison, ca
             progress.start(arm.name, 504)
             progress.step()
             progress.finish(arm)
-    expected = "1/2 single: test accuracy 97.5%\n2/2 ddp+torch-syncbn: not run: torch refuses: [CPU]\n"
+    expected = "1/2 single: 0.975 on the test data\n2/2 ddp+torch-syncbn: not run: torch refuses: [CPU]\n"
     assert capsys.readouterr().err == expected

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
 from syncnorm.tools.cli.results import Results
+from syncnorm.tools.common.decision import DEFAULT_MARGIN_PERCENT, DEFAULT_MARGIN_POINTS
+from syncnorm.tools.common.durations import seconds
 from syncnorm.tools.common.loading import load
 from syncnorm.tools.common.ranks import DEFAULT_RANKS
 from syncnorm.tools.common.records import write_json
@@ -20,6 +22,7 @@ from syncnorm.tools.compare.runner import (
     DEFAULT_BATCH_PER_RANK,
     DEFAULT_LR,
     DEFAULT_PARITY_STEPS,
+    DEFAULT_SEEDS,
     DEFAULT_STEPS,
     make_settings,
     sweep,
@@ -71,11 +74,19 @@ FUNCTION = "MODULE:FUNCTION"
 )
 @click.option(
     "--seeds",
-    type=int,
-    default=1,
+    default=str(DEFAULT_SEEDS),
     show_default=True,
-    metavar="N",
-    help="Train every arm with N consecutive seeds; a verdict needs about 3.",
+    metavar="N|auto",
+    help="Train every arm with N consecutive seeds; auto adds seeds until the results decide or --budget is used up.",
+)
+@click.option(
+    "--budget", default="10m", show_default=True, metavar="TIME", help="Training time for --seeds auto: 90s, 10m, 1h."
+)
+@click.option(
+    "--margin",
+    type=float,
+    help="Largest difference that does not matter: in percentage points for a metric between 0 and 1 "
+    f"({DEFAULT_MARGIN_POINTS:g} by default), in percent for others ({DEFAULT_MARGIN_PERCENT:g} by default).",
 )
 @click.option(
     "--lr",
@@ -104,6 +115,8 @@ def compare(
     loss: str | None,
     arms: str | None,
     batch_per_rank: str,
+    seeds: str,
+    budget: str,
     json_file: Path | None,
     html_file: Path | None,
     **numbers: Any,
@@ -134,9 +147,14 @@ def compare(
             None if loss is None else load(loss, "--loss"),
         )
         names = None if arms is None else [name.strip() for name in arms.split(",")]
+        numbers |= {"seeds": _seeds(seeds), "budget": seconds(budget)}
         settings = [make_settings(arms=names, batch_per_rank=size, **numbers) for size in sizes]
         found: list[Comparison] = []
-        for comparison in sweep(problem, settings, progress_on_stderr):
+
+        def keep(comparison: Comparison) -> None:
+            results.keep([*found, comparison])
+
+        for comparison in sweep(problem, settings, progress_on_stderr, keep):
             found.append(comparison)
             results.keep(found)
             if len(found) < len(sizes):
@@ -146,6 +164,15 @@ def compare(
 
 def _print_last(found: Sequence[Comparison]) -> None:
     print_comparison(found[-1])
+
+
+def _seeds(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError:
+        raise click.UsageError(f"--seeds must be a number or auto, got {text!r}") from None
 
 
 def _sizes(text: str) -> list[int]:

@@ -103,8 +103,9 @@ class ArmRunner:
         """Measures the duration of a training step of each arm. Collective: all ranks."""
         arms = [arm_named(name) for name, result in self.results.items() if result.not_run is None]
         seed = self.settings.seeds[0]
+        training_seconds = sum(result.wall_seconds or 0.0 for result in self.results.values())
         trainers = {arm.name: self._trainer(arm, seed) if self._takes_part(arm) else None for arm in arms}
-        for name, (step, cost) in time_in_turns(trainers, self.ranks).items():
+        for name, (step, cost) in time_in_turns(trainers, self.ranks, training_seconds).items():
             self.results[name] = replace(self.results[name], step=step, cost=cost if name != BASELINE else None)
         for trainer in trainers.values():
             self._release(trainer)

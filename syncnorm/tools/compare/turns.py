@@ -22,8 +22,8 @@ BASELINE = "ddp"
 STEPS_PER_TURN = 3
 # Fewer than 6 have no 95 % interval of the median.
 MIN_ROUNDS, MAX_ROUNDS = 6, 40
-# Aimed at, unless the fewest rounds take longer.
-SECONDS = 12.0
+# The time that is aimed at, unless the fewest rounds take longer: a share of that of the training, within limits.
+SHARE, MIN_SECONDS, MAX_SECONDS = 0.2, 2.0, 12.0
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ Rounds = Mapping[str, Sequence[Sequence[TimedStep]]]
 
 
 def time_in_turns(
-    trainers: Mapping[str, Trainer | None], ranks: Ranks
+    trainers: Mapping[str, Trainer | None], ranks: Ranks, training_seconds: float
 ) -> dict[str, tuple[StepTime, StepRatio | None]]:
     """The time of a step of each arm, and its ratio to that of ``ddp``, on rank 0; other ranks get nothing.
 
@@ -50,6 +50,7 @@ def time_in_turns(
     Args:
         trainers: by the name of the arm; ``None`` on a rank that does not take part in it.
         ranks: all ranks.
+        training_seconds: how long the training took.
 
     Collective: all ranks, with the same arms in the same order.
     """
@@ -62,7 +63,8 @@ def time_in_turns(
             ranks.wait()
         done += 1
         if done == 1:
-            possible = int(SECONDS / (time.perf_counter() - started))
+            available = min(MAX_SECONDS, max(MIN_SECONDS, SHARE * training_seconds))
+            possible = int(available / (time.perf_counter() - started))
             planned = ranks.share(min(MAX_ROUNDS, max(MIN_ROUNDS, possible)))
     by_rank: list[Rounds] = ranks.collect(rounds)
     if ranks.rank:

@@ -136,7 +136,7 @@ def interval_text(decision: Decision, metric: MetricInfo) -> str:
 def _what_would_decide(comparison: Comparison, decision: Decision) -> str:
     num_seeds, num_test = len(decision.by_seed), comparison.task.num_test
     if num_seeds < 2:
-        return f"one seed has no interval; run --seeds {ENOUGH_SEEDS} or --seeds auto"
+        return f"run --seeds {ENOUGH_SEEDS} or --seeds auto"
     ways = []
     if decision.more_seeds is not None:
         more, total = decision.more_seeds, num_seeds + decision.more_seeds

@@ -180,7 +180,7 @@ _DIVERGENCE_LEGEND = (
 def _result_table(comparison: Comparison) -> PlainTable:
     accuracy = comparison.task.metric.share
     ran = [arm for arm in comparison.arms if arm.seeds]
-    steps = [point.step for point in (ran[0].seeds[0].test_losses if ran else ())]
+    steps = [point.step for point in (ran[0].seeds[0].test_metrics if ran else ())]
     table = PlainTable(f"Result: {comparison.task.metric.name} on the test data after a number of steps, and speed")
     table.add_column("arm", no_wrap=True)
     for step in steps:
@@ -225,9 +225,13 @@ def _result_legend(comparison: Comparison) -> Text:
 def _cost_table(comparison: Comparison) -> PlainTable:
     table = PlainTable("Cost of a training step")
     table.add_column("arm", no_wrap=True)
-    headers = ("\nms", "ms of work + waiting\nin DDP + in norms", "times ddp\n(95% interval)")
-    headers += ("collectives\nDDP + norms", "\nKiB sent", "peak MiB\nper rank")
-    for header in headers:
+    for header in (
+        "ms = work\n+ DDP + norms",
+        "\ntimes ddp",
+        "calls\nDDP + norms",
+        "\nKiB",
+        "peak\nMiB",
+    ):
         table.add_column(header, justify="right", no_wrap=True)
     for arm in comparison.arms:
         if not arm.not_run:
@@ -237,12 +241,13 @@ def _cost_table(comparison: Comparison) -> PlainTable:
 
 def _cost_cells(arm: ArmResult) -> tuple[str, ...]:
     step, cost = arm.step, arm.cost
-    parts = (step.work_seconds, step.ddp_seconds, step.norm_seconds) if step else ()
-    known = [f"{part * 1e3:.1f}" for part in parts if part is not None]
+    whole = _number(step.seconds * 1e3 if step else None, ".1f")
+    waits = (step.ddp_seconds, step.norm_seconds) if step and arm.ranks > 1 else ()
+    known = [wait * 1e3 for wait in waits if wait is not None]
+    parts = [step.work_seconds * 1e3, *known] if step and known else []
     return (
-        _number(step.seconds * 1e3 if step else None, ".1f"),
-        " + ".join(known) if len(known) > 1 and arm.ranks > 1 else "-",
-        f"{cost.ratio:.2f} ({cost.low:.2f} to {cost.high:.2f})" if cost else "-",
+        f"{whole} = {' + '.join(f'{part:.1f}' for part in parts)}" if parts else whole,
+        f"{cost.low:.2f}-{cost.high:.2f}" if cost else "-",
         f"{arm.calls('ddp')} + {arm.calls('norm')}" if arm.collectives else "0",
         _number(arm.payload_bytes / 1024, ",.1f") if arm.collectives else "0",
         _number(arm.memory.peak_bytes / 2**20 if arm.memory else None, ",.1f"),
@@ -259,11 +264,12 @@ def _cost_legend(comparison: Comparison) -> Text:
         "rss growth": "growth of a process's resident memory",
         "cuda allocated": "torch.cuda.max_memory_allocated",
     }
-    memory = f" Peak: {what[measures.pop()]} during training, the largest over ranks." if measures else ""
+    memory = f" Peak: {what[measures.pop()]} per rank during training, the largest." if measures else ""
     return Text(
-        "The arms took turns. Waiting: time blocked in collectives, mean over ranks; for DDP from the last gradient "
-        "to the end of the backward, plus its broadcast of buffers. Times ddp: median ratio of the turns. Collectives "
-        f"and KiB: rank 0's calls, and the size of the tensors that it passes in.{memory}",
+        "The arms took turns. ms: a step = work + waiting in the collectives of DDP (from the last gradient to the "
+        "end of the backward, and its broadcast of buffers) + in those of norm layers, means over ranks. Times ddp: "
+        "95% interval of the ratio. Calls and KiB: rank 0's collectives, and the size of the tensors that it passes "
+        f"in.{memory}",
         style="dim",
     )
 
