@@ -10,6 +10,7 @@ import records
 from pictures import recorded_pictures
 
 from syncnorm.tools.compare import Comparison
+from syncnorm.tools.compare.paired import decisions
 from syncnorm.tools.report.compare_html import render_html, write_html
 
 
@@ -192,6 +193,20 @@ def test_the_drawings_have_no_faults_whatever_the_names(comparison):
     ticks = {tick.text for picture in pictures for tick in picture.ticks}
     assert {"1e-7", "1e-5", "a$x^2$b", "<b>bold</b>", "[red]"} <= ticks
     assert all(picture.legends for picture in pictures if len(picture.frames) == 1 and "step" in str(picture.texts))
+
+
+def test_an_arm_that_fails_does_not_hide_the_other_decisions(comparison):
+    seeds = tuple(replace(run, test_metric=0.1 + 0.01 * run.seed) for run in comparison["ddp"].seeds)
+    arms = tuple(replace(arm, seeds=seeds) if arm.name == "ddp+group" else arm for arm in comparison.arms)
+    changed = replace(comparison, arms=arms)
+    with recorded_pictures() as pictures:
+        text = render_html([replace(changed, decisions=decisions(changed))])
+    drawn = pictures[0]
+    assert drawn.faults() == []
+    assert "-87" in {text.text for text in drawn.texts}
+    numbers = [float(tick.text.replace("\N{MINUS SIGN}", "-")) for tick in drawn.ticks if "vs" not in tick.text]
+    assert -6 < min(numbers) < max(numbers) < 6
+    assert "ddp+group compared with ddp+syncbn: worse, -87" in _descriptions(Page(text))["Decisions"]
 
 
 def test_no_comparison_is_an_error(tmp_path):

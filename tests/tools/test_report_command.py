@@ -14,7 +14,8 @@ from syncnorm.__main__ import main
 from syncnorm.tools.common.records import write_json
 from syncnorm.tools.compare import Comparison
 from syncnorm.tools.compare.records import Sweep
-from syncnorm.tools.report.runs import differences, read_runs, results
+from syncnorm.tools.report.compare_html import render_page
+from syncnorm.tools.report.runs import Run, differences, read_runs, results
 from syncnorm.tools.report.runs_terminal import print_runs
 
 
@@ -72,6 +73,10 @@ def test_two_records_are_compared_before_each_is_shown(call, files):
     assert "ddp+syncbn 97.5 ± 0.7 93.5 ± 0.7" in top
     assert "dp (emulated) 97.5 ± 0.7 -" in top
     assert "ddp+torch-syncbn not run not run" in top
+    assert (
+        top[top.index("Decisions, and differences of the results") + 2]
+        == "ddp vs. single undecided, +0.0 undecided, +0.0"
+    )
     assert lines.count("Relative difference from single, in step 1 and in step 10") == 2
     page = (files / "out.html").read_text(encoding="utf-8")
     body = page[page.index("<body>") :]
@@ -98,6 +103,14 @@ def test_files_of_one_name_are_told_apart_by_their_folders(files, before):
     write_json(before, files / "old" / "before.json")
     paths = [files / "before.json", files / "old" / "before.json"]
     assert [run.name for run in read_runs(paths)] == [str(path) for path in paths]
+
+
+def test_runs_that_differ_in_more_than_their_batch_have_no_plot_against_it(files, before):
+    larger = replace(before, settings=replace(before.settings, batch_per_rank=64))
+    title = "Test accuracy, % against batch per rank"
+    assert title in render_page([Run("before", before), Run("larger", larger)])
+    other = replace(larger, settings=replace(larger.settings, steps=9))
+    assert title not in render_page([Run("before", before), Run("other", other)])
 
 
 def test_only_what_differs_is_listed(files):

@@ -15,6 +15,8 @@ from syncnorm.tools.report.inline_svg import Plot, with_own_ids
 from syncnorm.tools.report.runs import (
     NO_VERDICT,
     Run,
+    decided,
+    differ_in_batch_alone,
     differences,
     named_by_batch,
     results,
@@ -65,7 +67,7 @@ def render_page(runs: Sequence[Run]) -> str:
     return environment.get_template("comparison.html.j2").render(
         title=f"Which norm for {models.pop()}?" if len(models) == 1 else "Which norm? Several models",
         side_by_side=_side_by_side(runs) if len(runs) > 1 else [],
-        overview=plot_against_batch([run.comparison for run in runs]),
+        overview=plot_against_batch([run.comparison for run in runs]) if differ_in_batch_alone(runs) else None,
         parts=[_part(number, run) for number, run in enumerate(runs, 1)],
     )
 
@@ -109,6 +111,7 @@ def _side_by_side(runs: Sequence[Run]) -> list[Table]:
             found,
             "On samples that were not used for training; not all differences matter.",
         ),
+        ("Decisions, and differences of the results", "arms", decided(runs), "Positive: the first arm is better."),
         ("What differs", "setting", different, "All other settings, and the versions, are the same."),
     ]
     return [

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from math import inf
 from statistics import fmean, stdev
 from typing import Any
 
+from syncnorm.tools.compare.paired import essential
 from syncnorm.tools.compare.records import (
     ROUNDING,
     ArmResult,
@@ -33,6 +35,8 @@ from syncnorm.tools.report.inline_svg import (
 
 # Smaller errors are drawn here: fp32 does not resolve them, and zero has no logarithm.
 _MIN_ERROR = 1e-9
+# Intervals beyond this multiple of those on which the advice depends are cut off.
+_OFF_SCALE = 2.0
 
 
 def plots(comparison: Comparison) -> Iterator[Plot]:
@@ -92,13 +96,24 @@ def _decisions(comparison: Comparison) -> Plot | None:
         return None
     metric = comparison.task.metric
     unit = "percentage points" if metric.share else metric.name
+    # An arm that fails would make all other differences too small to see.
+    edge = _OFF_SCALE * max(map(_reach, filter(essential, found)), default=inf)
+    within = [value for each in found for value in (each.low or 0.0, each.high or 0.0) if abs(value) <= edge]
 
     def draw(ax: Any) -> None:
         for place, each in enumerate(reversed(found)):
-            low, high = each.low or 0.0, each.high or 0.0
             ax.fill_betweenx([place - 0.36, place + 0.36], -each.margin, each.margin, color=PALE_BAR, linewidth=0)
-            ax.plot([low, high], [place, place], "|-", color=INK, linewidth=1.4, markersize=7)
-            ax.plot(each.difference, place, _KIND_MARKERS[each.kind], color=_KIND_COLORS[each.kind], markersize=7)
+            ax.plot([each.low, each.high], [place, place], "|-", color=INK, linewidth=1.4, markersize=7)
+            at = min(max(each.difference, -edge), edge)
+            ax.plot(at, place, _KIND_MARKERS[each.kind], color=_KIND_COLORS[each.kind], markersize=7, clip_on=False)
+            if at != each.difference:
+                shift, side = (8, "left") if at < 0 else (-8, "right")
+                number = {"xytext": (shift, 4), "textcoords": "offset points", "ha": side, "fontsize": 7.5}
+                ax.annotate(f"{each.difference:+.3g}", (at, place), **number)
+        if any(_reach(each) > edge for each in found):
+            low, high = min([*within, 0.0]), max([*within, 0.0])
+            ends = [each.difference for each in found]
+            ax.set_xlim(-edge if min(ends) < -edge else 1.1 * low, edge if max(ends) > edge else 1.1 * high)
         ax.axvline(0, color=INK, linewidth=0.8)
         ax.set_yticks(range(len(found)), [_pair(each) for each in reversed(found)])
         ax.set_ylim(-0.7, len(found) - 0.3)
@@ -106,7 +121,7 @@ def _decisions(comparison: Comparison) -> Plot | None:
 
     caption = (
         "The difference of two arms and its confidence interval. Clear of zero: better or worse. Within the shaded "
-        "margin: equivalent. Otherwise undecided."
+        "margin: equivalent. Otherwise undecided. A number is that of a difference beyond the edge."
     )
     height = max(HEIGHT * 0.7, 0.42 * len(found) + 0.8)
     shows = [
@@ -115,6 +130,10 @@ def _decisions(comparison: Comparison) -> Plot | None:
         for each in found
     ]
     return Plot("Decisions", inline_svg(draw, height, legend=False), caption, "; ".join(shows))
+
+
+def _reach(decision: Decision) -> float:
+    return max(abs(decision.low or 0.0), abs(decision.high or 0.0))
 
 
 _KIND_MARKERS = {"better": ">", "worse": "<", "equivalent": "s", "undecided": "o"}

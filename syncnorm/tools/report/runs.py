@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from syncnorm.errors import InputError
 from syncnorm.tools.compare.paired import decisions
-from syncnorm.tools.compare.records import Comparison, Sweep
+from syncnorm.tools.compare.records import Comparison, Decision, Sweep
 from syncnorm.tools.compare.verdict import verdict
 from syncnorm.tools.report.arm_styles import metric_label, shown_text
 
@@ -112,6 +112,11 @@ def _text(value: Any) -> str:
     return "-" if value in (None, "") else f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def differ_in_batch_alone(runs: Sequence[Run]) -> bool:
+    """Whether nothing but the samples per rank is different, as in a sweep."""
+    return differences(runs).keys() <= {"batch per rank", "eval batch"}
+
+
 def results(runs: Sequence[Run]) -> Mapping[str, list[str]]:
     """Arm -> its result in each run, mean ± standard deviation over seeds."""
     names = dict.fromkeys(arm.label for run in runs for arm in run.comparison.arms)
@@ -125,6 +130,22 @@ def _result(comparison: Comparison, label: str) -> str:
     metric = comparison.task.metric
     spread = "" if arm.std is None else f" ± {shown_text(arm.std, metric)}"
     return f"{shown_text(arm.test_metric, metric)}{spread}"
+
+
+def decided(runs: Sequence[Run]) -> Mapping[str, list[str]]:
+    """Pair of arms -> the decision on it in each run, with the difference."""
+    found = [{f"{d.arm} vs. {d.other}": d for d in run.comparison.decisions} for run in runs]
+    pairs = dict.fromkeys(pair for decisions in found for pair in decisions)
+    return {
+        pair: [_decided(run.comparison, by_pair.get(pair)) for run, by_pair in zip(runs, found, strict=True)]
+        for pair in pairs
+    }
+
+
+def _decided(comparison: Comparison, decision: Decision | None) -> str:
+    if decision is None:
+        return "-"
+    return f"{decision.kind}, {decision.difference:{'+.1f' if comparison.task.metric.share else '+.3g'}}"
 
 
 def results_title(runs: Sequence[Run]) -> str:

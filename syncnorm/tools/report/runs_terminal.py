@@ -10,7 +10,7 @@ from rich.text import Text
 
 from syncnorm.tools.report.compare_terminal import render
 from syncnorm.tools.report.consoles import PlainTable, for_tables
-from syncnorm.tools.report.runs import Run, decision, differences, results, results_title
+from syncnorm.tools.report.runs import Run, decided, decision, differences, results, results_title
 
 
 def print_runs(runs: Sequence[Run], console: Console | None = None) -> None:
@@ -33,6 +33,8 @@ def _side_by_side(runs: Sequence[Run]) -> RenderableType:
     different = differences(runs)
     tables = [_table("What differs", "", different, runs)] if different else []
     tables.append(_table(results_title(runs), "arm", results(runs), runs))
+    if by_pair := decided(runs):
+        tables.append(_table("Decisions, and differences of the results", "arms", by_pair, runs))
     return Group(*decisions, *(part for table in tables for part in (Text(), table)))
 
 
