@@ -22,7 +22,7 @@ KINDS = ("params", "running_mean", "running_var")
 
 @pytest.fixture(scope="module")
 def comparison() -> Comparison:
-    return run(steps=STEPS, parity_steps=PARITY_STEPS, seeds=1)
+    return run(build_residual_net, arms=list(ARMS), batch_per_rank=4, steps=STEPS, parity_steps=PARITY_STEPS, seeds=1)
 
 
 def test_every_arm_is_present_in_order(comparison):
@@ -86,7 +86,10 @@ def test_ddp_reduces_each_gradient_once(comparison):
 
 @pytest.mark.slow
 def test_the_count_does_not_depend_on_the_number_of_steps(comparison):
-    assert run(arms=["ddp"], steps=1, seeds=1)["ddp"].collectives == comparison["ddp"].collectives
+    assert (
+        run(build_residual_net, arms=["ddp"], batch_per_rank=4, steps=1, seeds=1)["ddp"].collectives
+        == comparison["ddp"].collectives
+    )
 
 
 def test_torch_syncbn_says_why_it_did_not_run(comparison):
@@ -171,7 +174,7 @@ def test_json_keys_are_those_of_files_written_before():
 
 
 def test_same_seed_same_numbers_and_single_comes_first(comparison):
-    again = run(arms=["ddp"], steps=STEPS, parity_steps=PARITY_STEPS, seeds=1)
+    again = run(build_residual_net, arms=["ddp"], batch_per_rank=4, steps=STEPS, parity_steps=PARITY_STEPS, seeds=1)
     assert [arm.name for arm in again.arms] == ["single", "ddp"]
     assert again["ddp"].parity == comparison["ddp"].parity
     assert again["ddp"].test_metric == comparison["ddp"].test_metric

@@ -12,10 +12,11 @@ import click
 from syncnorm.tools.cli.results import Results
 from syncnorm.tools.common.decision import DEFAULT_MARGIN_PERCENT, DEFAULT_MARGIN_POINTS
 from syncnorm.tools.common.durations import seconds
+from syncnorm.tools.common.launcher import is_main_rank
 from syncnorm.tools.common.loading import load
 from syncnorm.tools.common.ranks import DEFAULT_RANKS
 from syncnorm.tools.common.records import write_json
-from syncnorm.tools.compare import ARMS
+from syncnorm.tools.compare.arms import ARMS, DEFAULT_ARMS
 from syncnorm.tools.compare.problem import Problem
 from syncnorm.tools.compare.records import Comparison, Sweep
 from syncnorm.tools.compare.runner import (
@@ -35,9 +36,7 @@ FUNCTION = "MODULE:FUNCTION"
 
 
 @click.command(short_help="DataParallel, DDP and synchronized batch norm side by side.")
-@click.option(
-    "--model", metavar=FUNCTION, help="Returns the model with its batch norms; a small residual network by default."
-)
+@click.option("--model", metavar=FUNCTION, help="Returns the model with its batch norms; a small CNN by default.")
 @click.option(
     "--data",
     metavar=FUNCTION,
@@ -45,7 +44,9 @@ FUNCTION = "MODULE:FUNCTION"
 )
 @click.option("--loss", metavar=FUNCTION, help="(output, target) -> mean over the samples; cross-entropy by default.")
 @click.option(
-    "--arms", metavar="A,B,...", help=f"Arms to run in addition to single; all by default: {', '.join(ARMS)}."
+    "--arms",
+    metavar="A,B,...",
+    help=f"Arms to run in addition to single, of {', '.join(ARMS)}; {','.join(DEFAULT_ARMS[1:])} by default.",
 )
 @click.option(
     "--ranks",
@@ -159,6 +160,8 @@ def compare(
             results.keep(found)
             if len(found) < len(sizes):
                 results.deliver(more=True)
+    if html_file is not None and not results.exit_code and is_main_rank():
+        click.echo(f"The page with plots: {html_file.resolve()}")
     return results.exit_code
 
 

@@ -1,4 +1,4 @@
-"""Residual networks: a small one for 8x8 images and two CPU cores, and one of the size of ResNet-18."""
+"""Networks: two small ones for 8x8 images and two CPU cores, and a residual one of the size of ResNet-18."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ResidualNet(nn.Sequential):
 
 
 def build_residual_net() -> ResidualNet:
-    """The network with ``nn.BatchNorm2d`` layers.
+    """The residual network with ``nn.BatchNorm2d`` layers.
 
     The weights and biases of the norms are random too: with torch's ones and zeros, code that swaps or ignores them
     would still give the right result of the first step.
@@ -54,6 +54,20 @@ def build_residual_net() -> ResidualNet:
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.bias, -0.2, 0.2)
     return model
+
+
+def build_plain_net(widths: tuple[int, ...] = (16, 16, 32, 32), num_classes: int = 10) -> nn.Sequential:
+    """3x3 convolutions with ``nn.BatchNorm2d`` and ReLU, max-pooling between their halves: no shortcuts.
+
+    (N, 1, 8, 8) -> (N, num_classes). Without shortcuts around them, its norms decide how well it trains.
+    """
+    layers: list[nn.Module] = []
+    for index, (width_in, width) in enumerate(zip((1, *widths[:-1]), widths, strict=True)):
+        if index == len(widths) // 2:
+            layers.append(nn.MaxPool2d(2))
+        layers += [nn.Conv2d(width_in, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes))
+    return nn.Sequential(*layers, *head)
 
 
 RESNET_NAME = "a ResNet-18-like network"

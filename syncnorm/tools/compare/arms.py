@@ -73,6 +73,9 @@ ARMS = {
     )
 }
 
+# Enough to decide whether SyncBN is needed.
+DEFAULT_ARMS = ("single", "dp", "ddp", "ddp+syncbn")
+
 
 def arm_named(name: str) -> Arm:
     """The arm called ``name``, which has been checked."""

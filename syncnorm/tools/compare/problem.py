@@ -19,7 +19,7 @@ from syncnorm.conversion.convert import convert
 from syncnorm.errors import InputError
 from syncnorm.tools.common.data import collate, digits, seed_everything
 from syncnorm.tools.common.errors import one_line
-from syncnorm.tools.common.nets import build_residual_net
+from syncnorm.tools.common.nets import build_plain_net
 from syncnorm.tools.compare.records import CompareSettings, MetricInfo, Task
 
 Loss = Callable[[Any, Any], Tensor]
@@ -50,12 +50,12 @@ class Problem:
     def of(
         cls, build_model: Callable[[], nn.Module] | None, datasets: Callable[[], Any] | None, loss: Loss | None
     ) -> Problem:
-        """The user's functions; the defaults are a residual network, scikit-learn's digits and cross-entropy."""
+        """The user's functions; the defaults are a small CNN, scikit-learn's digits and cross-entropy."""
         return cls(
-            build_model or build_residual_net,
+            build_model or build_plain_net,
             datasets or digits,
             loss or F.cross_entropy,
-            _name(build_model) if build_model else "a residual CNN",
+            _name(build_model) if build_model else "a small CNN",
             _name(datasets) if datasets else "scikit-learn's digits",
             _name(loss) if loss else "cross-entropy",
         )
