@@ -11,6 +11,7 @@ from pictures import recorded_pictures
 
 from syncnorm.tools.compare import Comparison
 from syncnorm.tools.compare.paired import decisions
+from syncnorm.tools.compare.records import ArmResult, MetricInfo, Point
 from syncnorm.tools.report.compare_html import render_html, write_html
 
 
@@ -207,6 +208,51 @@ def test_an_arm_that_fails_does_not_hide_the_other_decisions(comparison):
     numbers = [float(tick.text.replace("\N{MINUS SIGN}", "-")) for tick in drawn.ticks if "vs" not in tick.text]
     assert -6 < min(numbers) < max(numbers) < 6
     assert "ddp+group compared with ddp+syncbn: worse, -87" in _descriptions(Page(text))["Decisions"]
+
+
+def _of_one_seed(made):
+    made = replace(made, arms=tuple(replace(arm, seeds=arm.seeds[:1]) for arm in made.arms))
+    return replace(made, decisions=decisions(made))
+
+
+def _of_a_loss(made):
+    metric = MetricInfo("loss", higher_is_better=False, share=False, units="batches")
+    made = replace(made, task=replace(made.task, metric=metric))
+    return replace(made, decisions=decisions(made))
+
+
+def _not_finite(made):
+    seeds = tuple(replace(run, test_metric=None, test_metrics=(Point(252, None),)) for run in made["ddp"].seeds)
+    made = replace(made, arms=tuple(replace(arm, seeds=seeds) if arm.name == "ddp" else arm for arm in made.arms))
+    return replace(made, decisions=decisions(made))
+
+
+def _of_many_layers(made):
+    names = tuple(f"layer{i // 10}.{i % 10}.bn1" for i in range(160))
+
+    def renamed(arm):
+        parity = [
+            replace(p, layers=tuple(replace(p.layers[0], layer=n) for n in names)) for p in arm.parity if p.layers
+        ]
+        return replace(arm, parity=tuple(parity))
+
+    spread = tuple(replace(made.spread[0], layer=name) for name in names)
+    task = replace(made.task, norm_layers=names)
+    return replace(made, task=task, arms=tuple(map(renamed, made.arms)), spread=spread)
+
+
+def _not_run(made):
+    arms = tuple(ArmResult(arm.name, arm.label, 2, not_run="out of memory") for arm in made.arms)
+    return replace(made, arms=arms, spread=(), decisions=(), verdict=())
+
+
+@pytest.mark.parametrize("change", [_of_one_seed, _of_a_loss, _not_finite, _of_many_layers, _not_run])
+def test_unusual_records_have_pages_without_faults(comparison, change):
+    with recorded_pictures() as pictures:
+        text = render_html([change(comparison)])
+    assert Page(text).open == []
+    assert [picture.faults() for picture in pictures] == [[]] * len(pictures)
+    assert not re.search(r">\s*(nan|inf|None)\b", text[: text.index("<script")])
 
 
 def test_no_comparison_is_an_error(tmp_path):

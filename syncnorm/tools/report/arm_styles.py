@@ -30,6 +30,10 @@ _MORE_STYLES: tuple[Style, ...] = (
 )
 
 
+# About how many a line has; more would cover it.
+MARKERS = 20
+
+
 def arm_styles(names: Iterable[str]) -> dict[str, Style]:
     """The style of each arm."""
     distinct = list(dict.fromkeys(names))
@@ -38,8 +42,8 @@ def arm_styles(names: Iterable[str]) -> dict[str, Style]:
     return {name: _STYLES.get(name) or more[name] for name in distinct}
 
 
-def line_look(name: str, style: Style) -> dict[str, Any]:
-    """``style`` as matplotlib's arguments of a line with a label in the legend."""
+def line_look(name: str, style: Style, points: int = 1) -> dict[str, Any]:
+    """``style`` as matplotlib's arguments of a line of ``points`` points, with a label in the legend."""
     marker, dashes, color = style
     return {
         "label": short_name(name),
@@ -47,6 +51,7 @@ def line_look(name: str, style: Style) -> dict[str, Any]:
         "linestyle": dashes,
         "color": color,
         "markersize": 4.5,
+        "markevery": max(1, points // MARKERS),
         "linewidth": 1.4,
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from math import inf
+from math import inf, nan
 from statistics import fmean, stdev
 from typing import Any
 
@@ -216,7 +216,8 @@ def _parity_by_depth(comparison: Comparison) -> Plot | None:
 
     def draw(ax: Any) -> None:
         for name, points in errors.items():
-            ax.plot([i for i, _ in points], [error for _, error in points], **line_look(name, styles[name]))
+            look = line_look(name, styles[name], len(points))
+            ax.plot([i for i, _ in points], [error for _, error in points], **look)
         _rounding_line(ax)
         ax.set_xlabel("norm layer, in the order of the forward")
         ax.set_ylabel("relative difference of the output")
@@ -260,10 +261,12 @@ def _divergence(comparison: Comparison) -> Plot | None:
 
     def draw(ax: Any) -> None:
         places = [i for i, _ in layers]
-        for name, style, color in (("mean", "o-", BLUE), ("var", "s--", ORANGE)):
-            values = [getattr(layer, name) or 0.0 for _, layer in layers]
-            label = {"mean": "means", "var": "variances"}[name]
-            ax.plot(places, values, style, color=color, label=label, markersize=4.5, linewidth=1.4)
+        means, variances = (
+            [layer.mean for _, layer in layers],
+            [nan if layer.var is None else layer.var for _, layer in layers],
+        )
+        ax.plot(places, means, **line_look("means", ("o", "-", BLUE), len(layers)))
+        ax.plot(places, variances, **line_look("variances", ("s", "--", ORANGE), len(layers)))
         ax.set_ylim(bottom=0)
         ax.set_xlabel("norm layer, in the order of the forward")
         ax.set_ylabel("divergence between ranks")

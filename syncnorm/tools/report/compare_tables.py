@@ -27,7 +27,8 @@ class Table(NamedTuple):
     @property
     def text_columns(self) -> list[bool]:
         """For each column whether it has texts, which are aligned to the left, rather than numbers."""
-        return [all(cell.key is None for cell in column) for column in zip(*self.rows, strict=True)]
+        columns = zip(*self.rows, strict=True)
+        return [any(cell.key is None and cell.text != "-" for cell in column) for column in columns]
 
 
 def tables(comparison: Comparison) -> list[Table]:

@@ -41,6 +41,8 @@ VARIABLES = {
 WIDTH, HEIGHT = 4.6, 3.1
 _FONT_POINTS, _LEGEND_POINTS = 9.0, 8.0
 _LEGEND_ROW = 0.17
+# Between ticks of a linear x axis, so that labels such as -0.015 do not overlap.
+_X_INTERVALS = 6
 # Columns of a name in a plot; the tables have the whole name.
 _NAME_COLUMNS = 26
 
@@ -59,6 +61,8 @@ def inline_svg(draw: Callable[[Any], None], height: float = HEIGHT, legend: bool
 
     Texts stay texts: they are selectable, and a browser has fonts for characters that matplotlib's lacks.
     """
+    from matplotlib.ticker import MaxNLocator
+
     file = BytesIO()
     look = {"font.size": _FONT_POINTS, "hatch.linewidth": 0.6, "svg.fonttype": "none", "svg.hashsalt": "syncnorm"}
     no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -68,6 +72,8 @@ def inline_svg(draw: Callable[[Any], None], height: float = HEIGHT, legend: bool
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="both", color=GRID, linewidth=0.6)
         ax.set_axisbelow(True)
+        if isinstance(ax.xaxis.get_major_locator(), MaxNLocator):
+            ax.xaxis.get_major_locator().set_params(nbins=_X_INTERVALS)
         handles, labels = ax.get_legend_handles_labels()
         if legend and handles:
             columns = min(3, legend_columns(labels, WIDTH, _LEGEND_POINTS))
