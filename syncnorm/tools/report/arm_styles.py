@@ -1,4 +1,4 @@
-"""How plots draw each arm: marker, dashes and color, each of which distinguishes it; and its results for a plot."""
+"""How the report shows an arm: marker, dashes and color, each of which distinguishes it, and its results as text."""
 
 from __future__ import annotations
 
