@@ -20,19 +20,7 @@ import transformers as hf
 from sklearn.datasets import load_digits
 
 import syncnorm
-
-
-class SyncNorm(hf.TrainerCallback):
-    """The Trainer has already wrapped the model in DDP; both changes are in place, so DDP sees them."""
-
-    def on_train_begin(self, args, state, control, model, **kwargs):
-        """Converts the model."""
-        syncnorm.convert(model)
-
-    def on_train_end(self, args, state, control, model, **kwargs):
-        """Reverts the model, so that its original classes are saved or exported."""
-        syncnorm.revert(model)
-
+from syncnorm.integrations.huggingface import SyncNorm
 
 sizes = {"num_channels": 1, "hidden_sizes": [8, 16], "depths": [1, 1]}
 resnet = hf.ResNetConfig(**sizes, embedding_size=8, layer_type="basic", num_labels=10)

@@ -1,4 +1,4 @@
-"""Lightning: a ``LayerSync`` plugin that converts the model before training and reverts it afterwards.
+"""Lightning: a plugin that converts the model before training and reverts it afterwards.
 
 What it shows: ``Trainer(plugins=[SyncNorm()])`` instead of ``Trainer(sync_batchnorm=True)``, which does not support
                CPUs and creates new layers; the LightningModule does not change.
@@ -13,24 +13,12 @@ import lightning as L
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from lightning.pytorch.plugins.layer_sync import LayerSync
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import syncnorm
-
-
-class SyncNorm(LayerSync):
-    """Lightning calls ``apply`` before it wraps the model in DDP, and ``revert`` at the end of ``fit``."""
-
-    def apply(self, model: nn.Module) -> nn.Module:
-        """Converts the model in place."""
-        return syncnorm.convert(model)
-
-    def revert(self, model: nn.Module) -> nn.Module:
-        """Restores the original classes."""
-        return syncnorm.revert(model)
+from syncnorm.integrations.lightning import SyncNorm
 
 
 class Digits(L.LightningModule):

@@ -24,6 +24,7 @@ __all__ = [
     "describe",
     "fold",
     "functional",
+    "integrations",
     "monitor",
     "no_sync_stats",
     "revert",
@@ -35,6 +36,6 @@ __all__ = [
 
 def __getattr__(name: str) -> ModuleType:
     # Loaded at first use: most training jobs need none of them.
-    if name in ("compare", "monitor", "testing", "training"):
+    if name in ("compare", "integrations", "monitor", "testing", "training"):
         return import_module(f"syncnorm.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

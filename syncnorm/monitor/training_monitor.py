@@ -20,6 +20,7 @@ from syncnorm.errors import InputError
 from syncnorm.layer import checkpointing
 from syncnorm.monitor.findings import Findings, Sample, summarize
 from syncnorm.monitor.sampling import RankSample, gather_sample, num_channels, observable
+from syncnorm.monitor.scalars import WriteScalar, scalars_of
 from syncnorm.training.buffers import check_same_layers
 
 
@@ -29,6 +30,7 @@ def monitor(
     *,
     process_group: dist.ProcessGroup | None = None,
     log: Callable[[str], None] | None = print,
+    scalars: WriteScalar | None = None,
 ) -> Monitor:
     """Monitors the batch norms of ``model``, synced or not, while the ``with`` block trains it.
 
@@ -49,6 +51,9 @@ def monitor(
         process_group: ranks to compare, a group with the gloo backend. By default a group of all ranks is created,
             and destroyed at the end; without torch.distributed there is one rank.
         log: receives the lines and the table on the group's first rank; None disables output.
+        scalars: called on the group's first rank with the name, the value and the step of each number of a sampled
+            step, which :func:`syncnorm.monitor.scalars_of` lists. For TensorBoard it is ``writer.add_scalar``; for
+            other trackers see ``syncnorm.integrations.scalars``.
 
     Raises:
         InputError: ``every`` is negative, the group's backend is not gloo, or layers are lazy and not initialized.
@@ -66,7 +71,7 @@ def monitor(
         >>> watch.findings().samples
         1
     """
-    return Monitor(model, every, process_group, log)
+    return Monitor(model, every, process_group, log, scalars)
 
 
 class Monitor:
@@ -78,10 +83,11 @@ class Monitor:
         every: int,
         process_group: dist.ProcessGroup | None,
         log: Callable[[str], None] | None,
+        scalars: WriteScalar | None = None,
     ):
         if every < 0:
             raise InputError(f"every must be 0 (off) or a positive number of steps, got {every}")
-        self._model, self._every, self._log = model, every, log
+        self._model, self._every, self._log, self._scalars = model, every, log, scalars
         self._given_group, self._owns_group = process_group, False
         self._group: dist.ProcessGroup | None = None  # None if there is one rank
         self._world_size = 1
@@ -164,8 +170,12 @@ class Monitor:
         step_s, rank_sample = time.perf_counter() - self._began, self._rank_sample
         self._stop_sampling()
         if rank_sample is not None:
-            self._samples.append(gather_sample(self._step, step_s, rank_sample, self._layers, self._group))
-            self._log_on_first_rank(str(self._samples[-1]))
+            sample = gather_sample(self._step, step_s, rank_sample, self._layers, self._group)
+            self._samples.append(sample)
+            self._log_on_first_rank(str(sample))
+            if self._scalars is not None and self._is_first_rank():
+                for name, value in scalars_of(sample):
+                    self._scalars(name, value, sample.step)
 
     def _start_sampling(self) -> None:
         self._rank_sample = RankSample()
@@ -216,8 +226,11 @@ class Monitor:
         check_same_layers(channels, self._group, "syncnorm.monitor.monitor")
 
     def _log_on_first_rank(self, text: str) -> None:
-        if self._log is not None and (self._group is None or self._group.rank() == 0):
+        if self._log is not None and self._is_first_rank():
             self._log(text)
+
+    def _is_first_rank(self) -> bool:
+        return self._group is None or self._group.rank() == 0
 
 
 class _TransientHook:

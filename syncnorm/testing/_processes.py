@@ -18,6 +18,7 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
+from syncnorm.errors import InputError
 from syncnorm.testing import _rank
 from syncnorm.testing._transport import IDLE, LEAVE, STOP, Raised, RankCall, Returned
 
@@ -30,10 +31,7 @@ GRACE_S = 2.0
 LEAVE_S = 5.0
 # How long a new rank may take to import torch on a busy machine.
 SPAWN_S = 120.0
-_WHILE_STARTING = (
-    ": it died while it started, see its output above. A script has to be a file, not standard input, and to call "
-    'run_ranks under `if __name__ == "__main__":`'
-)
+_GUARD = 'under `if __name__ == "__main__":`'
 
 
 @dataclass(frozen=True)
@@ -45,12 +43,14 @@ class Lost:
         stack: Its Python stack when it was ended by a signal; may be empty.
         exception: For the caller.
         at: Time of the monotonic clock.
+        exit_code: Of its process, negative for a signal; None if it was ended.
     """
 
     summary: str
     stack: str
     exception: BaseException
     at: float
+    exit_code: int | None = None
 
 
 Report = Returned | Raised | Lost
@@ -70,7 +70,9 @@ class RankProcess:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         # A daemon could not have children, and fn may use a DataLoader with workers.
-        process = context.Process(target=_rank.main, args=(theirs, str(stacks)), daemon=False)
+        process = context.Process(
+            target=_rank.main, args=(theirs, str(stacks)), daemon=False, name=_rank.PROCESS_NAME
+        )
         try:
             process.start()
         except BaseException:
@@ -167,20 +169,34 @@ class Pool:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _make_ready(self, world_size: int) -> dict[int, Lost]:
-        """Start the ranks that are missing; return those that died before they were ready."""
+        """Start the ranks that are missing; return those that died before they were ready.
+
+        Raises:
+            InputError: The ranks cannot import the script of this process, or its import starts ranks.
+        """
         for rank, kept in list(self._ranks.items()):
             if not kept.process.is_alive():
                 self._ranks.pop(rank).end()
         new = {rank for rank in range(world_size) if rank not in self._ranks}
+        script = _script_to_import() if new else ""
         for rank in new:
             self._ranks[rank] = RankProcess.spawn(self._folder / f"rank{rank}.stacks")
         failed: dict[int, Lost] = {}
         deadline = time.monotonic() + SPAWN_S
         while new and not failed and (arrived := self._next(new, deadline)):
-            failed = {rank: self._remove_dead(rank, _WHILE_STARTING) for rank, message in arrived if message is None}
+            when = f": it died while it imported {script}, see its output above"
+            failed = {rank: self._remove_dead(rank, when) for rank, message in arrived if message is None}
             new -= {rank for rank, _ in arrived}
+        if any(lost.exit_code == _rank.STARTED_BY_IMPORT for lost in failed.values()):
+            raise InputError(
+                f"{script} starts ranks at its top level, and would do so again in each rank, which imports it: put "
+                f"the call {_GUARD}"
+            )
         if new:  # one died, or the deadline has passed
-            unready = f"not ready after {SPAWN_S:.0f} s"
+            unready = (
+                f"not ready after {SPAWN_S:.0f} s, in which it imports {script}: what a script does at its top level "
+                f"belongs {_GUARD}"
+            )
             failed = failed or {
                 min(new): Lost(unready, "", TimeoutError(f"rank {min(new)} was {unready}"), time.monotonic())
             }
@@ -228,7 +244,7 @@ class Pool:
         else:
             how = f"ended its process with exit code {code}"
         how += when
-        return Lost(how, dead.stack(), ChildProcessError(f"rank {rank} {how}"), at)
+        return Lost(how, dead.stack(), ChildProcessError(f"rank {rank} {how}"), at, code)
 
     def _leave_groups(self, ranks: list[int]) -> None:
         """Make the ranks that reported close their process groups, and wait until they have."""
@@ -244,3 +260,18 @@ class Pool:
     def _kill(self, ranks: list[int]) -> None:
         for rank in ranks:
             self._ranks.pop(rank).end(patience=0)
+
+
+def _script_to_import() -> str:
+    """The script of this process, which a new rank imports before anything else; "torch" without a script.
+
+    Raises:
+        InputError: It is not a file.
+    """
+    main = sys.modules["__main__"]
+    file: str | None = getattr(main, "__file__", None)
+    if file is None:  # an interactive session
+        return "torch"
+    if getattr(main, "__spec__", None) is None and not Path(file).exists():
+        raise InputError(f"the ranks import the script of this process, but {file} is no file: save it as one")
+    return file

@@ -15,20 +15,46 @@ import traceback
 from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from syncnorm.errors import SyncNormError
+from syncnorm.errors import InputError, SyncNormError
 from syncnorm.testing._transport import IDLE, STOP, Raised, RankCall, Returned, import_modules
 
 SEED = 0
 # Added to the timeout of the caller, which names the ranks that hang. This one only ends ranks without a caller.
 GROUP_TIMEOUT_MARGIN_S = 60.0
+# A rank has this name from its first line on, while it imports the script of its caller.
+PROCESS_NAME = "syncnorm rank"
+# The exit code of a rank whose caller's script starts ranks while the rank imports it. Python itself uses 1 and 2.
+STARTED_BY_IMPORT = 93
+
+_serving = False  # whether main has been called, which is after that import
+_importing = False  # whether the modules of a call are being imported
+
+
+def refuse_while_importing() -> None:
+    """Refuse to start ranks in a rank that is importing the code that started it, which would never end.
+
+    Raises:
+        SystemExit: It imports its caller's script. The caller says so, and this process ends without a traceback.
+        InputError: It imports another module.
+    """
+    if multiprocessing.current_process().name == PROCESS_NAME and not _serving:
+        raise SystemExit(STARTED_BY_IMPORT)
+    if _importing:
+        raise InputError(
+            "a module starts ranks at its top level, and would do so again in each rank, which imports it: put the "
+            'call in a function, or under `if __name__ == "__main__":`'
+        )
 
 
 def main(connection: Connection, stacks_path: str) -> None:
     """Serve calls from ``connection`` until it is closed, STOP arrives, or the parent process ends."""
+    global _serving
+    _serving = True
     # Ctrl-C in a terminal reaches all processes in it, but the caller decides when its ranks end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGHUP"):
@@ -79,8 +105,7 @@ def _serve(call: RankCall, connection: Connection) -> None:
 def _run(call: RankCall) -> Returned | Raised:
     try:
         _adopt_environment(call)
-        import_modules(call.modules)
-        fn, args = pickle.loads(call.pickled)
+        fn, args = _load(call)
         _join_group(call)
         return Returned(_dump_result(fn(*args), call.rank))
     except BaseException as error:  # also SystemExit and pytest's outcomes: the process has to survive
@@ -93,6 +118,26 @@ def _run(call: RankCall) -> Returned | Raised:
             exception=_dump_exception(error),
             at=at,
         )
+
+
+def _load(call: RankCall) -> Any:
+    global _importing
+    _importing = True
+    try:
+        import_modules(call.modules)
+        return _unpickle(call.pickled)
+    finally:
+        _importing = False
+
+
+def _unpickle(pickled: bytes) -> Any:
+    try:
+        return pickle.loads(pickled)
+    except AttributeError as error:
+        raise InputError(
+            f"the ranks cannot import what they were sent ({error}): define it at the top level of its file and not "
+            'under `if __name__ == "__main__":`, which they do not execute'
+        ) from error
 
 
 _join_failed = False

@@ -74,12 +74,31 @@ class _ModuleCollectingPickler(pickle.Pickler):
             file = getattr(sys.modules.get(obj.__module__), "__file__", None)
             if file is not None:
                 self.modules[obj.__module__] = str(Path(file).resolve())
-            if obj.__module__ == "__main__" and (file is None or not Path(file).exists()):
+            if (obstacle := _import_obstacle(obj, file)) is not None:
                 raise InputError(
-                    f"run_ranks got {obj.__qualname__}, which is defined in an interactive session or on the command "
-                    "line. The ranks are other processes and cannot import it from there: put it in a file."
+                    f"the ranks are other processes, which must be able to import {_place(obj)}, but {obstacle}"
                 )
         return NotImplemented
+
+
+def _import_obstacle(obj: FunctionType | type, file: str | None) -> str | None:
+    """Why another process cannot import ``obj`` of a module in ``file``, and what to do; None if it can."""
+    move = "move it to the top level of a module and pass what it needs as arguments"
+    if "<lambda>" in obj.__qualname__:
+        return f"it is a lambda: make it a function with a name, {move}"
+    if "<locals>" in obj.__qualname__:
+        return f"it is defined inside another function: {move}"
+    if obj.__module__ == "__main__" and (file is None or not Path(file).exists()):
+        return (
+            "it is defined in an interactive session, in a notebook, on standard input or on the command line: put "
+            "it in a file and import it from there"
+        )
+    return None
+
+
+def _place(obj: FunctionType | type) -> str:
+    code = getattr(obj, "__code__", None)
+    return obj.__qualname__ if code is None else f"{obj.__qualname__} ({code.co_filename}:{code.co_firstlineno})"
 
 
 def pickle_call(fn: Callable[..., object], args: tuple[Any, ...]) -> tuple[dict[str, str], bytes]:
@@ -89,12 +108,6 @@ def pickle_call(fn: Callable[..., object], args: tuple[Any, ...]) -> tuple[dict[
         InputError: ``fn`` or one of ``args`` does not pickle, or is defined where no other process can import it.
     """
     name = getattr(fn, "__qualname__", repr(fn))
-    if "<lambda>" in name or "<locals>" in name:
-        kind = "a lambda" if "<lambda>" in name else "defined inside another function"
-        raise InputError(
-            f"run_ranks got {name}, which is {kind}. The ranks are other processes and import the function: move it "
-            "to the top level of a module and pass what it needs in args."
-        )
     buffer = io.BytesIO()
     pickler = _ModuleCollectingPickler(buffer)
     try:

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from syncnorm.errors import InputError
+from syncnorm.testing._rank import refuse_while_importing
 from syncnorm.testing._transport import pickle_call
 from syncnorm.testing.oracle import TOLERANCES
 from syncnorm.testing.pool import run_ranks
@@ -75,9 +76,10 @@ def assert_matches_single_process(
         >>> model = functools.partial(nn.BatchNorm1d, 4)
         >>> assert_matches_single_process(model, torch.randn(6, 4), splits=[5, 1])
     """
+    refuse_while_importing()  # before the training in this process, not after it
     if world_size < 1:
         raise InputError(f"world_size must be 1 or more, got {world_size}")
-    pickle_call(build_model, ())  # to raise before the training in this process, not after it
+    pickle_call(build_model, ())  # likewise
     batches = _batches(inputs, steps)
     rows = [_rows(batch, world_size, splits) for batch in batches]
     with torch.random.fork_rng(devices=[]):

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from syncnorm.errors import InputError, SyncNormError
 from syncnorm.testing._processes import Lost, Pool, Report
+from syncnorm.testing._rank import refuse_while_importing
 from syncnorm.testing._transport import Raised, Returned, pickle_call
 
 _T = TypeVar("_T")
@@ -50,7 +51,7 @@ def run_ranks(
     In each call the ranks have a new gloo process group on the CPU, one thread each, the same random seed, and the
     caller's environment variables, ``sys.path`` and working directory; ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK`` and
     ``LOCAL_WORLD_SIZE`` are set. The processes are kept for the next call, and with them what ``fn`` changes in a
-    module. A script that calls this needs ``if __name__ == "__main__":``, because ranks are spawned.
+    module. New ranks import the caller's script, so a script calls this under ``if __name__ == "__main__":``.
 
     Args:
         fn: A function at the top level of a module. It finds its rank with ``torch.distributed.get_rank()``.
@@ -64,8 +65,10 @@ def run_ranks(
     Raises:
         RankError: A rank raised, died, or was still running after ``timeout``. Ranks that wait for it in a collective
             fail at once, and the others get two seconds to finish. Later calls work.
-        InputError: ``fn`` is a lambda or a local function or does not pickle, ``args`` is not a tuple, or
-            ``world_size`` or ``timeout`` is not positive. Nothing has been started.
+        InputError: ``fn`` or a function in ``args`` cannot be imported by another process (a lambda, a local
+            function, one of a notebook), something does not pickle, ``args`` is not a tuple, or ``world_size`` or
+            ``timeout`` is not positive: nothing has been started. Or the script lacks
+            ``if __name__ == "__main__":``.
 
     Example:
         >>> import torch.distributed as dist
@@ -73,6 +76,7 @@ def run_ranks(
         >>> run_ranks(dist.get_rank, world_size=2)
         [0, 1]
     """
+    refuse_while_importing()
     if not isinstance(world_size, int) or world_size < 1:
         raise InputError(f"run_ranks needs a world_size of 1 or more, got {world_size!r}.")
     if not isinstance(args, tuple):

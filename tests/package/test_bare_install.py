@@ -83,6 +83,20 @@ def test_the_tools_name_the_extra_that_they_need(bare):
     assert done.stderr.endswith('syncnorm.compare needs accelerate: pip install "syncnorm[cli]"\n')
 
 
+@pytest.mark.parametrize(
+    ("used", "package", "user"),
+    [
+        ("lightning", "lightning", "lightning"),
+        ("huggingface", "transformers", "huggingface"),
+        ("scalars.to_mlflow()", "mlflow", "scalars.to_mlflow"),
+    ],
+)
+def test_an_integration_names_the_package_that_it_needs(bare, used, package, user):
+    done = run(bare, "-c", f"import syncnorm; syncnorm.integrations.{used}")
+    said = done.stderr.splitlines()[-1]
+    assert said == f"ModuleNotFoundError: syncnorm.integrations.{user} needs {package}: pip install {package}"
+
+
 def test_everything_that_the_package_exports_can_be_imported(bare):
     done = run(bare, "-c", "from syncnorm import *; print(convert.__name__, testing.__name__)")
     assert done.stdout == "convert syncnorm.testing\n", done.stderr

@@ -389,19 +389,3 @@ def test_ranks_end_with_a_caller_that_is_killed(tmp_path):
         # both ranks hold the other end of stdout, which is closed when they have ended
         assert caller.stdout.read() == ""
     assert os.listdir(tmp_path) == ["script.py"]
-
-
-@pytest.mark.slow
-def test_a_script_without_guard_gets_an_explanation(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.replace('if __name__ == "__main__":', "if True:"))
-    done = in_subprocess(str(script))
-    assert "died while it started" in done.stderr
-    assert '__name__ == "__main__"' in done.stderr
-
-
-def test_a_function_of_the_command_line_is_refused():
-    code = "from syncnorm.testing import run_ranks\ndef f(): pass\nrun_ranks(f)"
-    done = in_subprocess("-c", code)
-    assert "InputError" in done.stderr
-    assert "put it in a file" in done.stderr

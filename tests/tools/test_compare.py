@@ -10,7 +10,7 @@ from syncnorm.errors import InputError
 from syncnorm.tools.common.nets import build_residual_net
 from syncnorm.tools.common.records import read_json, write_json
 from syncnorm.tools.compare import ARMS, Comparison, run
-from syncnorm.tools.compare.problem import are_class_targets
+from syncnorm.tools.compare.checks import are_class_targets
 
 STEPS = 4
 PARITY_STEPS = 3

@@ -12,14 +12,17 @@ from syncnorm.monitor.divergence import rank_divergence
 from syncnorm.testing import run_ranks
 from syncnorm.tools.common.data import Batches
 from syncnorm.tools.common.ranks import initialized_ranks
+from syncnorm.tools.compare.evaluation import evaluate
 from syncnorm.tools.compare.measurements import (
-    DIVERGENCE_BATCHES,
+    DIVERGENCE_STEPS,
     CollectiveRecorder,
     measure_divergence,
     median_step,
     watch_memory,
 )
-from syncnorm.tools.compare.training import curve, evaluate
+from syncnorm.tools.compare.problem import Problem
+from syncnorm.tools.compare.runner import make_settings
+from syncnorm.tools.compare.training import curve
 
 
 def _rank_known_collectives():
@@ -51,13 +54,14 @@ def _rank_divergence_of_a_known_layer():
     rank = dist.get_rank()
     data = [
         (torch.randn(3, 5, generator=torch.Generator().manual_seed(i)) * (i + 1), i)
-        for i in range(8 * DIVERGENCE_BATCHES)
+        for i in range(8 * DIVERGENCE_STEPS)
     ]
     mine, whole = (Batches(data, 8, part, seed=0) for part in (slice(4 * rank, 4 * rank + 4), slice(0, 8)))
     with initialized_ranks(torch.device("cpu")) as ranks:
-        [found] = measure_divergence(nn.Sequential(nn.BatchNorm1d(3)), ["0"], mine, ranks)
+        model = nn.Sequential(nn.BatchNorm1d(3))
+        [found] = measure_divergence(model, ["0"], lambda: model(mine.next()[0]), ranks)
     expected = []
-    for _ in range(DIVERGENCE_BATCHES):
+    for _ in range(DIVERGENCE_STEPS):
         halves = whole.next()[0].double().chunk(2)
         moments = [torch.var_mean(half, (0, 2), correction=0) for half in halves]
         means, variances = torch.stack([m for _, m in moments]), torch.stack([v for v, _ in moments])
@@ -75,6 +79,12 @@ def test_median_step_excludes_warm_up(seconds, expected):
     assert median_step(seconds) == expected
 
 
+def evaluated(model, x, y, metric, loss=F.cross_entropy):
+    problem = Problem.of(loss=loss, metric=metric)
+    settings = make_settings(batch_per_rank=1)
+    return evaluate(model, problem, list(zip(x, y, strict=True)), settings, torch.device("cpu"), with_units=True)
+
+
 def test_evaluation_of_classes_by_pixel():
     def logits(x):
         return torch.stack([x, -x], 1)  # class 0 where x is positive
@@ -83,14 +93,16 @@ def test_evaluation_of_classes_by_pixel():
     model.forward = logits
     x = torch.tensor([[[1.0, -1.0], [2.0, -3.0]]])
     y = torch.tensor([[[0, 1], [1, 1]]])
-    accuracy, loss = evaluate(model, F.cross_entropy, [(x[0], y[0])], "accuracy", torch.device("cpu"))
-    assert accuracy == 0.75
-    assert loss == pytest.approx(float(F.cross_entropy(logits(x), y)))
-    assert evaluate(model, F.cross_entropy, [(x[0], y[0])], "loss", torch.device("cpu"))[0] is None
+    found = evaluated(model, x, y, "accuracy")
+    assert found.metric == 0.75
+    assert found.loss == pytest.approx(float(F.cross_entropy(logits(x), y)))
+    assert found.units == "0.75 "
+    of_loss = evaluated(model, x, y, "loss")
+    assert of_loss.metric == of_loss.loss == found.loss
     for ignored in (-100, 255):
         partly = torch.where(x > 0, y, ignored)  # one correct, one wrong, two that the loss ignores
-        loss_of = partial(F.cross_entropy, ignore_index=ignored)
-        assert evaluate(model, loss_of, [(x[0], partly[0])], "accuracy", torch.device("cpu"))[0] == 0.5
+        loss = partial(F.cross_entropy, ignore_index=ignored)
+        assert evaluated(model, x, partly, "accuracy", loss).metric == 0.5
 
 
 def test_learning_curve_is_the_mean_of_intervals():

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import click
 
+from syncnorm.tools.cli.job_files import JobFile
 from syncnorm.tools.cli.results import Results
 from syncnorm.tools.common.decision import DEFAULT_MARGIN_PERCENT, DEFAULT_MARGIN_POINTS
 from syncnorm.tools.common.durations import seconds
@@ -17,9 +18,12 @@ from syncnorm.tools.common.loading import load
 from syncnorm.tools.common.ranks import DEFAULT_RANKS
 from syncnorm.tools.common.records import write_json
 from syncnorm.tools.compare.arms import ARMS, DEFAULT_ARMS
+from syncnorm.tools.compare.metrics import Metric
+from syncnorm.tools.compare.named_metrics import NAMED
 from syncnorm.tools.compare.problem import Problem
 from syncnorm.tools.compare.records import Comparison, Sweep
 from syncnorm.tools.compare.runner import (
+    AMP,
     DEFAULT_BATCH_PER_RANK,
     DEFAULT_LR,
     DEFAULT_PARITY_STEPS,
@@ -36,6 +40,7 @@ FUNCTION = "MODULE:FUNCTION"
 
 
 @click.command(short_help="DataParallel, DDP and synchronized batch norm side by side.")
+@click.argument("job", required=False, type=JobFile(), is_eager=True)
 @click.option("--model", metavar=FUNCTION, help="Returns the model with its batch norms; a small CNN by default.")
 @click.option(
     "--data",
@@ -44,9 +49,30 @@ FUNCTION = "MODULE:FUNCTION"
 )
 @click.option("--loss", metavar=FUNCTION, help="(output, target) -> mean over the samples; cross-entropy by default.")
 @click.option(
+    "--step",
+    metavar=FUNCTION,
+    help="(model, batch) -> loss, or a dict of losses, in place of --loss; the batch may be anything. With a third "
+    "parameter, optimizers, the step trains by itself, as GANs do.",
+)
+@click.option("--collate", metavar=FUNCTION, help="List of items -> batch; torch's default_collate by default.")
+@click.option(
+    "--metric",
+    metavar=f"NAME|{FUNCTION}",
+    help=f"{', '.join(NAMED)}; or (model, batch) -> a value for each sample, with an attribute higher_is_better; or "
+    "a class with update(model, batch) and compute(). By default accuracy of classes, else the loss.",
+)
+@click.option(
+    "--optimizer",
+    metavar=FUNCTION,
+    help="Model -> optimizer, or a dict of several; SGD with momentum by default. The learning rate falls to zero.",
+)
+@click.option(
     "--arms",
     metavar="A,B,...",
-    help=f"Arms to run in addition to single, of {', '.join(ARMS)}; {','.join(DEFAULT_ARMS[1:])} by default.",
+    help=f"Arms to run in addition to single, of {', '.join(ARMS)}; {','.join(DEFAULT_ARMS[1:])} by default. Further "
+    "arms: ddp+syncbn:N, in groups of "
+    "N ranks; ddp+recalibrated, local BN with precise statistics in tests; ddp+frozen, initial statistics, for "
+    "pretrained weights; and module:function, which edits the model.",
 )
 @click.option(
     "--ranks",
@@ -96,6 +122,12 @@ FUNCTION = "MODULE:FUNCTION"
     show_default=True,
     help="Initial learning rate of SGD with momentum and a cosine schedule.",
 )
+@click.option("--eval-batch", type=int, metavar="N", help="Test samples per forward; the batch per rank by default.")
+@click.option("--accumulate", type=int, default=1, show_default=True, metavar="K", help="Batches per optimizer step.")
+@click.option(
+    "--num-workers", type=int, default=0, show_default=True, metavar="N", help="Loaders of training data per rank."
+)
+@click.option("--amp", default="", metavar="|".join(AMP), help="Autocast for training and tests; parity stays fp32.")
 @click.option(
     "--json",
     "json_file",
@@ -111,9 +143,14 @@ FUNCTION = "MODULE:FUNCTION"
     help="Also write a report with plots to FILE, a self-contained page.",
 )
 def compare(
+    job: Path | None,
     model: str | None,
     data: str | None,
     loss: str | None,
+    step: str | None,
+    collate: str | None,
+    metric: str | None,
+    optimizer: str | None,
     arms: str | None,
     batch_per_rank: str,
     seeds: str,
@@ -129,6 +166,11 @@ def compare(
 
     syncnorm compare --model nets:build --data nets:datasets --arms ddp,ddp+syncbn,ddp+group --seeds 3
 
+    JOB is a TOML file with any of the options below, by name; options of the command line replace them, and modules
+    beside the file are found:
+
+    syncnorm compare examples/jobs/segmentation.toml --html page.html
+
     Without a launcher it starts gloo ranks on this machine. Under a launcher it runs on the launched ranks:
 
     torchrun --nproc-per-node 2 -m syncnorm compare
@@ -143,9 +185,13 @@ def compare(
 
     with Results(_print_last, (json_file, write_record), (html_file, write_html)) as results:
         problem = Problem.of(
-            None if model is None else load(model, "--model"),
-            None if data is None else load(data, "--data"),
-            None if loss is None else load(loss, "--loss"),
+            _load(model, "--model"),
+            _load(data, "--data"),
+            _load(loss, "--loss"),
+            step=_load(step, "--step"),
+            collate=_load(collate, "--collate"),
+            metric=load(metric, "--metric", also=Metric) if metric and ":" in metric else metric,
+            optimizer=_load(optimizer, "--optimizer"),
         )
         names = None if arms is None else [name.strip() for name in arms.split(",")]
         numbers |= {"seeds": _seeds(seeds), "budget": seconds(budget)}
@@ -163,6 +209,10 @@ def compare(
     if html_file is not None and not results.exit_code and is_main_rank():
         click.echo(f"The page with plots: {html_file.resolve()}")
     return results.exit_code
+
+
+def _load(name: str | None, option: str) -> Any:
+    return None if name is None else load(name, option)
 
 
 def _print_last(found: Sequence[Comparison]) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, default_collate
+
+Collate = Callable[[list[Any]], Any]
 
 TEST_SHARE = 0.25
 # The split belongs to the data set and not to the run: --seed changes the model and the order of the batches, never
@@ -46,46 +49,115 @@ def batch_indices(num_samples: int, batch: int, seed: int) -> Iterator[Tensor]:
             yield order[start : start + batch]
 
 
+def collate(items: Sequence[Any]) -> Any:
+    """Torch's ``default_collate``, also for tuples and dicts of tensors; pairs become a pair (a tuple)."""
+    batch = default_collate([tuple(item) if isinstance(item, list) else item for item in items])
+    return tuple(batch) if isinstance(batch, list) else batch
+
+
 class Batches:
-    """This rank's part of each global batch, inputs and targets, one batch per step.
+    """This rank's part of each global batch, one collated batch per step.
 
     Each item is drawn under a seed that depends on the step and on the item's place in the global batch, so that
-    random augmentation gives the same item on whichever rank and in whichever arm it is loaded.
+    random augmentation gives the same item on whichever rank, in whichever arm and in whichever process it is loaded.
 
     Args:
-        dataset: map-style, of (input, target).
+        dataset: map-style.
         batch: number of samples in the global batch.
         part: which of them this rank gets.
         seed: of the order of the samples.
+        collate: list of items -> batch.
+        num_workers: processes that load the items; 0 loads them in this one.
     """
 
-    def __init__(self, dataset: Any, batch: int, part: slice, seed: int) -> None:
-        self._dataset, self._batch, self._part = dataset, batch, part
-        self._indices = batch_indices(len(dataset), batch, seed)
-        self._item_seed = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed)))
+    def __init__(
+        self,
+        dataset: Any,
+        batch: int,
+        part: slice,
+        seed: int,
+        collate: Collate = collate,
+        num_workers: int = 0,
+    ) -> None:
+        draws = _draws(len(dataset), batch, part, seed)
+        self._batches: Iterator[Any]
+        if num_workers:
+            loader: DataLoader[Any] = DataLoader(
+                _Drawn(dataset),
+                batch_sampler=_Endless(draws),
+                num_workers=num_workers,
+                collate_fn=collate,
+                # A rank that was spawned would spawn its workers too, which import torch again: seconds for each.
+                multiprocessing_context="fork" if sys.platform == "linux" else None,
+            )
+            self._batches = iter(loader)
+        else:
+            drawn = _Drawn(dataset)
+            self._batches = (collate([drawn[draw] for draw in of_step]) for of_step in draws)
 
     def next(self) -> Any:
-        """The collated (inputs, targets) of the next step."""
-        index = next(self._indices)
-        first, self._item_seed = self._item_seed, self._item_seed + self._batch
-        items = []
-        for place in range(self._batch)[self._part]:
-            seed_everything(first + place)
-            items.append(self._dataset[int(index[place])])
-        return collate(items)
+        """The batch of the next step."""
+        return next(self._batches)
 
 
-def collate(items: Sequence[Any]) -> Any:
-    """Stacks (input, target) items into (inputs, targets)."""
-    return tuple(default_collate([tuple(item) for item in items]))
+# An item's index in the data set, and the seed of its augmentation.
+Draw = tuple[int, int]
 
 
-def in_order(dataset: Any, batch: int) -> Iterator[tuple[int, Any]]:
+def _draws(num_samples: int, batch: int, part: slice, seed: int) -> Iterator[list[Draw]]:
+    """Yields what each step draws, forever."""
+    first = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed)))
+    for index in batch_indices(num_samples, batch, seed):
+        yield [(int(index[place]), first + place) for place in range(batch)[part]]
+        first += batch
+
+
+class _Drawn(Dataset[Any]):
+    """A data set whose keys are draws."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, draw: Draw) -> Any:
+        index, seed = draw
+        seed_everything(seed)
+        return self._dataset[index]
+
+
+class _Endless(Sampler[list[Draw]]):
+    """The batch sampler of a `DataLoader`, which calls ``iter`` once."""
+
+    def __init__(self, draws: Iterator[list[Draw]]) -> None:
+        self._draws = draws
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        return self._draws
+
+
+def in_order(dataset: Any, batch: int, collate: Collate = collate) -> Iterator[tuple[int, Any]]:
     """Yields (number of samples, collated batch) for all of ``dataset``, in its order."""
     seed_everything(0)
     for start in range(0, len(dataset), batch):
         items = [dataset[i] for i in range(start, min(start + batch, len(dataset)))]
         yield len(items), collate(items)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """``batch`` with every tensor on ``device``: also inside of lists, tuples, dicts and dataclasses."""
+    if hasattr(batch, "to"):  # a tensor, or a batch that can move itself
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        moved = {key: to_device(value, device) for key, value in batch.items()}
+        return moved if type(batch) is dict else type(batch)(moved)  # type: ignore[call-arg]  # any mapping class
+    if isinstance(batch, tuple | list):
+        parts = [to_device(part, device) for part in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return replace(batch, **{f.name: to_device(getattr(batch, f.name), device) for f in fields(batch) if f.init})
+    return batch
 
 
 def seed_everything(seed: int) -> None:

@@ -1,6 +1,7 @@
 """Trains a model with each way of normalizing a batch, from the same weights on the same data, and compares them."""
 
-from syncnorm.tools.compare.arms import ARMS, Arm
+from syncnorm.tools.compare.arms import ARMS, MORE_ARMS, Arm, arm_named
+from syncnorm.tools.compare.metrics import Metric
 from syncnorm.tools.compare.records import (
     ROUNDING,
     ArmResult,
@@ -25,6 +26,7 @@ from syncnorm.tools.compare.runner import run
 
 __all__ = [
     "ARMS",
+    "MORE_ARMS",
     "ROUNDING",
     "Arm",
     "ArmResult",
@@ -35,6 +37,7 @@ __all__ = [
     "LayerDivergence",
     "LayerParity",
     "MaxError",
+    "Metric",
     "MetricInfo",
     "Parity",
     "PeakMemory",
@@ -44,5 +47,6 @@ __all__ = [
     "StepTime",
     "Sweep",
     "Task",
+    "arm_named",
     "run",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -10,12 +9,14 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from syncnorm.tools.common.data import Batches
-from syncnorm.tools.common.data_parallel import EmulatedDataParallel, data_parallel
+from syncnorm.errors import InputError
+from syncnorm.tools.common.data import Batches, to_device
+from syncnorm.tools.common.data_parallel import EmulatedDataParallel
 from syncnorm.tools.common.ranks import Ranks
-from syncnorm.tools.compare.arms import SINGLE, Arm, arm_named
+from syncnorm.tools.compare.arms import SINGLE, Arm, arm_named, communicates
+from syncnorm.tools.compare.evaluation import Evaluation, evaluate
 from syncnorm.tools.compare.measurements import measure_divergence, median_step, watch_memory
 from syncnorm.tools.compare.parity import Recorder, Snapshot, measure_parity
 from syncnorm.tools.compare.problem import Problem
@@ -29,8 +30,9 @@ from syncnorm.tools.compare.records import (
     SeedResult,
     Task,
 )
-from syncnorm.tools.compare.training import Trainer, curve, evaluate
+from syncnorm.tools.compare.training import Trainer, curve
 from syncnorm.tools.compare.turns import BASELINE, time_in_turns
+from syncnorm.tools.compare.wrapping import RECALIBRATION_BATCHES, recalibrated, wrap
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -139,7 +141,7 @@ class ArmRunner:
             result = replace(result, collectives=trainer.count_collectives())
             if arm.name == BASELINE:
                 layers = self.task.norm_layers
-                self.divergence = measure_divergence(trainer.model, layers, trainer.batches, self.ranks)
+                self.divergence = measure_divergence(trainer.model, layers, trainer.step, self.ranks)
         self._release(trainer)
         return result
 
@@ -155,13 +157,12 @@ class ArmRunner:
     def _trainer(self, arm: Arm, seed: int) -> Trainer:
         settings, ranks = self.settings, self.ranks
         model = arm.convert_norms(self.problem.model(seed), settings.num_groups).to(ranks.device)
-        wrapper = model
-        if arm.parallelism == "ddp":
-            wrapper = self.accelerator.prepare(model)
-        elif arm.parallelism == "dp":
-            wrapper = data_parallel(model, ranks.world_size, ranks.device)
-        batches = Batches(self.datasets[0], settings.global_batch, self._samples(arm), seed)
-        return Trainer(wrapper, model, self.problem.loss, batches, seed, settings, ranks, self.accelerator)
+        wrapper = wrap(arm, model, self.problem, ranks)
+        batches = self._batches(self._samples(arm), seed, settings.num_workers)
+        return Trainer(wrapper, model, self.problem, batches, seed, settings, ranks)
+
+    def _batches(self, samples: slice, seed: int, num_workers: int = 0) -> Batches:
+        return Batches(self.datasets[0], self.settings.global_batch, samples, seed, self.problem.collate, num_workers)
 
     def _samples(self, arm: Arm) -> slice:
         """The samples of each global batch that this rank trains on."""
@@ -170,14 +171,17 @@ class ArmRunner:
             return slice(rank * per_rank, (rank + 1) * per_rank)
         return slice(0, self.settings.global_batch)
 
-    @torch.no_grad()
     def _try_forward(self, arm: Arm, model: nn.Module) -> None:
-        """One forward without communication, to find out before the training that a norm rejects such inputs."""
-        if arm.synced:
+        """A step of a copy without communication, to find out before the training that a norm rejects such inputs."""
+        if communicates(arm, model):
             return
         samples = slice(0, self.settings.batch_per_rank) if arm.parallelism == "dp" else self._samples(arm)
-        batches = Batches(self.datasets[0], self.settings.global_batch, samples, self.settings.seeds[0])
-        copy.deepcopy(model).train()(batches.next()[0].to(self.ranks.device))
+        batch = to_device(self._batches(samples, self.settings.seeds[0]).next(), self.ranks.device)
+        if arm.parallelism == "dp" and not isinstance(batch[0], Tensor):
+            raise InputError(
+                f"DataParallel splits a tensor, and the model is called with a {type(batch[0]).__name__}"
+            )
+        self.problem.try_step(model, batch, self.settings)
 
     def _parity(self, arm: Arm, trainer: Trainer) -> tuple[Parity, ...]:
         settings, layers = self.settings, self.task.norm_layers
@@ -198,34 +202,47 @@ class ArmRunner:
         )
 
     def _train(self, arm: Arm, trainer: Trainer) -> SeedResult:
-        steps, metric = self.settings.steps, self.task.metric
+        steps = self.settings.steps
         evaluated_after = {round(steps * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)} - {0}
         seconds: list[float] = []
-        points: list[tuple[int, float | None, float | None]] = []
+        tests: dict[int, Evaluation] = {}
         for step in range(1, steps + 1):
             seconds.append(trainer.step().seconds)
             self.progress.step()
             if step in evaluated_after:
-                if self.ranks.rank == 0:
-                    results = evaluate(
-                        trainer.model, self.problem.loss, self.datasets[1], metric.name, self.ranks.device
-                    )
-                    points.append((step, *results))
+                with self._ready_to_test(arm, trainer):
+                    if self.ranks.rank == 0:
+                        tests[step] = evaluate(
+                            trainer.model,
+                            self.problem,
+                            self.datasets[1],
+                            self.settings,
+                            self.ranks.device,
+                            with_units=step == steps,
+                        )
                 if arm.parallelism == "ddp":
                     self.ranks.wait()
         losses = torch.stack(trainer.losses).double().cpu()
         if arm.parallelism == "ddp":
             losses = torch.stack(self.ranks.collect(losses)).mean(0)
-        last = points[-1] if points else (steps, None, None)
+        last = tests.get(steps, Evaluation(None, None))
         return SeedResult(
             seed=trainer.seed,
-            test_metric=last[1] if metric.share else last[2],
-            test_loss=last[2],
+            test_metric=last.metric,
+            test_loss=last.loss,
             step_seconds=median_step(seconds),
             train_loss=curve(losses.tolist()),
-            test_metrics=tuple(Point(p[0], p[1] if metric.share else p[2]) for p in points),
-            test_losses=tuple(Point(p[0], p[2]) for p in points),
+            test_metrics=tuple(Point(step, test.metric) for step, test in tests.items()),
+            test_losses=tuple(Point(step, test.loss) for step, test in tests.items()),
+            units=last.units,
         )
+
+    def _ready_to_test(self, arm: Arm, trainer: Trainer) -> AbstractContextManager[None]:
+        if not arm.recalibrated:
+            return nullcontext()
+        batches = self._batches(self._samples(arm), trainer.seed)
+        moved = (to_device(batches.next(), self.ranks.device) for _ in range(RECALIBRATION_BATCHES))
+        return recalibrated(trainer.model, self.problem.loss_of, moved)
 
     def _max_over_ranks(self, arm: Arm, memory: PeakMemory | None) -> PeakMemory | None:
         by_rank = self.ranks.collect(memory) if arm.parallelism == "ddp" else [memory]

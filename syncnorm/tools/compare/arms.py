@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from functools import partial
+from typing import Any, Literal
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncnorm.conversion.convert import convert
+from syncnorm.errors import InputError
+from syncnorm.modules import Synced
+from syncnorm.tools.common.loading import load
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,7 @@ class Arm:
         convert_norms: (model, num_groups) -> the model with this arm's norm layers.
         synced: its norm layers communicate.
         torch_may_refuse: a ``ValueError`` during the setup of the arm means that torch does not support it here.
+        recalibrated: the running statistics are recomputed from training batches before each test.
     """
 
     name: str
@@ -31,6 +38,7 @@ class Arm:
     convert_norms: Callable[[nn.Module, int], nn.Module]
     synced: bool = False
     torch_may_refuse: bool = False
+    recalibrated: bool = False
 
 
 def _unchanged(model: nn.Module, num_groups: int) -> nn.Module:
@@ -42,15 +50,29 @@ def _torch_synced(model: nn.Module, num_groups: int) -> nn.Module:
     return convert_sync_batchnorm(model)
 
 
-SINGLE = Arm("single", "one process with the global batch: the reference", "single", _unchanged)
+def _frozen(model: nn.Module, num_groups: int) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            # The training loop calls model.train() before each step.
+            module.register_forward_pre_hook(_to_eval_mode)
+    return model
 
+
+def _to_eval_mode(module: nn.Module, args: Any) -> None:
+    module.training = False
+
+
+SINGLE = Arm("single", "one process with the global batch: the reference", "single", _unchanged)
+_SYNCED = Arm("ddp+syncbn", "DDP after syncnorm.convert(model)", "ddp", lambda model, _: convert(model), synced=True)
+
+# Those that run by default.
 ARMS = {
     arm.name: arm
     for arm in (
         SINGLE,
         Arm("dp", "DataParallel with the statistics of each replica's slice", "dp", _unchanged),
         Arm("ddp", "DDP with the statistics of each rank's slice", "ddp", _unchanged),
-        Arm("ddp+syncbn", "DDP after syncnorm.convert(model)", "ddp", lambda model, _: convert(model), synced=True),
+        _SYNCED,
         Arm(
             "ddp+group",
             'DDP after convert(model, to="group")',
@@ -75,8 +97,64 @@ ARMS = {
 
 # Enough to decide whether SyncBN is needed.
 DEFAULT_ARMS = ("single", "dp", "ddp", "ddp+syncbn")
+MORE_ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm(
+            "ddp+recalibrated",
+            "local BN, with statistics of training batches of all ranks (syncnorm.training.recalibrate) in tests",
+            "ddp",
+            _unchanged,
+            recalibrated=True,
+        ),
+        Arm("ddp+frozen", "BN with its initial running statistics: for pretrained weights", "ddp", _frozen),
+    )
+}
 
 
 def arm_named(name: str) -> Arm:
-    """The arm called ``name``, which has been checked."""
-    return ARMS[name]
+    """The arm called ``name``: one of `ARMS` or `MORE_ARMS`, or ``ddp+syncbn:8`` for groups of 8 ranks.
+
+    ``module:function`` is an arm too: it edits the model, with its batch norms, in place or returns another.
+
+    Raises:
+        InputError: there is no such arm.
+    """
+    known = {**ARMS, **MORE_ARMS}
+    if name in known:
+        return known[name]
+    base, colon, rest = name.partition(":")
+    if colon and base == _SYNCED.name:
+        if not rest.isdecimal() or int(rest) < 1:
+            raise InputError(f"arm {name!r}: expected the number of ranks in a group, such as {base}:8")
+        size = int(rest)
+        about = f"DDP after syncnorm.convert(model, group_size={size})"
+        return replace(
+            _SYNCED, name=name, about=about, convert_norms=lambda model, _: convert(model, group_size=size)
+        )
+    if colon and base.replace(".", "").isidentifier():
+        return Arm(name, "DDP after a function of the user", "ddp", partial(_edit, load(name, "--arms"), name))
+    close = get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}? " if close else ""
+    names = ", ".join((*known, f"{_SYNCED.name}:N"))
+    raise InputError(f"no arm is called {name!r}: {hint}the arms are {names}, and module:function")
+
+
+def group_size_of(arm: str) -> int | None:
+    """The number of ranks in a group of ``ddp+syncbn:8``; ``None`` for other arms."""
+    base, colon, rest = arm.partition(":")
+    return int(rest) if colon and base == _SYNCED.name else None
+
+
+def _edit(edit: Callable[[nn.Module], Any], name: str, model: nn.Module, num_groups: int) -> nn.Module:
+    edited = edit(model)
+    if edited is None:
+        return model
+    if not isinstance(edited, nn.Module):
+        raise InputError(f"arm {name}: expected a model, or None after an edit in place, got {type(edited).__name__}")
+    return edited
+
+
+def communicates(arm: Arm, model: nn.Module) -> bool:
+    """Whether a forward of ``model`` in training exchanges statistics with other ranks."""
+    return arm.synced or any(isinstance(m, Synced | nn.SyncBatchNorm) for m in model.modules())

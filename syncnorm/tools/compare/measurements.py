@@ -21,12 +21,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from syncnorm.monitor.divergence import rank_divergence, root_mean_square
-from syncnorm.tools.common.data import Batches
 from syncnorm.tools.common.ranks import Ranks
 from syncnorm.tools.compare.records import CollectiveCount, LayerDivergence, PeakMemory
 
-# Batches over which the divergence between ranks is averaged.
-DIVERGENCE_BATCHES = 4
+# Training steps over which the divergence between ranks is averaged.
+DIVERGENCE_STEPS = 4
 
 # Dispatcher operator -> the name to report, and which argument holds this rank's contribution.
 _PAYLOAD = {
@@ -165,26 +164,23 @@ class _Moments(NamedTuple):
     num_values: int
 
 
-@torch.no_grad()
 def measure_divergence(
-    model: nn.Module, layers: Sequence[str], batches: Batches, ranks: Ranks
+    model: nn.Module, layers: Sequence[str], step: Callable[[], Any], ranks: Ranks
 ) -> tuple[LayerDivergence, ...]:
-    """Runs a few batches through ``model`` in training mode, and compares its norm layers' inputs between ranks.
+    """Compares the inputs of the norm layers of ``model`` between ranks in a few training steps, which change it.
 
-    Running statistics change. Collective: all ranks, one object gather.
+    Collective: all ranks; those of the steps, and one object gather.
     """
     moments: dict[str, list[_Moments]] = {name: [] for name in layers}
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(
-            lambda module, args, name=name: moments[name].append(_moments(args[0]))
+            lambda module, args, name=name: moments[name].append(_moments(args[0].detach()))
         )
         for name in layers
     ]
     try:
-        model.train()
-        for _ in range(DIVERGENCE_BATCHES):
-            inputs, _ = batches.next()
-            model(inputs.to(ranks.device))
+        for _ in range(DIVERGENCE_STEPS):
+            step()
     finally:
         for hook in hooks:
             hook.remove()

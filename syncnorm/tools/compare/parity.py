@@ -86,11 +86,13 @@ class Recorder:
     def recording(self) -> Iterator[None]:
         """Copies the outputs of the norm layers inside the block, which runs forward and backward."""
         self._outputs.clear()
+        modules = dict(self.model.named_modules())  # an arm of the user's may have removed a layer
         hooks = [
-            self.model.get_submodule(name).register_forward_hook(
+            modules[name].register_forward_hook(
                 lambda module, args, output, name=name: self._record_output(name, output)
             )
             for name in self.layers
+            if name in modules
         ]
         try:
             yield

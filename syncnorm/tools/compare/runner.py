@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
@@ -17,11 +16,14 @@ from syncnorm.testing.pool import RankError
 from syncnorm.tools.common.provenance import command_line, provenance
 from syncnorm.tools.common.ranks import WAIT, Keep, Ranks, discard, ranks_for, world_size_for
 from syncnorm.tools.compare.arm_runner import ArmProgressFactory, ArmRunner, no_progress
-from syncnorm.tools.compare.arms import ARMS, DEFAULT_ARMS, SINGLE
+from syncnorm.tools.compare.arms import DEFAULT_ARMS, SINGLE, arm_named
+from syncnorm.tools.compare.checks import check_problem
+from syncnorm.tools.compare.metrics import Metric
 from syncnorm.tools.compare.paired import SYNCED, decisions
-from syncnorm.tools.compare.problem import Loss, Problem, check_problem
+from syncnorm.tools.compare.problem import Loss, Problem
 from syncnorm.tools.compare.records import CompareSettings, Comparison, Task
 from syncnorm.tools.compare.seeds import run_seeds
+from syncnorm.tools.compare.steps import Step
 from syncnorm.tools.compare.verdict import verdict
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ DEFAULT_LR = 0.02
 MOMENTUM = 0.9
 DEFAULT_SEEDS = 3
 DEFAULT_BUDGET_SECONDS = 600.0
+AMP = ("bfloat16", "float16")
 
 
 def run(
@@ -42,6 +45,10 @@ def run(
     datasets: Callable[[], Any] | None = None,
     loss: Loss | None = None,
     *,
+    step: Step | None = None,
+    collate: Callable[[list[Any]], Any] | None = None,
+    metric: str | Metric | Callable[..., Any] | None = None,
+    optimizer: Callable[[nn.Module], Any] | None = None,
     arms: Sequence[str] | None = None,
     ranks: int | None = None,
     batch_per_rank: int = DEFAULT_BATCH_PER_RANK,
@@ -52,6 +59,10 @@ def run(
     budget: float = DEFAULT_BUDGET_SECONDS,
     margin: float | None = None,
     lr: float = DEFAULT_LR,
+    eval_batch: int | None = None,
+    accumulate: int = 1,
+    num_workers: int = 0,
+    amp: str = "",
     progress: ArmProgressFactory = no_progress,
 ) -> Comparison:
     """Trains the arms in turn, from the same weights on the same batches, and measures them.
@@ -65,8 +76,18 @@ def run(
         datasets: () -> (training data, test data), map-style, of ``(input, target)``; scikit-learn's digits by
             default. It must return the same on every rank; the random generators are seeded before the call.
         loss: (output, target) -> scalar, the mean over the samples; cross-entropy by default.
-        arms: names from `ARMS`; `DEFAULT_ARMS` by default. ``single`` always runs, first, because the others are
-            compared with it.
+        step: (model, batch) -> loss, in place of ``loss``: a scalar tensor, the mean over the samples; a dict of
+            losses, which are added up; or an output with ``loss``. The items of the data may then be anything that
+            ``collate`` can make a batch of. With a third parameter, ``optimizers``, the step calls ``backward`` and
+            the optimizers itself, and returns a number to record.
+        collate: list of items -> batch; torch's ``default_collate`` by default.
+        metric: by which the arms are judged: ``"accuracy"``, ``"loss"``, ``"miou"`` or ``"map"``, a `Metric`, or a
+            function or class as in `Metric.measure` with an attribute ``higher_is_better`` and, optionally, ``name``
+            and ``share``. By default accuracy if the targets are classes, else the loss.
+        optimizer: model -> its optimizer, or several in a list, tuple or dict; SGD with momentum 0.9 by default. Each
+            initial learning rate falls to zero with a cosine schedule.
+        arms: names of `ARMS`, or those of `arm_named`; `DEFAULT_ARMS` by default. ``single`` always runs, first,
+            because the others are compared with it.
         ranks: number of ranks to start; 2 by default. Under a launcher it must equal the launcher's.
         batch_per_rank: samples per rank and step; ``single`` and ``dp`` have the global batch, ``ranks`` times as
             many.
@@ -78,7 +99,12 @@ def run(
         budget: seconds of training, for ``seeds="auto"``.
         margin: the largest difference that does not matter: in percentage points for a metric between 0 and 1 (0.5 by
             default), in percent of the other arm's result for other metrics (2 by default).
-        lr: initial learning rate of SGD with momentum 0.9; it falls to zero with a cosine schedule.
+        lr: initial learning rate of the default optimizer.
+        eval_batch: test samples per forward; ``batch_per_rank`` by default.
+        accumulate: batches per optimizer step, whose gradients are averaged.
+        num_workers: processes that load the training data of each rank; 0 loads it in the rank.
+        amp: ``"bfloat16"`` or ``"float16"``: training and tests run under ``torch.autocast``, float16 with loss
+            scaling. Parity is measured in full precision.
         progress: called on rank 0, in its process, to report the progress of the run.
 
     Returns:
@@ -100,8 +126,13 @@ def run(
         budget=budget,
         margin=margin,
         lr=lr,
+        eval_batch=eval_batch,
+        accumulate=accumulate,
+        num_workers=num_workers,
+        amp=amp,
     )
-    (comparison,) = sweep(Problem.of(build_model, datasets, loss), [settings], progress)
+    problem = Problem.of(build_model, datasets, loss, step=step, collate=collate, metric=metric, optimizer=optimizer)
+    (comparison,) = sweep(problem, [settings], progress)
     return comparison
 
 
@@ -117,6 +148,10 @@ def make_settings(
     budget: float = DEFAULT_BUDGET_SECONDS,
     margin: float | None = None,
     lr: float = DEFAULT_LR,
+    eval_batch: int | None = None,
+    accumulate: int = 1,
+    num_workers: int = 0,
+    amp: str = "",
 ) -> CompareSettings:
     """The settings for the arguments of `run`; `sweep` determines ``num_groups`` from the model.
 
@@ -124,11 +159,15 @@ def make_settings(
         InputError: an argument is out of range.
     """
     first_seeds = 1 if seeds == "auto" else seeds
+    eval_batch = batch_per_rank if eval_batch is None else eval_batch
     minima = (
         ("batch_per_rank", batch_per_rank, 1),
         ("steps", steps, 1),
         ("seed", seed, 0),
         ("seeds", first_seeds, 1),
+        ("eval_batch", eval_batch, 1),
+        ("accumulate", accumulate, 1),
+        ("num_workers", num_workers, 0),
     )
     for name, value, minimum in minima:
         if value < minimum:
@@ -138,6 +177,8 @@ def make_settings(
     for name, positive in (("lr", lr), ("budget", budget), ("margin", 1.0 if margin is None else margin)):
         if not 0 < positive < math.inf:
             raise InputError(f"{name} must be a positive number, got {positive}")
+    if amp not in ("", *AMP):
+        raise InputError(f"amp must be {' or '.join(AMP)}, got {amp!r}")
     parity_steps = min(DEFAULT_PARITY_STEPS, steps) if parity_steps is None else parity_steps
     if not 1 <= parity_steps <= steps:
         raise InputError(f"parity_steps must be between 1 and steps ({steps}), got {parity_steps}")
@@ -153,6 +194,10 @@ def make_settings(
         num_groups=1,
         margin=margin,
         budget_seconds=budget if seeds == "auto" else None,
+        accumulate=accumulate,
+        eval_batch=eval_batch,
+        num_workers=num_workers,
+        amp=amp,
     )
 
 
@@ -160,10 +205,7 @@ def _arm_names(names: Sequence[str] | None) -> tuple[str, ...]:
     if names is None:
         return DEFAULT_ARMS
     for name in names:
-        if name not in ARMS:
-            close = get_close_matches(name, ARMS, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise InputError(f"no arm is called {name!r}: {hint}the arms are {', '.join(ARMS)}")
+        arm_named(name)
     # The reference comes first; an arm that is named twice runs once.
     return tuple(dict.fromkeys((SINGLE.name, *names)))
 
@@ -190,10 +232,10 @@ def sweep(
     """
     checked = [(each, *check_problem(problem, each)) for each in settings]
     with ranks_for(settings[0].world_size, WAIT.total_seconds()) as on_ranks:
-        for each, task, num_groups in checked:
+        for each, found, task, num_groups in checked:
             complete = replace(each, num_groups=num_groups)
             try:
-                comparison = on_ranks(compare_on_rank, problem, task, complete, command_line(), progress, keep=keep)
+                comparison = on_ranks(compare_on_rank, found, task, complete, command_line(), progress, keep=keep)
             except RankError as error:
                 if isinstance(error.__cause__, InputError):
                     raise error.__cause__ from error

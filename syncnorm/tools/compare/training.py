@@ -4,92 +4,144 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from syncnorm.tools.common.data import Batches, in_order, seed_everything
+from syncnorm.tools.common.data import Batches, seed_everything, to_device
 from syncnorm.tools.common.ranks import Ranks
 from syncnorm.tools.common.timing import synchronize
+from syncnorm.tools.compare.evaluation import autocast
 from syncnorm.tools.compare.measurements import CollectiveRecorder, StepTimes
 from syncnorm.tools.compare.parity import Recorder, Snapshot, WithoutDropout, steps_to_measure
-from syncnorm.tools.compare.problem import Loss
+from syncnorm.tools.compare.problem import Problem
 from syncnorm.tools.compare.records import CollectiveCount, CompareSettings, Point
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-EVALUATION_BATCH = 256
+from syncnorm.tools.compare.steps import WholeStep, as_loss, list_of
 
 
 @dataclass
 class Trainer:
-    """SGD with momentum and a cosine schedule over this rank's part of the common batches.
+    """The user's optimizer with a cosine schedule, over this rank's part of the common batches.
 
     The loss is the mean over the rank's samples. DDP averages gradients over ranks, so with equal parts the
     gradient is that of the mean over the global batch, as in one process with the whole batch.
 
     Attributes:
         wrapper: the module that is called: ``model``, or data parallelism around it.
-        loss: (output, target) -> scalar.
+        problem: the step or the loss, and the optimizer.
         batches: this rank's part of each global batch.
-        settings: ``lr``, ``momentum`` and ``steps`` are used; the learning rate falls to zero in ``steps`` steps.
-        accelerator: runs the backward, and the optimizer of a wrapped model.
+        settings: learning rates fall to zero in ``steps`` steps, each of ``accumulate`` batches.
     """
 
     wrapper: nn.Module
     model: nn.Module
-    loss: Loss
+    problem: Problem
     batches: Batches
     seed: int
     settings: CompareSettings
     ranks: Ranks
-    accelerator: Accelerator
     optimizer: Any = field(init=False)
     losses: list[Tensor] = field(default_factory=list)
     steps_done: int = 0
 
     def __post_init__(self) -> None:
-        """Creates the optimizer."""
-        settings = self.settings
-        optimizer = torch.optim.SGD(self.model.parameters(), lr=settings.lr, momentum=settings.momentum)
-        self.optimizer = optimizer if self.wrapper is self.model else self.accelerator.prepare(optimizer)
+        """Creates the optimizers."""
+        self.optimizer = self.problem.optimizers(self.model, self.settings)
+        self._optimizers = list_of(self.optimizer, self.problem.optimizer_name)
+        self._groups = [(group, group["lr"]) for each in self._optimizers for group in each.param_groups]
+        self._set_precision(self.settings.amp)
+
+    def _set_precision(self, amp: str) -> None:
+        self._amp = amp
+        self._scaler = torch.amp.GradScaler(self.ranks.device.type, enabled=amp == "float16")
 
     def step(self, recorder: Recorder | None = None) -> StepTimes:
         """One step; ``recorder`` copies the gradients before the update.
 
         Collective: those of the wrapper and the norm layers; every rank of the arm must call.
         """
-        device, progress = self.ranks.device, min(1.0, self.steps_done / self.settings.steps)
+        device, settings = self.ranks.device, self.settings
         self.wrapper.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
-        inputs, targets = to_device(self.batches.next(), device)
+        factor = 0.5 * (1 + math.cos(math.pi * min(1.0, self.steps_done / settings.steps)))
+        for group, initial in self._groups:
+            group["lr"] = initial * factor
+        batches = [to_device(self.batches.next(), device) for _ in range(settings.accumulate)]
         # For dropout, which differs between ranks.
         seed_everything(self.seed + 1000 * self.steps_done + self.ranks.rank)
         self.steps_done += 1
         synchronize(device)
         started = time.perf_counter()
-        self.optimizer.zero_grad()
-        loss = self.loss(self.wrapper(inputs), targets)
-        self.accelerator.backward(loss)
+        train = self._let_train if self.problem.trains_by_itself else self._train
+        loss, backward_done = train(batches, recorder)
+        synchronize(device)
+        self.losses.append(loss.detach().float())
+        return StepTimes(time.perf_counter() - started, backward_done)
+
+    def _train(self, batches: list[Any], recorder: Recorder | None) -> tuple[Tensor, float]:
+        """Forward, backward and update; the mean loss, and when the backward was done."""
+        total = torch.zeros((), device=self.ranks.device)
+        for optimizer in self._optimizers:
+            optimizer.zero_grad()
+        for number, batch in enumerate(batches, start=1):
+            with self._reduced_after(number == len(batches)):
+                with autocast(self._amp, self.ranks.device):
+                    loss = self._loss(batch) / len(batches)
+                self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            total += loss.detach()
         backward_done = time.perf_counter()
         if recorder:
             recorder.record_gradients()
-        self.optimizer.step()
-        synchronize(device)
-        self.losses.append(loss.detach())
-        return StepTimes(time.perf_counter() - started, backward_done)
+        for optimizer in self._optimizers:
+            self._scaler.step(optimizer)
+        self._scaler.update()
+        return total, backward_done
+
+    def _let_train(self, batches: list[Any], recorder: Recorder | None) -> tuple[Tensor, float]:
+        """Calls a step that runs backward and optimizers itself; what it recorded, and when the last update began."""
+        step, last_update, total = self.problem.step, 0.0, torch.zeros(())
+        assert step is not None
+
+        def before_update(*_: Any) -> None:
+            nonlocal last_update
+            last_update = time.perf_counter()
+            if recorder:
+                recorder.record_gradients()
+
+        hooks = [each.register_step_pre_hook(before_update) for each in self._optimizers]
+        try:
+            for batch in batches:
+                with autocast(self._amp, self.ranks.device):
+                    recorded = step(self.wrapper, batch, self.optimizer)
+                total += as_loss(recorded, f"the step {self.problem.step_name}").detach().cpu() / len(batches)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return total, last_update or time.perf_counter()
+
+    def _loss(self, batch: Any) -> Tensor:
+        if isinstance(getattr(self.wrapper, "module", None), WholeStep):
+            loss: Tensor = self.wrapper(batch)
+            return loss
+        return self.problem.loss_of(self.wrapper, batch)
+
+    def _reduced_after(self, last: bool) -> AbstractContextManager[Any]:
+        """DDP adds up the gradients of several batches on each rank, and averages them over ranks after the last."""
+        no_sync: Callable[[], AbstractContextManager[Any]] | None = getattr(self.wrapper, "no_sync", None)
+        return nullcontext() if last or no_sync is None else no_sync()
 
     def record(self, steps: int, recorder: Recorder | None) -> dict[int, Snapshot]:
-        """Trains ``steps`` steps without dropout, and returns snapshots of some of them; none without a recorder.
+        """Snapshots of some of ``steps`` training steps, in full precision and without dropout.
+
+        There are none without a recorder.
 
         Collective: as `step`.
         """
+        self._set_precision("")
         snapshots = {}
         recorded_steps = steps_to_measure(steps)
         for step in range(1, steps + 1):
@@ -112,36 +164,6 @@ class Trainer:
             with context:
                 self.step()
         return recorder.counts()
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """A collated batch, whose targets may be nested, on ``device``."""
-    from accelerate.utils import send_to_device
-
-    return send_to_device(batch, device)
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, loss: Loss, data: Any, metric: str, device: torch.device
-) -> tuple[float | None, float | None]:
-    """(accuracy, mean loss) of ``model`` on ``data``, in eval mode, without communication.
-
-    Accuracy is ``None`` if ``metric`` is the loss; either is ``None`` if it is not finite.
-    """
-    model.eval()
-    correct = num_targets = total = samples = 0.0
-    for count, batch in in_order(data, EVALUATION_BATCH):
-        inputs, targets = to_device(batch, device)
-        outputs = model(inputs)
-        total += float(loss(outputs, targets)) * count
-        samples += count
-        if metric == "accuracy":
-            correct += float((outputs.argmax(dim=1) == targets).sum())
-            # Other targets are ignored by the loss: -100 in cross-entropy, or 255 for an unlabeled pixel.
-            num_targets += float(((targets >= 0) & (targets < outputs.shape[1])).sum())
-    mean = total / samples
-    return correct / num_targets if num_targets else None, mean if math.isfinite(mean) else None
 
 
 def curve(losses: list[float], max_points: int = 50) -> tuple[Point, ...]:

@@ -108,7 +108,9 @@ class _Waiting:
         self._entered = time.perf_counter()
 
     def enter_model(self, *_: object) -> None:
-        self._before_forward += time.perf_counter() - self._entered
+        if self._entered:  # a step may call the model several times
+            self._before_forward += time.perf_counter() - self._entered
+            self._entered = 0.0
 
     def until(self, backward_done: float) -> tuple[float, float]:
         """(norm, ddp) seconds of a step whose backward ended at ``backward_done``."""
