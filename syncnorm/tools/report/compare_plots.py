@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from math import inf, nan
+from math import nan
 from statistics import fmean, stdev
 from typing import Any
 
-from syncnorm.tools.compare.paired import essential
 from syncnorm.tools.compare.records import (
     ROUNDING,
     ArmResult,
     Comparison,
-    Decision,
     LayerDivergence,
     MaxError,
     StepTime,
 )
 from syncnorm.tools.report.arm_styles import arm_styles, finished, line_look, metric_label, shown, shown_text
+from syncnorm.tools.report.decisions_plot import plot_decisions
 from syncnorm.tools.report.figures import log_scale
 from syncnorm.tools.report.inline_svg import (
     BAR,
     BLUE,
-    GRAY,
     HEIGHT,
     INK,
     ORANGE,
-    PALE_BAR,
     PAPER,
     Plot,
     inline_svg,
@@ -35,13 +32,11 @@ from syncnorm.tools.report.inline_svg import (
 
 # Smaller errors are drawn here: fp32 does not resolve them, and zero has no logarithm.
 _MIN_ERROR = 1e-9
-# Intervals beyond this multiple of those on which the advice depends are cut off.
-_OFF_SCALE = 2.0
 
 
 def plots(comparison: Comparison) -> Iterator[Plot]:
     """The plots of one comparison for which its record has data."""
-    for draw in (_decisions, _results, _curves, _parity_by_depth, _parity_by_step, _divergence, _step_time):
+    for draw in (plot_decisions, _results, _curves, _parity_by_depth, _parity_by_step, _divergence, _step_time):
         plot = draw(comparison)
         if plot is not None:
             yield plot
@@ -87,61 +82,6 @@ def plot_against_batch(comparisons: Sequence[Comparison]) -> Plot | None:
         f"{name} {_listed([(f'at {s}', _text(fmean(v))) for s, v in points])}" for name, points in lines.items()
     )
     return Plot(f"{label} against batch per rank", inline_svg(draw), caption, "; ".join(by_arm))
-
-
-def _decisions(comparison: Comparison) -> Plot | None:
-    """Each decision as its interval, beside zero and the margin."""
-    found = [each for each in comparison.decisions if each.low is not None and each.high is not None]
-    if not found:
-        return None
-    metric = comparison.task.metric
-    unit = "percentage points" if metric.share else metric.name
-    # An arm that fails would make all other differences too small to see.
-    edge = _OFF_SCALE * max(map(_reach, filter(essential, found)), default=inf)
-    within = [value for each in found for value in (each.low or 0.0, each.high or 0.0) if abs(value) <= edge]
-
-    def draw(ax: Any) -> None:
-        for place, each in enumerate(reversed(found)):
-            ax.fill_betweenx([place - 0.36, place + 0.36], -each.margin, each.margin, color=PALE_BAR, linewidth=0)
-            ax.plot([each.low, each.high], [place, place], "|-", color=INK, linewidth=1.4, markersize=7)
-            at = min(max(each.difference, -edge), edge)
-            ax.plot(at, place, _KIND_MARKERS[each.kind], color=_KIND_COLORS[each.kind], markersize=7, clip_on=False)
-            if at != each.difference:
-                shift, side = (8, "left") if at < 0 else (-8, "right")
-                number = {"xytext": (shift, 4), "textcoords": "offset points", "ha": side, "fontsize": 7.5}
-                ax.annotate(f"{each.difference:+.3g}", (at, place), **number)
-        if any(_reach(each) > edge for each in found):
-            low, high = min([*within, 0.0]), max([*within, 0.0])
-            ends = [each.difference for each in found]
-            ax.set_xlim(-edge if min(ends) < -edge else 1.1 * low, edge if max(ends) > edge else 1.1 * high)
-        ax.axvline(0, color=INK, linewidth=0.8)
-        ax.set_yticks(range(len(found)), [_pair(each) for each in reversed(found)])
-        ax.set_ylim(-0.7, len(found) - 0.3)
-        ax.set_xlabel(f"difference, {unit}: better is to the right")
-
-    caption = (
-        "The difference of two arms and its confidence interval. Clear of zero: better or worse. Within the shaded "
-        "margin: equivalent. Otherwise undecided. A number is that of a difference beyond the edge."
-    )
-    height = max(HEIGHT * 0.7, 0.42 * len(found) + 0.8)
-    shows = [
-        f"{each.arm} compared with {each.other}: {each.kind}, {_text(each.difference)} "
-        f"({_text(each.low or 0.0)} to {_text(each.high or 0.0)})"
-        for each in found
-    ]
-    return Plot("Decisions", inline_svg(draw, height, legend=False), caption, "; ".join(shows))
-
-
-def _reach(decision: Decision) -> float:
-    return max(abs(decision.low or 0.0), abs(decision.high or 0.0))
-
-
-_KIND_MARKERS = {"better": ">", "worse": "<", "equivalent": "s", "undecided": "o"}
-_KIND_COLORS = {"better": BLUE, "worse": ORANGE, "equivalent": INK, "undecided": GRAY}
-
-
-def _pair(decision: Decision) -> str:
-    return f"{short_name(decision.arm)}\nvs. {short_name(decision.other)}"
 
 
 def _results(comparison: Comparison) -> Plot | None:
