@@ -38,8 +38,10 @@ def plot_decisions(comparison: Comparison) -> Plot | None:
 
     caption = (
         "The difference of two arms and its confidence interval. Clear of zero: better or worse. Within the shaded "
-        "margin: equivalent. Otherwise undecided. A number is that of a difference beyond the edge."
+        "margin: equivalent. Otherwise undecided."
     )
+    if any(abs(each.difference) > edge for each in found):
+        caption += " A number is that of a difference beyond the edge."
     svg = inline_svg(draw, max(HEIGHT * 0.7, 0.42 * len(found) + 0.8), legend=False)
     return Plot("Decisions", svg, caption, "; ".join(map(_in_words, found)))
 
