@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-NOT_CODE = {"syncnorm/py.typed", "syncnorm/tools/report/templates/comparison.html.j2"}  # easily left out of a wheel
+# Easily left out of a wheel.
+NOT_CODE = {
+    "syncnorm/py.typed",
+    *(f"syncnorm/tools/report/templates/{name}" for name in ("comparison.html.j2", "page.css", "page.js")),
+}
 
 if find_spec("build") is None or find_spec("hatchling") is None:
     pytest.skip("needs build and hatchling: pip install '.[release]'", allow_module_level=True)

@@ -1,6 +1,9 @@
 """A comparison made by hand, with one arm of each kind."""
 
+from dataclasses import replace
+
 from syncnorm.tools.common.provenance import Hardware
+from syncnorm.tools.compare.paired import decisions
 from syncnorm.tools.compare.records import (
     ArmResult,
     CollectiveCount,
@@ -87,3 +90,9 @@ def comparison() -> Comparison:
         verdict=("Local BN is sufficient here: SyncBN is not needed.", "A second sentence."),
         wall_seconds=61.0,
     )
+
+
+def judged() -> Comparison:
+    """The same with decisions, of which its verdict is the first."""
+    made = comparison()
+    return replace(made, decisions=decisions(made))

@@ -4,6 +4,7 @@ from contextlib import suppress
 import pytest
 import torch
 import torch.distributed as dist
+from pictures import recorded_pictures
 from rich.console import Console
 
 from syncnorm.comm.call import observers
@@ -195,9 +196,12 @@ def test_on_a_gpu_torchs_layer_has_columns_and_the_target():
     assert text.count("not met") == 5
 
 
-def test_the_plot_is_an_image(tmp_path):
-    write_plot(made_up(), tmp_path / "plot.png")
+def test_the_plot_is_an_image_without_faults(tmp_path):
+    with recorded_pictures() as pictures:
+        write_plot(made_up(), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert [picture.faults() for picture in pictures] == [[]]
+    assert {"1,000", "100,000"} <= {tick.text for tick in pictures[0].ticks}
 
 
 # --- shapes, profile

@@ -5,13 +5,14 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from pictures import recorded_pictures
 from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncnorm
 from syncnorm.comm.frames import capacity_for
 from syncnorm.testing import run_ranks
-from syncnorm.tools.bench import Parameters
+from syncnorm.tools.bench import Benchmark, BenchSettings, Parameters
 from syncnorm.tools.bench.cost_model import (
     Host,
     Network,
@@ -27,9 +28,12 @@ from syncnorm.tools.bench.cost_model import (
     two_level_pays_from,
     worlds_up_to,
 )
+from syncnorm.tools.bench.records import SCALING
 from syncnorm.tools.bench.scaling import CHANNELS, measured_worlds
 from syncnorm.tools.bench.scaling_records import Cost, HostSample, Scaling
 from syncnorm.tools.bench.simulation import LARGEST, measure_host, model_channels, simulate
+from syncnorm.tools.common.provenance import Hardware
+from syncnorm.tools.report.bench_plot import write_plot
 from syncnorm.tools.report.scaling_terminal import render_scaling, render_simulation
 
 NETWORK = Network(latency=100e-6, per_message=10e-6, per_byte=1e-9)
@@ -146,6 +150,25 @@ def made_up(largest=1024, scaling=None, parameters=None):
     left_out = [s for s in host if s.world_size == 512]
     host = [s for s in host if s.world_size != 512]
     return simulate(largest, parameters or Parameters(100.0, 10.0, 1.0), scaling, host, left_out)
+
+
+def test_the_plot_has_no_faults(tmp_path):
+    scaling = made_up_scaling(cores=2)
+    benchmark = Benchmark(
+        settings=BenchSettings(what=SCALING, world_size=4, device="cpu", repetitions=3),
+        hardware=Hardware("cpu", "A processor", "gloo", 2, 1),
+        **dict.fromkeys(("syncnorm_version", "torch_version", "python_version", "date", "command"), "1"),
+        rows=(),
+        model=None,
+        summary=(),
+        wall_seconds=1.0,
+        growth=scaling,
+        simulation=made_up(4096, scaling, Parameters()),
+    )
+    with recorded_pictures() as pictures:
+        write_plot(benchmark, tmp_path / "plot.png")
+    assert [picture.faults() for picture in pictures] == [[]]
+    assert {"3", "4", "1,024"} <= {tick.text for tick in pictures[0].ticks}
 
 
 def test_the_model_is_checked_against_what_it_was_not_fitted_to():

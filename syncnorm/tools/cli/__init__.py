@@ -13,6 +13,7 @@ from syncnorm.tools.cli.bench import bench
 from syncnorm.tools.cli.compare import compare
 from syncnorm.tools.cli.diagnose import diagnose
 from syncnorm.tools.cli.env import env
+from syncnorm.tools.cli.report import report
 from syncnorm.tools.cli.selftest import selftest
 from syncnorm.tools.cli.signals import SignalExit, signals_as_exceptions
 from syncnorm.tools.cli.study import study
@@ -32,6 +33,7 @@ def syncnorm() -> None:
 
 
 syncnorm.add_command(compare)
+syncnorm.add_command(report)
 syncnorm.add_command(bench)
 syncnorm.add_command(diagnose)
 syncnorm.add_command(selftest)

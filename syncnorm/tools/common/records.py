@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, is_dataclass
+from dataclasses import MISSING, asdict, is_dataclass
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
+from textwrap import shorten
 from types import UnionType
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
@@ -35,7 +37,7 @@ class Record:
         """The inverse of `to_dict`, also for data that has been converted to JSON and back.
 
         Raises:
-            ValueError: ``data`` has another schema or version.
+            ValueError: ``data`` has another schema or version, or fields that do not fit.
         """
         fields = dict(data)
         found = (fields.pop("schema", None), fields.pop("schema_version", None))
@@ -61,14 +63,36 @@ def read_json(cls: type[R], path: Path) -> R:
 def _decode(cls: type[T], fields: dict[str, Any]) -> T:
     """Builds a dataclass whose fields are numbers, strings, dicts, dataclasses, tuples of one type, or None."""
     hints = get_type_hints(cls)
-    return cls(**{name: _value(hints.get(name), value) for name, value in fields.items()})
+    known = dataclass_fields(cls)  # type: ignore[arg-type]  # every caller has a dataclass
+    required = {each.name for each in known if each.default is MISSING and each.default_factory is MISSING}
+    for problem, names in (("lacks", required - fields.keys()), ("has unknown", fields.keys() - hints.keys())):
+        if names:
+            raise ValueError(f"{cls.__name__} {problem} {', '.join(sorted(names))}")
+    values = {}
+    for name, value in fields.items():
+        try:
+            values[name] = _value(hints[name], value)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return cls(**values)
 
 
 def _value(hint: Any, value: Any) -> Any:
-    if value is None:
-        return None
-    if isinstance(hint, UnionType):  # X | None
+    if isinstance(hint, UnionType) and type(None) in get_args(hint):  # X | None
+        if value is None:
+            return None
         hint = next(each for each in get_args(hint) if each is not type(None))
     if get_origin(hint) is tuple:
+        _require(isinstance(value, list | tuple), "a list", value)
         return tuple(_value(get_args(hint)[0], each) for each in value)
-    return _decode(hint, value) if is_dataclass(hint) and isinstance(hint, type) else value
+    if is_dataclass(hint) and isinstance(hint, type):
+        _require(isinstance(value, dict), "an object", value)
+        return _decode(hint, value)
+    if hint in (bool, int, float, str):
+        _require(isinstance(value, int | float if hint is float else hint), hint.__name__, value)
+    return value
+
+
+def _require(holds: bool, expected: str, value: Any) -> None:
+    if not holds:
+        raise ValueError(f"expected {expected}, got {shorten(repr(value), 60, placeholder='...')}")

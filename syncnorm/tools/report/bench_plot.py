@@ -10,7 +10,7 @@ from typing import Any
 from syncnorm.tools.bench.contenders import LOCAL, LOCAL_AND_COLLECTIVES, MEAN_OF_SQUARES, SYNCNORM, TORCH
 from syncnorm.tools.bench.records import SCALING, Benchmark, LayerRow
 from syncnorm.tools.bench.scaling_records import Scaling, Simulation
-from syncnorm.tools.report.figures import png
+from syncnorm.tools.report.figures import log_scale, png
 
 # Markers and line styles that can be distinguished without color, too.
 # Contender -> (label, marker, line style, color, line width).
@@ -72,9 +72,8 @@ def _write_layers(benchmark: Benchmark, path: Path) -> None:
 
 def _layer_panel(ax: Any, title: str, rows: Sequence[LayerRow]) -> None:
     ax.set_title(title, fontsize=11)
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    ax.yaxis.set_major_formatter("{x:,.0f}")
+    log_scale(ax.xaxis)
+    log_scale(ax.yaxis)
     ax.set_xlabel("elements of the input of a rank")
     ax.grid(True, which="major", color="#dddddd", linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
@@ -144,8 +143,7 @@ def _simulated_panel(ax: Any, simulation: Simulation) -> None:
             ax.plot(*zip(*points, strict=True), **look)
     layers = len(simulation.model_channels)
     _frame(ax, f"simulated: {layers} layers of {simulation.model_name}", "milliseconds per step, over gloo")
-    ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_formatter("{x:,.0f}")
+    log_scale(ax.xaxis, base=2)
     ax.legend(facecolor="white", edgecolor="none", framealpha=1)
 
 
@@ -153,8 +151,7 @@ def _frame(ax: Any, title: str, ylabel: str) -> None:
     ax.set_title(title, fontsize=10)
     ax.set_xlabel("ranks")
     ax.set_ylabel(ylabel)
-    ax.set_yscale("log")
-    ax.yaxis.set_major_formatter("{x:,g}")
+    log_scale(ax.yaxis)
     ax.grid(True, which="major", color="#dddddd", linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
 

@@ -1,36 +1,56 @@
-"""Comparisons as one self-contained HTML page: verdict, tables and plots, without scripts or network access."""
+"""Comparisons as one self-contained HTML page: verdict, tables, plots and the record, without network access."""
 
 from __future__ import annotations
 
-from base64 import b64encode
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from syncnorm.tools.common.files import write_file
-from syncnorm.tools.compare.records import ArmResult, Comparison, MaxError
-from syncnorm.tools.report.compare_plots import Plot, plot_against_batch, plots
-
-
-class _Table(NamedTuple):
-    title: str
-    head: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    legend: str
+from syncnorm.tools.compare.records import Comparison
+from syncnorm.tools.report.compare_plots import plot_against_batch, plots
+from syncnorm.tools.report.compare_tables import Cell, Table, tables
+from syncnorm.tools.report.inline_svg import Plot, with_own_ids
+from syncnorm.tools.report.runs import (
+    NO_VERDICT,
+    Run,
+    decided,
+    differ_in_batch_alone,
+    differences,
+    named_by_batch,
+    results,
+    results_title,
+    samples_per_rank,
+)
 
 
 def write_html(comparisons: Sequence[Comparison], path: Path) -> None:
-    """Writes the report of one comparison, or of several that differ only in their batch per rank, to ``path``.
+    """Writes the page of one comparison, or of several that differ only in their batch per rank, to ``path``.
 
     Raises:
         ValueError: no comparison.
     """
-    if not comparisons:
-        raise ValueError("a report needs at least one comparison, got none")
-    write_file(path, render_html(comparisons).encode(errors="replace"))  # the command may contain any bytes
+    write_page(named_by_batch(comparisons), path)
 
 
 def render_html(comparisons: Sequence[Comparison]) -> str:
+    """The page that `write_html` writes."""
+    return render_page(named_by_batch(comparisons))
+
+
+def write_page(runs: Sequence[Run], path: Path) -> None:
+    """Writes the page of one run, or of several beside each other, to ``path``.
+
+    Raises:
+        ValueError: no run.
+    """
+    if not runs:
+        raise ValueError("a report needs at least one comparison, got none")
+    write_file(path, render_page(runs).encode(errors="replace"))  # the command may contain any bytes
+
+
+def render_page(runs: Sequence[Run]) -> str:
     """The page. Names from the user (of models, layers, commands) are escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -41,150 +61,86 @@ def render_html(comparisons: Sequence[Comparison]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals["figure"] = _figure
-    template = environment.get_template("comparison.html.j2")
-    comparisons = sorted(comparisons, key=lambda c: c.settings.batch_per_rank)
-    first = comparisons[0]
-    task, settings = first.task, first.settings
-    return template.render(
-        title=f"Which norm for {task.model}?",
-        subtitle=(
-            f"{task.num_parameters:,} parameters, {len(task.norm_layers)} norm layers, trained on {task.num_train:,} "
-            f"samples of {task.data} for {settings.steps:,} steps on {settings.world_size} ranks, "
-            f"{_count(len(settings.seeds), 'seed')}."
-        ),
-        overview=plot_against_batch(comparisons),
-        parts=[_part(comparison) for comparison in comparisons],
-        provenance=_provenance(comparisons),
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
+    environment.globals["drawing"] = _drawing
+    models = {run.comparison.task.model for run in runs}
+    return environment.get_template("comparison.html.j2").render(
+        title=f"Which norm for {models.pop()}?" if len(models) == 1 else "Which norm? Several models",
+        side_by_side=_side_by_side(runs) if len(runs) > 1 else [],
+        overview=plot_against_batch([run.comparison for run in runs]) if differ_in_batch_alone(runs) else None,
+        parts=[_part(number, run) for number, run in enumerate(runs, 1)],
     )
 
 
-def _part(comparison: Comparison) -> dict[str, Any]:
-    settings = comparison.settings
+def _part(number: int, run: Run) -> dict[str, Any]:
+    comparison = run.comparison
+    batch = f"{samples_per_rank(comparison)}, global batch {comparison.settings.global_batch}"
     return {
-        "heading": f"{_count(settings.batch_per_rank, 'sample')} per rank, global batch {settings.global_batch}",
-        "verdict": comparison.verdict or ("No verdict: the arms that it is based on did not run.",),
-        "tables": [_result_table(comparison), _parity_table(comparison)],
+        "id": f"run-{number}",
+        "name": run.name,
+        "heading": batch if batch.startswith(run.name) else f"{run.name}: {batch}",
+        "verdict": comparison.verdict or (NO_VERDICT,),
+        "about": _about(comparison),
+        "tables": tables(comparison),
         "plots": list(plots(comparison)),
         "not_run": [f"Not run: {arm.label}: {arm.not_run}" for arm in comparison.arms if arm.not_run],
+        "provenance": _provenance(comparison),
+        "file_name": f"{re.sub(r'[^0-9A-Za-z]+', '-', run.name).strip('-') or 'comparison'}.json",
+        "record": comparison.to_dict(),
     }
 
 
-def _result_table(comparison: Comparison) -> _Table:
-    accuracy = comparison.task.metric.share
-    rows = []
-    for arm in (each for each in comparison.arms if not each.not_run):
-        value = arm.test_metric
-        scale = 100 if accuracy else 1
-        rows.append(
-            (
-                arm.label,
-                _number(value, scale, ".1f" if accuracy else ".4f"),
-                _number(arm.std, scale, ".1f" if accuracy else ".4f"),
-                _number(comparison.samples_per_second(arm), 1, ",.0f"),
-                _number(arm.step.seconds if arm.step else None, 1e3, ".1f"),
-                _number(arm.step.norm_seconds if arm.step else None, 1e3, ".1f"),
-                _number(arm.step.ddp_seconds if arm.step else None, 1e3, ".1f"),
-                f"{arm.calls('ddp')} + {arm.calls('norm')}" if arm.collectives else "0",
-                _number(arm.payload_bytes / 1024, 1, ",.0f"),
-                _number(arm.memory.peak_bytes if arm.memory else None, 2**-20, ",.0f"),
-            )
-        )
-    head = (
-        "arm",
-        "test accuracy, %" if accuracy else "test loss",
-        "standard deviation over seeds",
-        "samples per second",
-        "ms per step",
-        "waiting in norm layers, ms",
-        "waiting in DDP, ms",
-        "collectives per step, DDP + norm",
-        "KiB per step",
-        f"peak memory, MiB ({_memory(comparison)})",
+def _about(comparison: Comparison) -> str:
+    task, settings = comparison.task, comparison.settings
+    seeds = len(settings.seeds)
+    return (
+        f"{task.model}: {task.num_parameters:,} parameters, {len(task.norm_layers)} norm layers, trained on "
+        f"{task.num_train:,} samples of {task.data} for {settings.steps:,} steps on {settings.world_size} ranks with "
+        f"{samples_per_rank(comparison)}, {seeds} seed{'s' * (seeds > 1)}."
     )
-    legend = (
-        f"On {comparison.task.num_test:,} samples that were not used for training. single and dp use one "
-        "process, the other arms use all ranks. Collectives and KiB: rank 0's calls in one step, and the size of the "
-        "tensors that it passes in."
-    )
-    return _Table("Result and cost", head, rows, legend)
 
 
-def _parity_table(comparison: Comparison) -> _Table:
-    rows: list[tuple[str, ...]] = []
-    for arm in comparison.arms:
-        if arm.name == "single" or not arm.parity:
-            continue
-        first = arm.parity[0]
-        errors = (first.output, first.gradients, first.params, first.running_mean, first.running_var)
-        rows.append((arm.label, *(_relative(error) for error in errors), _conclusion(arm)))
-    head = (
-        "arm",
-        "outputs of norm layers",
-        "gradients",
-        "weights",
-        "running means",
-        "running variances",
-        "conclusion",
-    )
-    legend = (
-        "max|a - b| / max|b| over all tensors of a kind. Weights and batches are the same in all arms, so an arm "
-        "that is equivalent to one process differs only by fp32 rounding, about 1e-7."
-    )
-    return _Table("Difference from one process with the global batch, after step 1", head, rows, legend)
-
-
-def _conclusion(arm: ArmResult) -> str:
-    first = arm.parity[0]
-    if first.within_rounding:
-        conclusion = "equal up to rounding"
-    elif first.running_mean is None:
-        conclusion = "a different norm"
-    else:
-        layer = first.first_divergent_layer
-        conclusion = "different statistics" + (f", from layer {layer} on" if layer else "")
-    return f"{conclusion}. {first.note}" if first.note else conclusion
-
-
-def _provenance(comparisons: Sequence[Comparison]) -> list[str]:
-    first = comparisons[0]
-    hardware, settings = first.hardware, first.settings
+def _side_by_side(runs: Sequence[Run]) -> list[Table]:
+    columns = [run.name for run in runs]
+    found = results(runs)
+    different = differences(runs)
+    sections = [
+        (
+            results_title(runs),
+            "arm",
+            found,
+            "On samples that were not used for training; not all differences matter.",
+        ),
+        ("Decisions, and differences of the results", "arms", decided(runs), "Positive: the first arm is better."),
+        ("What differs", "setting", different, "All other settings, and the versions, are the same."),
+    ]
     return [
-        *dict.fromkeys(f"Command: {c.command}" for c in comparisons),
-        f"{first.date}, {sum(c.wall_seconds for c in comparisons):.0f} s.",
-        f"{hardware.device_name}, {hardware.cpu_count} cores, {hardware.threads_per_rank} thread(s) per rank, "
-        f"{hardware.backend}.",
-        f"torch {first.torch_version}, syncnorm {first.syncnorm_version}, Python {first.python_version}.",
-        f"SGD, learning rate {settings.lr:g} with a cosine schedule, momentum {settings.momentum:g}, "
-        f"{first.task.loss}; for each seed, all arms have the same initial weights and the same batches in the same "
-        "order.",
+        Table(title, (first, *columns), [[Cell(name), *map(Cell, texts)] for name, texts in lines.items()], legend)
+        for title, first, lines, legend in sections
+        if lines
     ]
 
 
-def _figure(plot: Plot) -> Any:
-    from markupsafe import Markup
-
-    # A data URL rather than inline SVG, because the ids of several drawings would collide.
-    data = b64encode(plot.svg.encode()).decode()
-    return Markup(
-        '<figure><h3>{}</h3><img alt="{}" src="data:image/svg+xml;base64,{}"><figcaption>{}</figcaption></figure>'
-    ).format(plot.title, plot.title, data, plot.caption)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number > 1)}"
-
-
-def _memory(comparison: Comparison) -> str:
-    measures = {arm.memory.measure for arm in comparison.arms if arm.memory is not None}
-    return ", ".join(sorted(measures)) or "not measured"
+def _provenance(comparison: Comparison) -> list[str]:
+    hardware, settings, task = comparison.hardware, comparison.settings, comparison.task
+    optimizer = (
+        task.optimizer or f"SGD, learning rate {settings.lr:g} with a cosine schedule, momentum {settings.momentum:g}"
+    )
+    return [
+        f"Command: {comparison.command}",
+        f"{comparison.date}, {comparison.wall_seconds:.0f} s.",
+        f"{hardware.device_name}, {hardware.cpu_count} cores, {hardware.threads_per_rank} thread(s) per rank, "
+        f"{hardware.backend}.",
+        f"torch {comparison.torch_version}, syncnorm {comparison.syncnorm_version}, Python "
+        f"{comparison.python_version}.",
+        f"{optimizer}, {task.step or task.loss}; for each seed, all arms have the same initial weights and the same "
+        "batches in the same order.",
+    ]
 
 
-def _number(value: float | None, scale: float, spec: str) -> str:
-    return "-" if value is None else format(value * scale, spec)
+def _drawing(plot: Plot, name: str) -> Any:
+    """The SVG of ``plot``, with what it shows as its alternative text."""
+    from markupsafe import Markup, escape
 
-
-def _relative(error: MaxError | None) -> str:
-    if error is None:
-        return "-"
-    return "0" if error.max_rel == 0 else f"{error.max_rel:.0e}"
+    opening = Markup('<svg role="img" aria-label="{}"').format(f"{plot.title}: {plot.shows}")
+    return Markup(with_own_ids(plot.svg, str(escape(name))).replace("<svg", opening, 1))

@@ -1,44 +1,42 @@
-"""The plots of a comparison's report, each an SVG that is legible on a phone and in black and white."""
+"""The plots of a comparison's report, each legible on a phone, in black and white, and on a dark screen."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from io import BytesIO
+from math import nan
 from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from typing import Any
 
-from syncnorm.tools.compare.records import ROUNDING, ArmResult, Comparison, MaxError, StepTime
-from syncnorm.tools.report.figures import figure
+from syncnorm.tools.compare.records import (
+    ROUNDING,
+    ArmResult,
+    Comparison,
+    LayerDivergence,
+    MaxError,
+    StepTime,
+)
+from syncnorm.tools.report.arm_styles import arm_styles, finished, line_look, metric_label, shown, shown_text
+from syncnorm.tools.report.decisions_plot import plot_decisions
+from syncnorm.tools.report.figures import log_scale
+from syncnorm.tools.report.inline_svg import (
+    BAR,
+    BLUE,
+    HEIGHT,
+    INK,
+    ORANGE,
+    PAPER,
+    Plot,
+    inline_svg,
+    short_name,
+)
 
-# Marker, line style and color: each of them distinguishes the arms.
-_STYLES = {
-    "single": ("o", "-", "#000000"),
-    "dp": ("v", (0, (1, 1)), "#777777"),
-    "ddp": ("s", "--", "#d55e00"),
-    "ddp+syncbn": ("D", "-", "#0072b2"),
-    "ddp+group": ("^", "-.", "#009e73"),
-    "ddp+layer": ("P", (0, (5, 1, 1, 1, 1, 1)), "#cc79a7"),
-    "ddp+instance": ("X", ":", "#8c510a"),
-    "ddp+torch-syncbn": ("*", (0, (8, 3)), "#56b4e9"),
-}
-_OTHER_STYLE = ("o", "-", "#444444")
-# A phone shows 4.6 inches at about full size.
-_WIDTH_INCHES, _HEIGHT_INCHES = 4.6, 3.1
 # Smaller errors are drawn here: fp32 does not resolve them, and zero has no logarithm.
 _MIN_ERROR = 1e-9
 
 
-class Plot(NamedTuple):
-    """An SVG with its title and a caption that explains it."""
-
-    title: str
-    svg: str
-    caption: str
-
-
 def plots(comparison: Comparison) -> Iterator[Plot]:
     """The plots of one comparison for which its record has data."""
-    for draw in (_results, _curves, _parity_by_depth, _parity_by_step, _divergence, _step_time):
+    for draw in (plot_decisions, _results, _curves, _parity_by_depth, _parity_by_step, _divergence, _step_time):
         plot = draw(comparison)
         if plot is not None:
             yield plot
@@ -49,21 +47,29 @@ def plot_against_batch(comparisons: Sequence[Comparison]) -> Plot | None:
     sizes = sorted({c.settings.batch_per_rank for c in comparisons})
     if len(sizes) < 2:
         return None
-    metric, scale, label = _metric(comparisons[0])
+    metric = comparisons[0].task.metric
+    label = metric_label(metric)
+    runs = [(c.settings.batch_per_rank, arm) for c in comparisons for arm in c.arms if finished(arm)]
+    lines = {
+        name: sorted(
+            (size, [shown(v, metric) for v in arm.results if v is not None]) for size, arm in runs if arm.name == name
+        )
+        for name in dict.fromkeys(arm.name for _, arm in runs)
+    }
+    styles = arm_styles(lines)
 
     def draw(ax: Any) -> None:
-        for name in dict.fromkeys(arm.name for c in comparisons for arm in c.arms if _finished(arm, metric)):
-            ours = [(c.settings.batch_per_rank, c[name]) for c in comparisons if name in {a.name for a in c.arms}]
-            points = sorted((b, _values(arm, metric, scale)) for b, arm in ours if _finished(arm, metric))
+        for name, points in lines.items():
+            spread = [stdev(values) if len(values) > 1 else 0 for _, values in points]
             ax.errorbar(
-                [b for b, _ in points],
-                [fmean(v) for _, v in points],
-                yerr=[stdev(v) if len(v) > 1 else 0 for _, v in points],
+                [size for size, _ in points],
+                [fmean(values) for _, values in points],
+                yerr=spread,
                 capsize=2,
-                **_line_style(name),
+                **line_look(name, styles[name]),
             )
-        ax.set_xscale("log", base=2)
-        ax.set_xticks(sizes, [str(b) for b in sizes])
+        log_scale(ax.xaxis, base=2)
+        ax.set_xticks(sizes, [str(size) for size in sizes])
         ax.minorticks_off()
         ax.set_xlabel("samples per rank")
         ax.set_ylabel(label)
@@ -72,57 +78,86 @@ def plot_against_batch(comparisons: Sequence[Comparison]) -> Plot | None:
         f"{label} after the last step. The number of steps is the same for all, so larger batches have seen more "
         "samples. Error bars are one standard deviation over the seeds."
     )
-    return Plot(f"{label} against batch per rank", _svg(draw), caption)
+    by_arm = (
+        f"{name} {_listed([(f'at {s}', _text(fmean(v))) for s, v in points])}" for name, points in lines.items()
+    )
+    return Plot(f"{label} against batch per rank", inline_svg(draw), caption, "; ".join(by_arm))
 
 
 def _results(comparison: Comparison) -> Plot | None:
-    metric, scale, label = _metric(comparison)
-    arms = [arm for arm in comparison.arms if _finished(arm, metric)]
+    arms = [arm for arm in comparison.arms if finished(arm)]
     if not arms:
         return None
+    metric = comparison.task.metric
+    label, styles = metric_label(metric), arm_styles(arm.name for arm in comparison.arms)
 
     def draw(ax: Any) -> None:
         for place, arm in enumerate(reversed(arms)):
-            values = _values(arm, metric, scale)
-            marker, _, color = _STYLES.get(arm.name, _OTHER_STYLE)
-            ax.plot(values, [place] * len(values), "|", color="#000000", markersize=9, markeredgewidth=1)
-            ax.plot([fmean(values)], [place], marker, color=color, markersize=8, markeredgecolor="#000000")
-        ax.set_yticks(range(len(arms)), [arm.label for arm in reversed(arms)])
+            values = [shown(value, metric) for value in arm.results if value is not None]
+            marker, _, color = styles[arm.name]
+            ax.plot(values, [place] * len(values), "|", color=INK, markersize=9, markeredgewidth=1)
+            ax.plot([fmean(values)], [place], marker, color=color, markersize=8, markeredgecolor=INK)
+        ax.set_yticks(range(len(arms)), [short_name(arm.label) for arm in reversed(arms)])
         ax.set_ylim(-0.6, len(arms) - 0.4)
         ax.set_xlabel(label)
 
-    return Plot(f"{label} by arm", _svg(draw, legend=False), "One stroke per seed; the marker is their mean.")
+    caption = "One stroke per seed; the marker is their mean."
+    svg = inline_svg(draw, _height(len(arms)), legend=False)
+    return Plot(f"{label} by arm", svg, caption, _means(arms, comparison))
+
+
+def _height(rows: int) -> float:
+    """Of a plot with a row per arm, in inches."""
+    return max(HEIGHT * 0.8, 0.26 * rows + 0.7)
+
+
+def _means(arms: Sequence[ArmResult], comparison: Comparison) -> str:
+    metric = comparison.task.metric
+    return _listed([(arm.label, shown_text(arm.test_metric, metric)) for arm in arms if arm.test_metric is not None])
 
 
 def _curves(comparison: Comparison) -> Plot | None:
-    metric, scale, label = _metric(comparison)
-    arms = [arm for arm in comparison.arms if _finished(arm, metric)]
+    arms = [arm for arm in comparison.arms if finished(arm) and any(run.test_metrics for run in arm.seeds)]
     if not arms:
         return None
+    metric = comparison.task.metric
+    label, styles = metric_label(metric), arm_styles(arm.name for arm in comparison.arms)
 
     def draw(ax: Any) -> None:
         for arm in arms:
-            runs = [run.test_metrics for run in arm.seeds]
             by_step: dict[int, list[float]] = {}
-            for point in (p for run in runs for p in run if p.value is not None):
-                by_step.setdefault(point.step, []).append((point.value or 0.0) * scale)
-            ax.plot(list(by_step), [fmean(v) for v in by_step.values()], **_line_style(arm.name))
+            for point in (point for run in arm.seeds for point in run.test_metrics):
+                if point.value is not None:
+                    by_step.setdefault(point.step, []).append(shown(point.value, metric))
+            steps, means = list(by_step), [fmean(values) for values in by_step.values()]
+            spread = [stdev(values) if len(values) > 1 else 0.0 for values in by_step.values()]
+            if any(spread):
+                below, above = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
+                ax.fill_between(steps, below, above, color=styles[arm.name][2], alpha=0.16, linewidth=0)
+            ax.plot(steps, means, **line_look(arm.name, styles[arm.name]))
         ax.set_xlabel("step")
         ax.set_ylabel(label)
 
-    return Plot("Learning curves", _svg(draw), f"{label} during training, mean over the seeds.")
+    band = ", with a band of one standard deviation" if len(comparison.settings.seeds) > 1 else ""
+    caption = f"{label} during training, mean over the seeds{band}."
+    shows = f"after step {comparison.settings.steps:,}: {_means(arms, comparison)}"
+    return Plot("Learning curves", inline_svg(draw), caption, shows)
 
 
 def _parity_by_depth(comparison: Comparison) -> Plot | None:
     arms = [a for a in comparison.arms if a.name != "single" and a.parity and any(p.layers for p in a.parity[:1])]
     if not arms:
         return None
+    styles = arm_styles(arm.name for arm in comparison.arms)
+    errors = {
+        arm.name: [(i, _relative(layer.output)) for i, layer in enumerate(arm.parity[0].layers, 1) if layer.output]
+        for arm in arms
+    }
 
     def draw(ax: Any) -> None:
-        for arm in arms:
-            errors = [(i, _relative(layer.output)) for i, layer in enumerate(arm.parity[0].layers, 1)]
-            known = [(i, error) for i, error in errors if error is not None]
-            ax.plot([i for i, _ in known], [error for _, error in known], **_line_style(arm.name))
+        for name, points in errors.items():
+            look = line_look(name, styles[name], len(points))
+            ax.plot([i for i, _ in points], [error for _, error in points], **look)
         _rounding_line(ax)
         ax.set_xlabel("norm layer, in the order of the forward")
         ax.set_ylabel("relative difference of the output")
@@ -133,19 +168,20 @@ def _parity_by_depth(comparison: Comparison) -> Plot | None:
         f"max|a - b| / max|b|, compared with one process that has the global batch, in step {step}. Values below the "
         "line are fp32 rounding: the arm is equivalent."
     )
-    return Plot("Difference from single by depth", _svg(draw), caption)
+    largest = [(name, f"{max(error for _, error in points):.0e}") for name, points in errors.items() if points]
+    return Plot("Difference from single by depth", inline_svg(draw), caption, f"largest: {_listed(largest)}")
 
 
 def _parity_by_step(comparison: Comparison) -> Plot | None:
-    arms = [arm for arm in comparison.arms if arm.name != "single" and arm.parity]
+    arms = [arm for arm in comparison.arms if arm.name != "single" and any(each.params for each in arm.parity)]
     if not arms:
         return None
+    styles = arm_styles(arm.name for arm in comparison.arms)
+    errors = {arm.name: [(each.step, _relative(each.params)) for each in arm.parity if each.params] for arm in arms}
 
     def draw(ax: Any) -> None:
-        for arm in arms:
-            errors = [(p.step, _relative(p.params)) for p in arm.parity]
-            known = [(step, error) for step, error in errors if error is not None]
-            ax.plot([step for step, _ in known], [error for _, error in known], **_line_style(arm.name))
+        for name, points in errors.items():
+            ax.plot([step for step, _ in points], [error for _, error in points], **line_look(name, styles[name]))
         _rounding_line(ax)
         ax.set_xlabel("step")
         ax.set_ylabel("relative difference of the weights")
@@ -154,45 +190,56 @@ def _parity_by_step(comparison: Comparison) -> Plot | None:
     caption = (
         "The same for all weights at several steps. Rounding errors grow during training; judge by the first step."
     )
-    return Plot("Difference from single by step", _svg(draw), caption)
+    first = _listed([(name, f"{points[0][1]:.0e}") for name, points in errors.items()])
+    return Plot("Difference from single by step", inline_svg(draw), caption, f"after step 1: {first}")
 
 
 def _divergence(comparison: Comparison) -> Plot | None:
-    layers = [layer for layer in comparison.spread if layer.mean is not None]
+    layers = [(i, layer) for i, layer in enumerate(comparison.spread, 1) if layer.mean is not None]
     if not layers:
         return None
-    names = [layer.layer for layer in comparison.spread]
 
     def draw(ax: Any) -> None:
-        places = [names.index(layer.layer) for layer in layers]
-        means, variances = [layer.mean for layer in layers], [layer.var or 0.0 for layer in layers]
-        ax.barh([place - 0.2 for place in places], means, 0.38, label="means", **_bar("#0072b2", ""))
-        ax.barh([place + 0.2 for place in places], variances, 0.38, label="variances", **_bar("#e8e8e8", "////"))
-        ax.set_yticks(range(len(names)), names, fontsize=7 if len(names) < 25 else 4)
-        ax.invert_yaxis()
-        ax.set_xlabel("divergence between ranks")
+        places = [i for i, _ in layers]
+        means, variances = (
+            [layer.mean for _, layer in layers],
+            [nan if layer.var is None else layer.var for _, layer in layers],
+        )
+        ax.plot(places, means, **line_look("means", ("o", "-", BLUE), len(layers)))
+        ax.plot(places, variances, **line_look("variances", ("s", "--", ORANGE), len(layers)))
+        ax.set_ylim(bottom=0)
+        ax.set_xlabel("norm layer, in the order of the forward")
+        ax.set_ylabel("divergence between ranks")
+        ax.xaxis.get_major_locator().set_params(integer=True)
 
     caption = (
         "Root mean square difference between each rank's statistics and those of the global batch under plain DDP: "
         "means in standard deviations, variances relative. Near zero, SyncBN has no effect; at 0.5, a typical rank "
         "shifts a typical channel by half a standard deviation."
     )
-    height = max(_HEIGHT_INCHES, 0.19 * len(names) + 0.9)
-    return Plot("Divergence of the statistics by layer", _svg(draw, height=height), caption)
+    largest = max((layer for _, layer in layers), key=_mean_divergence)
+    shows = f"largest for the means: {_mean_divergence(largest):.3f} in layer {largest.layer}"
+    return Plot("Divergence of the statistics by layer", inline_svg(draw), caption, shows)
+
+
+def _mean_divergence(layer: LayerDivergence) -> float:
+    return layer.mean or 0.0
 
 
 def _step_time(comparison: Comparison) -> Plot | None:
-    arms = [arm for arm in comparison.arms if arm.step is not None]
-    if not arms:
+    timed = [(arm, arm.step) for arm in comparison.arms if arm.step is not None]
+    if not timed:
         return None
 
     def draw(ax: Any) -> None:
-        labels, left = [arm.label for arm in arms], [0.0] * len(arms)
-        for name, part, style in _PARTS:
-            widths = [1e3 * part(arm.step) for arm in arms if arm.step]
+        places, left = range(len(timed)), [0.0] * len(timed)
+        for name, part, (color, hatch) in _PARTS:
+            widths = [1e3 * part(step) for _, step in timed]
             if any(widths):
-                ax.barh(labels, widths, 0.62, left=left, label=name, **_bar(*style))
+                look = {"color": color, "hatch": hatch, "edgecolor": INK, "linewidth": 0.6}
+                ax.barh(places, widths, 0.62, left=left, label=name, **look)
             left = [a + b for a, b in zip(left, widths, strict=True)]
+        ax.set_yticks(places, [short_name(arm.label) for arm, _ in timed])
         ax.invert_yaxis()
         ax.set_xlabel("ms per step")
 
@@ -200,58 +247,32 @@ def _step_time(comparison: Comparison) -> Plot | None:
         "Time of a training step, mean over ranks: waiting in the collectives of norm layers, waiting in those of "
         "DDP, and work, which includes waiting for a core if there are more ranks than cores."
     )
-    return Plot("Step time", _svg(draw), caption)
+    shows = _listed([(arm.label, f"{1e3 * step.seconds:.1f} ms") for arm, step in timed])
+    return Plot("Step time", inline_svg(draw, _height(len(timed) + 2)), caption, shows)
 
 
 _PARTS: tuple[tuple[str, Callable[[StepTime], float], tuple[str, str]], ...] = (
-    ("work", lambda step: step.work_seconds, ("#b8b8b8", "")),
-    ("waiting in norm layers", lambda step: step.norm_seconds or 0.0, ("#0072b2", "")),
-    ("waiting in DDP", lambda step: step.ddp_seconds or 0.0, ("#ffffff", "////")),
+    ("work", lambda step: step.work_seconds, (BAR, "")),
+    ("waiting in norm layers", lambda step: step.norm_seconds or 0.0, (BLUE, "")),
+    ("waiting in DDP", lambda step: step.ddp_seconds or 0.0, (PAPER, "////")),
 )
 
 
-def _metric(comparison: Comparison) -> tuple[str, float, str]:
-    """The name of the metric, the factor that converts it to the unit shown, and the label."""
-    return ("accuracy", 100, "Test accuracy, %") if comparison.task.metric.share else ("loss", 1, "Test loss")
-
-
-def _finished(arm: ArmResult, metric: str) -> bool:
-    return bool(arm.seeds) and all(value is not None for value in arm.results)
-
-
-def _values(arm: ArmResult, metric: str, scale: float) -> list[float]:
-    return [value * scale for value in arm.results if value is not None]
-
-
-def _relative(error: MaxError | None) -> float | None:
-    return None if error is None else max(error.max_rel, _MIN_ERROR)
+def _relative(error: MaxError) -> float:
+    return max(error.max_rel, _MIN_ERROR)
 
 
 def _rounding_line(ax: Any) -> None:
-    ax.set_yscale("log")
-    ax.axhline(ROUNDING, color="#000000", linewidth=0.8, linestyle=(0, (1, 2)))
-    ax.text(0.99, ROUNDING * 1.3, "fp32 rounding", transform=ax.get_yaxis_transform(), ha="right", fontsize=7)
+    log_scale(ax.yaxis)
+    low, high = ax.get_ylim()
+    ax.set_ylim(min(low, ROUNDING / 100), max(high, ROUNDING * 100))
+    ax.axhline(ROUNDING, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
+    ax.text(0.99, ROUNDING * 1.3, "fp32 rounding", transform=ax.get_yaxis_transform(), ha="right", fontsize=7.5)
 
 
-def _line_style(name: str) -> dict[str, Any]:
-    marker, line, color = _STYLES.get(name, _OTHER_STYLE)
-    return {"label": name, "marker": marker, "linestyle": line, "color": color, "markersize": 4.5, "linewidth": 1.4}
+def _listed(pairs: Sequence[tuple[str, str]]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in pairs)
 
 
-def _bar(color: str, hatch: str) -> dict[str, Any]:
-    return {"color": color, "hatch": hatch, "edgecolor": "#000000", "linewidth": 0.6}
-
-
-def _svg(draw: Callable[[Any], None], height: float = _HEIGHT_INCHES, legend: bool = True) -> str:
-    svg = BytesIO()
-    style = {"font.size": 8.5, "hatch.linewidth": 0.6, "svg.fonttype": "path"}
-    with figure(svg, (_WIDTH_INCHES, height), style, "constrained", format="svg", metadata={"Date": None}) as drawn:
-        ax = drawn.subplots()
-        draw(ax)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(axis="both", color="#dddddd", linewidth=0.6)
-        ax.set_axisbelow(True)
-        handles, labels = ax.get_legend_handles_labels()
-        if legend and handles:
-            drawn.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=7.5)
-    return svg.getvalue().decode()
+def _text(value: float) -> str:
+    return f"{value:.4g}"

@@ -224,7 +224,7 @@ def _equality(rows: Sequence[StudyRow]) -> str:
 def views(rows: Sequence[StudyRow]) -> list[View]:
     """Speed-up by model and batch size, one view per memory format."""
     return [
-        View(f"Speed-up by folding, {name}", SPEEDUP, "model", "batch", {"format": name}, unit="number")
+        View(f"Speed-up by folding, {name}", SPEEDUP, "model", "batch", {"format": name}, unit="ratio")
         for name in levels(rows, "format")
     ]
 

@@ -69,7 +69,8 @@ class View:
         lines: name of the condition that varies over the table's rows and the plot's lines.
         across: name of the condition that varies over the table's columns and the plot's x axis.
         where: only rows with these conditions are shown.
-        unit: ``"percent"`` shows 0.5 as 50; ``"number"`` shows it unchanged.
+        unit: ``"percent"`` shows 0.5 as 50; ``"number"`` shows it unchanged, from zero on; ``"ratio"`` likewise, but
+            beside 1.
         scale: of the x axis; ``"category"`` is for values that are not numbers.
     """
 
@@ -78,7 +79,7 @@ class View:
     lines: str
     across: str
     where: Condition
-    unit: Literal["percent", "number"] = "percent"
+    unit: Literal["percent", "number", "ratio"] = "percent"
     scale: Literal["log", "linear", "category"] = "category"
 
     def shows(self, row: StudyRow) -> bool:
