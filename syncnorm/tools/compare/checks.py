@@ -199,8 +199,12 @@ def _checked_batch(problem: Problem, data: Any, size: int, name: str) -> Any:
 
 def _try_workers(problem: Problem, train: Any, settings: CompareSettings, name: str) -> None:
     part = slice(0, settings.batch_per_rank)
-    with _raising_input_error(f"{name}: cannot be loaded with --num-workers {settings.num_workers}:"):
+    try:
         Batches(train, settings.global_batch, part, settings.seeds[0], problem.collate, settings.num_workers).next()
+    except Exception as error:  # of a worker, with its traceback; or the data set does not pickle
+        *_, last = str(error).strip().splitlines() or [""]
+        why = last if last.startswith(type(error).__name__) else f"{type(error).__name__}: {last}"
+        raise InputError(f"{name}: cannot be loaded with --num-workers {settings.num_workers}: {why}") from error
 
 
 @contextmanager

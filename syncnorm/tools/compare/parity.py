@@ -133,7 +133,10 @@ def measure_parity(step: int, ours: Snapshot, reference: Snapshot, layers: Seque
     by_layer = tuple(
         LayerParity(
             layer,
-            *(_max_error(ours.of_layer(k, layer), reference.of_layer(k, layer), floors[k]) for k in KINDS),
+            *(
+                _max_error(*_common_rows(ours.of_layer(kind, layer), reference.of_layer(kind, layer)), floors[kind])
+                for kind in KINDS
+            ),
         )
         for layer in layers
     )
@@ -155,6 +158,12 @@ def measure_parity(step: int, ours: Snapshot, reference: Snapshot, layers: Seque
         note=_note(ours.tensors["gradients"], reference.tensors["gradients"], factor, world_size),
         layers=by_layer,
     )
+
+
+def _common_rows(ours: Tensors, reference: Tensors) -> tuple[Tensors, Tensors]:
+    """Both cut to the first rows that both have: samples may differ in their rows, such as frames or boxes."""
+    rows = {name: min(len(t), len(reference[name])) for name, t in ours.items() if name in reference and t.dim()}
+    return tuple({n: t[: rows.get(n)] if t.dim() else t for n, t in each.items()} for each in (ours, reference))  # type: ignore[return-value]  # two
 
 
 def _note(ours: Tensors, reference: Tensors, factor: float | None, world_size: int) -> str | None:

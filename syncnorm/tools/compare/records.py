@@ -80,9 +80,18 @@ class Parity:
 
     @property
     def within_rounding(self) -> bool:
-        """Whether outputs, weights and running statistics match those of ``single`` to fp32 rounding."""
-        errors = (self.output, self.params, self.running_mean, self.running_var)
+        """Whether outputs, updates and running statistics match those of ``single`` to fp32 rounding."""
+        errors = (self.output, self.update, self.running_mean, self.running_var)
         return all(error is not None and error.max_rel <= ROUNDING for error in errors)
+
+    @property
+    def update(self) -> MaxError | None:
+        """The error of the weights, or of the gradients if that is smaller.
+
+        Adam turns a gradient that is rounding alone, as of a bias before a batch norm, into a whole step.
+        """
+        known = [error for error in (self.params, self.gradients) if error is not None]
+        return min(known, key=lambda error: error.max_rel, default=None)
 
     @property
     def first_divergent_layer(self) -> str | None:

@@ -199,10 +199,11 @@ def _correctness(arms: Mapping[str, ArmResult]) -> Iterator[str]:
     if first.note:
         yield f"With SyncBN, {first.note}."
     if first.within_rounding:
-        errors = (first.output, first.params, first.running_mean, first.running_var)
+        errors = (first.output, first.update, first.running_mean, first.running_var)
         largest = max(error.max_rel for error in errors if error)
+        updated = "weights" if first.update == first.params else "gradients"
         yield (
-            f"SyncBN is correct here: in step 1, outputs, weights and running statistics match those of the single "
+            f"SyncBN is correct here: in step 1, outputs, {updated} and running statistics match those of the single "
             f"process to {largest:.0e}, which is fp32 rounding."
         )
     elif first.first_divergent_layer is not None:

@@ -1,0 +1,216 @@
+"""What does not fit is said in one line before anything is started: what came, and what to do."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import user_jobs
+from torch import Tensor, nn
+from torch.utils.data import get_worker_info
+
+from syncnorm.errors import InputError
+from syncnorm.tools.compare import Metric, run
+
+
+def net():
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    )
+
+
+def items(make):
+    return [make(i) for i in range(16)], [make(i) for i in range(4)]
+
+
+def images():
+    return items(lambda i: (torch.randn(1, 6, 6), i % 3))
+
+
+def ragged():
+    return items(lambda i: (torch.randn(1, 6 + i % 3, 6), i % 3))
+
+
+def boxes():
+    return items(lambda i: (torch.randn(1, 6, 6), {"boxes": torch.zeros(i % 3, 4), "labels": torch.zeros(i % 3)}))
+
+
+def stacked_boxes():
+    return items(lambda i: (torch.randn(1, 6, 6), {"boxes": torch.zeros(1, 4)}))
+
+
+def dicts():
+    return items(lambda i: {"image": torch.randn(1, 6, 6), "label": i % 3})
+
+
+class OnlyHere(list):
+    def __getitem__(self, index):
+        if get_worker_info() is not None:
+            raise TypeError("cannot be pickled")
+        return super().__getitem__(index)
+
+
+def only_here():
+    return tuple(OnlyHere(part) for part in images())
+
+
+def as_dict(batch):
+    return {"image": torch.stack([item[0] for item in batch])}
+
+
+def loss_of(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def nothing(model, batch):
+    model(batch[0])
+
+
+def vector(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def texts(model, batch):
+    return {"loss_a": loss_of(model, batch), "note": "fine"}
+
+
+def bad_key(model, batch):
+    return loss_of(model, (batch["image"], batch["target"]))
+
+
+def of_constants(model, batch):
+    return torch.tensor(1.0)
+
+
+def one_argument(batch):
+    return batch
+
+
+def only_in_training(model, batch):
+    return {"loss": loss_of(model, batch)} if model.training else [model(batch[0])]
+
+
+def by_itself(model, batch, optimizers):
+    loss = loss_of(model, batch)
+    loss.backward()
+    optimizers.step()
+    return loss
+
+
+def records_nothing(model, batch, optimizers):
+    by_itself(model, batch, optimizers)
+
+
+def mean(model, batch) -> Tensor:
+    return (model(batch[0]).argmax(1) == batch[1]).float().mean()
+
+
+def not_finite(model, batch):
+    return torch.full((len(batch[0]),), float("nan"))
+
+
+def broken(model, batch):
+    raise KeyError("boxes")
+
+
+def no_direction(model, batch):
+    return torch.ones(len(batch[0]))
+
+
+mean.higher_is_better = not_finite.higher_is_better = broken.higher_is_better = True
+
+
+class WithoutCompute:
+    higher_is_better = True
+
+    def update(self, model, batch):
+        model(batch[0])
+
+
+def no_optimizer(model):
+    return list(model.parameters())
+
+
+def returns_none(model):
+    pass
+
+
+def refuses(model):
+    return torch.optim.SGD([], lr=0.1)
+
+
+def edits_nothing(model):
+    return "a model"
+
+
+def fails(model):
+    raise AttributeError("no backbone")
+
+
+STEP = {"step": loss_of}
+REFUSED = [
+    (
+        {"datasets": ragged},
+        r"items cannot be collated into a batch \(write a function of a list of items, and pass it",
+    ),
+    (
+        {"datasets": boxes},
+        r"items cannot be collated into a batch \(write a function .* with --collate\): RuntimeError",
+    ),
+    ({"datasets": stacked_boxes}, "cross-entropy needs .* tensors, got Tensor and dict: pass a loss .* --step"),
+    ({"datasets": dicts}, r"items must be \(input, target\), got dict: say how to train on them with --step"),
+    ({"collate": as_dict}, r"batches must be \(inputs, targets\), got dict from .*as_dict: say how .* --step"),
+    ({"step": nothing}, "the step .*nothing returned None: expected a scalar tensor, a dict of them, or an output"),
+    ({"step": vector}, r"the step .*vector returned float32 of shape \(8,\): expected a scalar, the mean"),
+    ({"step": texts}, r"the step .*texts: \['note'\] returned str: expected a scalar tensor"),
+    ({"step": bad_key}, r"the step .*bad_key raised in training: TypeError"),
+    ({"step": of_constants}, "the step .*of_constants raised in training: RuntimeError.*does not require grad"),
+    ({"step": one_argument}, r"the step .*one_argument has 1 parameter: expected \(model, batch\)"),
+    ({"step": loss_of, "loss": F.cross_entropy}, "computes the loss itself: leave out the loss"),
+    (
+        {"step": only_in_training},
+        "gives no loss in tests .*in eval mode, .* returned list.*: pass a metric with --metric",
+    ),
+    ({"step": by_itself}, r"gives no loss in tests \(it trains by itself\): pass a metric with --metric"),
+    ({"step": by_itself, "metric": "loss"}, "gives no loss in tests"),
+    ({"step": records_nothing, "metric": mean}, "the step .*records_nothing returned None"),
+    ({"step": by_itself, "metric": "accuracy", "accumulate": 2}, "trains by itself: leave out --accumulate"),
+    ({"step": by_itself, "metric": "accuracy", "amp": "float16"}, "without loss scaling: use --amp bfloat16"),
+    ({"metric": "mIoU"}, "no metric is called 'mIoU': did you mean miou"),
+    ({"metric": mean}, "the metric mean returned 1 values for 2 samples: expected one for each sample"),
+    ({"metric": not_finite}, "the metric not_finite returned nan: expected finite values"),
+    ({"metric": Metric(mean, "share", share=True)}, "the metric share returned 1 values for 2 samples"),
+    ({"metric": broken}, "the metric broken raised KeyError: 'boxes'"),
+    (
+        {"metric": no_direction},
+        "no_direction does not say its direction: set no_direction.higher_is_better to True or",
+    ),
+    ({"metric": WithoutCompute}, "the metric WithoutCompute raised AttributeError: .*compute"),
+    ({"optimizer": no_optimizer}, r"no_optimizer returned Parameter: expected a torch\.optim\.Optimizer"),
+    ({"optimizer": returns_none}, r"returns_none returned None: expected a torch\.optim\.Optimizer"),
+    ({"optimizer": refuses}, "refuses raised ValueError: optimizer got an empty parameter list"),
+    (
+        {"datasets": only_here, "num_workers": 1},
+        "cannot be loaded with --num-workers 1: TypeError: .*cannot be pickled",
+    ),
+    ({"amp": "half"}, "amp must be bfloat16 or float16, got 'half'"),
+    ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
+    ({"eval_batch": 0}, "eval_batch must be at least 1, got 0"),
+    ({"arms": ["ddp+syncbn:3"]}, r"arm ddp\+syncbn:3: 2 ranks cannot be divided into groups of 3"),
+    ({"arms": ["ddp+syncbn:x"]}, r"expected the number of ranks in a group, such as ddp\+syncbn:8"),
+    ({"arms": ["user_jobs:with_nothing"]}, "--arms user_jobs:with_nothing: user_jobs has no 'with_nothing'"),
+    ({"arms": [f"{__name__}:edits_nothing"]}, "expected a model, or None after an edit in place, got str"),
+    ({"arms": [f"{__name__}:fails"]}, "arm .*:fails raised AttributeError: no backbone"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=lambda value: str(value)[:40])
+def test_one_line_says_what_came_and_what_to_do(arguments, message):
+    given = {"build_model": net, "datasets": images, **arguments}
+    with pytest.raises(InputError, match=message) as raised:
+        run(**given)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 500
+
+
+def test_the_user_may_forget_the_collate_function_of_a_step():
+    with pytest.raises(InputError, match="user_jobs:two_view_step raised in training: AttributeError"):
+        run(user_jobs.two_views, user_jobs.pairs, step=user_jobs.two_view_step)
