@@ -14,8 +14,8 @@ trains other weights, another test set has other hard samples. The interval cont
    parts are added in squares (MOVER).
 
 The interval always contains the mean of the seeds' differences, which log-odds do not ensure if some seeds failed to
-train. The sentence follows from the interval alone: it excludes zero, or it is within the margin of equivalence on both
-sides (two one-sided tests), or nothing is decided.
+train. The sentence follows from the interval alone: it excludes zero, or it is within the margin of equivalence on
+both sides (two one-sided tests), or nothing is decided.
 
 Sources: Clark, "The language-as-fixed-effect fallacy", 1973 (two crossed samples); Owen, "The pigeonhole bootstrap",
 2007; Bonett and Price, "Adjusted Wald confidence interval for a difference of binomial proportions based on paired
