@@ -1,5 +1,7 @@
 """The study of folding: every norm of its networks folds, its timing is right, its findings follow from the rows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from syncnorm.tools.study.fold import (
     LAYERS,
     MAX_DIFFERENCE,
     MODELS,
+    QUESTION,
     SAME,
     SPEEDUP,
     UNFOLDED,
@@ -69,16 +72,21 @@ def rows(speed=lambda model, name, batch, seed: 1.2 + seed / 100, difference=3e-
     return made
 
 
+RULE = QUESTION.rule
+
+
 def test_findings_where_folding_is_faster_everywhere():
-    found = find(rows())
+    found = find(rows(), RULE)
     assert found[0] == (
         "All batch norms are folded; outputs differ by at most 3e-07 of the largest, and all predictions stay the "
         "same."
     )
-    assert found[1] == "Speed-up by folding, plain, batch size 1: 1.21 ± 0.01 contiguous, 1.21 ± 0.01 channels last."
-    assert found[-1].startswith(
-        "Folding is faster in 12 of 12 cases; the largest speed-up is 1.21 (plain, batch size 1, contiguous)."
+    assert found[1] == (
+        "Speed-up by folding (95% intervals), plain, batch size 1: 1.21 (1.19 to 1.23) contiguous, "
+        "1.21 (1.19 to 1.23) channels last."
     )
+    assert found[-2] == ("The largest speed-up by folding is 1.21 (1.19 to 1.23) (plain, batch size 1, contiguous).")
+    assert found[-1].startswith("The claim that folding makes inference faster holds here: supported by 12,")
 
 
 def test_findings_where_it_is_slower_or_the_seeds_disagree():
@@ -89,13 +97,22 @@ def test_findings_where_it_is_slower_or_the_seeds_disagree():
             1.5 + seed / 100 if (model, name, batch) == ("ResNet-18-like", "channels last", 32) else 0.9 + seed / 10
         )
 
-    found = find(rows(speed, same=0.75, unfolded=1))
+    found = find(rows(speed, same=0.75, unfolded=1), RULE)
     assert found[0].startswith("9 of 36 batch norms are not folded;")
     assert found[0].endswith("in the worst network 75.0 % of the predictions stay the same.")
-    assert "0.81 ± 0.01 contiguous (slower)" in found[1]
-    assert "(the seeds do not agree)" in found[3]
-    assert found[-1] == (
-        "Folding is faster in 1 of 12 cases; the largest speed-up is 1.51 "
-        "(ResNet-18-like, batch size 32, channels last)."
+    assert "0.81 (0.79 to 0.83, slower) contiguous" in found[1]
+    assert "1.00 (0.75 to 1.25, undecided: about " in found[3]
+    assert found[-2].startswith(
+        "The largest speed-up by folding is 1.51 (1.49 to 1.53) (ResNet-18-like, batch size 32,"
     )
-    assert find(rows(lambda *_: 1.0))[-1] == "In none of 12 cases do the seeds agree that folding is faster."
+    assert found[-1].endswith(
+        "holds in part here: supported by 1, contradicted by 4 and left open by 7 of 12 comparisons."
+    )
+    equal = find(rows(lambda *_: 1.0), RULE)
+    assert "1.00 (1.00 to 1.00, equally fast within 0.02) contiguous" in equal[1]
+    assert equal[-1].startswith("The claim that folding makes inference faster does not hold here")
+
+
+def test_the_margin_of_a_speed_up_is_in_percent():
+    found = find(rows(lambda model, name, batch, seed: 0.95 + seed / 20), replace(RULE, margin=13))
+    assert "1.00 (0.88 to 1.12, equally fast within 0.13)" in found[1]

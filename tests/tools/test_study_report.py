@@ -7,35 +7,17 @@ from pathlib import Path
 import pytest
 from pictures import recorded_pictures
 from rich.console import Console
-from study_rows import by_size, rows
+from study_rows import by_hand, rows
 
-from syncnorm.tools.common.provenance import Hardware
 from syncnorm.tools.report.study_plot import write_plot
 from syncnorm.tools.report.study_text import markdown, print_study
-from syncnorm.tools.study import STUDIES, Study, StudySettings, View, batch_size
+from syncnorm.tools.study import STUDIES, View
 from syncnorm.tools.study.experiment import DATA_NOTE
 
 
 @pytest.fixture
 def study():
-    made = tuple(by_size({1: (0.9, 0.91, 0.92, 0.93, 0.94, 0.95), 16: (0.9, 0.9, 0.92, 0.91, 0.9, 0.9)}))
-    question = STUDIES["batch-size"]
-    return Study(
-        question=question.question,
-        claim=question.claim,
-        settings=StudySettings("batch-size", 2, 3, 40),
-        notes={"data": "digits"},
-        rows=made[:-3],  # the last cell is missing
-        views=(*question.views(made), View("By norm", "accuracy", "images a rank", "norm", {"norm": "GN"}, "number")),
-        findings=tuple(batch_size.find(made)),
-        hardware=Hardware("cpu", "A processor", "gloo", 2, 1),
-        syncnorm_version="0.1.0",
-        torch_version="2.13.0",
-        python_version="3.11",
-        date="2024-01-01T00:00:00+00:00",
-        command="syncnorm study batch-size",
-        wall_seconds=61.0,
-    )
+    return by_hand()
 
 
 @pytest.mark.parametrize("width", [80, 100])

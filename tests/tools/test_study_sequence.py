@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from study_rows import accuracy_row
 
+from syncnorm.tools.common.decision import Rule
 from syncnorm.tools.study.experiment import SIDE, load_images
 from syncnorm.tools.study.records import StudyRow, StudySettings
 from syncnorm.tools.study.sequence import (
@@ -77,48 +79,58 @@ def rows(**accuracies):
         found = accuracies.get(key, [[0.9] * 3] * 2)
         for padding, by_seed in zip(("to the longest", "to 24"), found, strict=True):
             condition = {"norm": norm, "padding": padding, "lr": 0.2}
-            made += [StudyRow(condition, seed, "accuracy", value) for seed, value in enumerate(by_seed)]
+            made += [accuracy_row(condition, seed, value) for seed, value in enumerate(by_seed)]
             made += [StudyRow(condition, seed, "padding", 0.5) for seed in range(3)]
     return made
 
 
 WORSE = [0.80, 0.81, 0.82]
+RULE = Rule()
 
 
 def test_findings_where_padding_costs_batch_norm_what_a_mask_restores():
-    found = find(rows(bn=[[0.9] * 3, WORSE], sync=[[0.9] * 3, WORSE]))
-    assert 'BN compared with LN, by padding, in percentage points: worse at "to 24" (-9.0 ± 0.6)' in found[0]
+    found = find(rows(bn=[[0.9] * 3, WORSE], sync=[[0.9] * 3, WORSE]), RULE)
     assert (
-        'Masked SyncBN compared with SyncBN, by padding, in percentage points: better at "to 24" (+9.0 ± 0.6)'
-        in found[1]
+        'LN compared with BN, by padding, in percentage points (95% intervals): better at "to 24" by 9.0 ('
+        in found[0]
     )
-    assert found[2] == "BN padded to 24 reaches 81.0 % and padded to the longest 90.0 %: 9.0 ± 0.6 points worse."
-    assert found[-1] == (
-        "Where the seeds agree, out of 2 paddings: LN is better than BN at 1 and worse at 0; masked SyncBN is better "
-        "than SyncBN, whose statistics include the padding, at 1 and worse at 0."
+    assert 'equivalent within 0.5 at "to the longest" (' in found[0]
+    assert (
+        "Masked SyncBN compared with SyncBN, by padding, in percentage points (95% intervals): better at" in found[1]
     )
+    assert found[2].startswith(
+        "BN padded to 24 reaches 81.0 % and padded to the longest 90.0 %: worse by 9.0 points ("
+    )
+    claims = ("LN is better than BN on padded", "masked SyncBN is better than SyncBN, whose statistics include the")
+    for claim, says in zip(claims, found[-2:], strict=True):
+        assert says.startswith(f"The claim that {claim}")
+        assert says.endswith(
+            "holds in part here: supported by 1, contradicted by 1 and left open by 0 of 2 comparisons."
+        )
 
 
 def test_findings_where_the_opposite_holds():
-    found = find(rows(layer=[WORSE, WORSE[::-1]], masked=[WORSE, WORSE]))
-    assert 'better at "to the longest" (+9.0 ± 0.6) and "to 24" (+9.0 ± 0.6)' in found[0]
+    found = find(rows(layer=[WORSE, WORSE[::-1]], masked=[WORSE, WORSE]), RULE)
+    assert 'worse at "to the longest" by 9.0 (' in found[0]
+    assert '"to 24" by 9.0 (' in found[0]
     assert 'worse at "to the longest"' in found[1]
-    assert found[-2] == (
+    assert found[-3] == (
         "Padding changes the accuracy of a run by at most 0.0 points with masked SyncBN "
         "and by at most 2.0 points with LN."
     )
-    assert found[-1] == (
-        "Where the seeds agree, out of 2 paddings: LN is better than BN at 0 and worse at 2; masked SyncBN is better "
-        "than SyncBN, whose statistics include the padding, at 0 and worse at 2."
-    )
+    assert all("does not hold here: supported by 0, contradicted by 2" in claim for claim in found[-2:])
 
 
 def test_seeds_that_do_not_agree_make_no_finding():
     split = [0.8, 0.95, 0.9]
-    found = find(rows(bn=[split, split], masked=[split, split]))
-    assert 'the seeds do not agree at "to the longest" and "to 24"' in found[0]
-    assert found[-1].count(" at 0") == 4
-    assert "do not agree on a difference" in find(rows(bn=[[0.9] * 3, split]))[2]
+    found = find(rows(bn=[split, split], masked=[split, split]), RULE)
+    assert 'undecided at "to the longest" (' in found[0]
+    assert "better" not in found[0]
+    assert "worse" not in found[0]
+    assert all(
+        "is undecided here: supported by 0, contradicted by 0 and left open by 2" in each for each in found[-2:]
+    )
+    assert "%: undecided, " in find(rows(bn=[[0.9] * 3, split]), RULE)[2]
 
 
 def test_a_quick_run_tunes_no_learning_rates():

@@ -251,7 +251,7 @@ def _parity(output=EXACT, params=EXACT, stats=EXACT, note=None):
         LayerParity("a", EXACT, EXACT, EXACT, EXACT, EXACT),
         LayerParity("b", output, EXACT, EXACT, stats, stats),
     )
-    return (Parity(1, output, EXACT, params, stats, stats, 1.0, note, layers),)
+    return (Parity(1, output, params, params, stats, stats, 1.0, note, layers),)
 
 
 @pytest.mark.parametrize(

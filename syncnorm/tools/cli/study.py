@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from syncnorm.tools.cli.results import Results
+from syncnorm.tools.common.decision import DEFAULT_MARGIN_PERCENT, DEFAULT_MARGIN_POINTS
 from syncnorm.tools.common.ranks import DEFAULT_RANKS
 from syncnorm.tools.common.records import write_json
 from syncnorm.tools.report.consoles import PlainTable, console
@@ -36,6 +37,7 @@ def _command(question: Question) -> click.Command:
         ranks: int | None,
         seeds: int | None,
         steps: int | None,
+        margin: float | None,
         quick: bool,
         json_file: Path | None,
         plot_file: Path | None,
@@ -50,6 +52,7 @@ def _command(question: Question) -> click.Command:
                 seeds=seeds,
                 steps=steps,
                 quick=quick,
+                margin=margin,
                 progress=counted_on_stderr,
                 keep=results.keep,
             )
@@ -60,6 +63,7 @@ def _command(question: Question) -> click.Command:
         click.option("--ranks", type=int, metavar="N", help=f"Ranks to start, {DEFAULT_RANKS} by default."),
         click.option("--seeds", type=int, metavar="N", help=f"Runs of each condition, {question.seeds} by default."),
         click.option("--steps", type=int, metavar="N", help=f"{question.steps_help}, {question.steps} by default."),
+        click.option("--margin", type=float, metavar="X", help=_margin(question)),
         click.option("--quick", is_flag=True, help="A short run to check that it works; its findings mean little."),
         click.option("--json", "json_file", type=_FILE, metavar="FILE", help="Also write the record to FILE."),
         click.option("--plot", "plot_file", type=_FILE, metavar="FILE.png", help="Also plot it."),
@@ -69,6 +73,13 @@ def _command(question: Question) -> click.Command:
         call = option(call)
     text = f"{question.question}\n\n{question.claim.source}: {question.claim.text}"
     return click.command(question.name, short_help=question.about, help=text)(call)
+
+
+def _margin(question: Question) -> str:
+    unit, default = "percent", DEFAULT_MARGIN_PERCENT
+    if question.rule.share:
+        unit, default = "percentage points", DEFAULT_MARGIN_POINTS
+    return f"Largest difference that does not matter, in {unit}; {default:g} by default."
 
 
 def _require_matplotlib(plot_file: Path | None) -> None:

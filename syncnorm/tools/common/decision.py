@@ -13,8 +13,9 @@ trains other weights, another test set has other hard samples. The interval cont
 4. The residual of the two-way layout is part of both, and is subtracted once. The half-widths of the independent
    parts are added in squares (MOVER).
 
-The sentence follows from the interval alone: it excludes zero, or it is within the margin of equivalence on both
-sides (two one-sided tests), or nothing is decided.
+The interval always contains the mean of the seeds' differences, which log-odds do not ensure if some seeds failed to
+train. The sentence follows from the interval alone: it excludes zero, or it is within the margin of equivalence on
+both sides (two one-sided tests), or nothing is decided.
 
 Sources: Clark, "The language-as-fixed-effect fallacy", 1973 (two crossed samples); Owen, "The pigeonhole bootstrap",
 2007; Bonett and Price, "Adjusted Wald confidence interval for a difference of binomial proportions based on paired
@@ -28,10 +29,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import exp, inf, log, sqrt
-from statistics import fmean, variance
+from functools import lru_cache
+from math import exp, inf, isfinite, log, sqrt
+from statistics import fmean
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 # Of a decision that is wrong: "better" or "worse" without a difference, "equivalent" beyond the margin.
@@ -84,10 +87,12 @@ class Rule:
         """``ours - other``, positive if ours is better.
 
         Raises:
-            ValueError: the two do not have the same seeds, or none.
+            ValueError: the two do not have the same seeds, or none, or a result is not finite.
         """
         if not ours.by_seed or len(ours.by_seed) != len(other.by_seed):
             raise ValueError(f"expected results of the same seeds, got {len(ours.by_seed)} and {len(other.by_seed)}")
+        if not all(isfinite(result) for result in (*ours.by_seed, *other.by_seed)):
+            raise ValueError(f"expected finite results, got {ours.by_seed} and {other.by_seed}")
         if self.margin is not None:
             margin = self.margin if self.share else abs(fmean(other.by_seed)) * self.margin / 100
         elif self.share:
@@ -227,7 +232,10 @@ class _UnitMoments:
 
 
 def _unit_moments(ours: Scores, other: Scores, share: bool) -> _UnitMoments:
-    """From the units that both arms have; else the variance of two independent binomials, which is an upper bound."""
+    """From the units that both arms have; else, for shares, that of two independent binomials.
+
+    The latter is more if both arms find the same samples hard. Other results without units vary by seed only.
+    """
     if ours.units_SU is None or other.units_SU is None or ours.units_SU.shape != other.units_SU.shape:
         n = ours.num_samples
         smoothed = [(fmean(each.by_seed) * n + 1) / (n + 2) for each in (ours, other)] if share else []
@@ -261,7 +269,8 @@ class _Spread:
 
     @classmethod
     def of(cls, moved: Sequence[float], units: _UnitMoments, slope: float, seeds: int, samples: int) -> _Spread:
-        per_seed = variance(moved) if seeds > 1 else inf
+        # Not statistics.variance, which raises where the square of a huge loss overflows.
+        per_seed = float(torch.tensor(moved, dtype=torch.float64).var()) if seeds > 1 else inf
         between, residual = units.between * slope**2, units.residual * slope**2
         return cls(per_seed, between, residual, units.degrees, seeds, samples)
 
@@ -279,6 +288,7 @@ class _Spread:
         return max(independent, t_samples * sqrt(own_samples + residual))
 
 
+@lru_cache(maxsize=1024)
 def _t(level: float, degrees: float) -> float:
     from scipy.special import stdtrit
 
@@ -288,21 +298,23 @@ def _t(level: float, degrees: float) -> float:
 def _difference(
     by_seed: tuple[float, ...], moved: float, spread: _Spread, scale: _Plain | _LogOdds, margin: float, level: float
 ) -> Difference:
-    def kind(seeds: int, samples: int) -> Kind:
+    mean = fmean(by_seed)
+
+    def interval(seeds: int, samples: int) -> tuple[float, float]:
         half = spread.half_width(level, seeds, samples)
-        return _kind(scale.shown(moved - half), scale.shown(moved + half), margin)
+        return min(mean, scale.shown(moved - half)), max(mean, scale.shown(moved + half))
+
+    def kind(seeds: int, samples: int) -> Kind:
+        return _kind(*interval(seeds, samples), margin)
 
     seeds, samples = spread.seeds, spread.samples
-    half = spread.half_width(level, seeds, samples)
     more_seeds: int | None = 0
     more_samples: int | None = 0
     if kind(seeds, samples) == "undecided":
         enough = range(max(2, seeds + 1), MAX_SEEDS + 1)
         more_seeds = next((s - seeds for s in enough if kind(s, samples) != "undecided"), None)
         more_samples = _first_enough(lambda n: kind(seeds, n) != "undecided", samples)
-    return Difference(
-        by_seed, scale.shown(moved - half), scale.shown(moved + half), margin, level, more_seeds, more_samples
-    )
+    return Difference(by_seed, *interval(seeds, samples), margin, level, more_seeds, more_samples)
 
 
 def _first_enough(decides: Callable[[int], bool], samples: int) -> int | None:

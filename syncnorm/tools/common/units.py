@@ -18,7 +18,7 @@ def encode(values: Sequence[float] | Tensor) -> str:
         >>> encode([0.0, 1.0, 1.0]), encode([0.25, 1.0])
         ('011', '0.25 1 ')
     """
-    numbers = [float(value) for value in values]
+    numbers = torch.as_tensor(values, dtype=torch.float64).tolist()
     if all(number in (0.0, 1.0) for number in numbers):
         return "".join(str(int(number)) for number in numbers)
     return "".join(f"{number:{_FORMAT}} " for number in numbers)
@@ -31,4 +31,5 @@ def decode(text: str) -> Tensor:
         >>> decode("011").tolist()
         [0.0, 1.0, 1.0]
     """
-    return torch.tensor([float(part) for part in (text.split() if " " in text else text)], dtype=torch.float64)
+    numbers = map(float, text.split()) if " " in text else (digit - ord("0") for digit in text.encode())
+    return torch.tensor(list(numbers), dtype=torch.float64)

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from syncnorm.tools.common.decision import Difference, Rule
 from syncnorm.tools.common.progress import Tell
 from syncnorm.tools.common.ranks import Ranks
-from syncnorm.tools.common.stats import PairedDifference
 from syncnorm.tools.study.experiment import (
     COSINE_NOTE,
     DATA_NOTE,
@@ -17,15 +17,15 @@ from syncnorm.tools.study.experiment import (
     NUM_GROUPS,
     WIDTHS,
     Recipe,
-    accuracy,
     batches,
     build_net,
+    correct,
     fit,
     load_images,
     net_note,
     with_norm,
 )
-from syncnorm.tools.study.findings import agreed_sign, by_level, difference, joined, levels, points, values
+from syncnorm.tools.study.findings import Runs, by_level, difference, levels, runs, support, verdict
 from syncnorm.tools.study.records import Claim, Outcome, Question, StudyRow, StudySettings, Value, View
 from syncnorm.tools.study.trials import (
     FIRST_TUNING_SEED,
@@ -77,14 +77,14 @@ def train(trial: Trial, ranks: Ranks, together: bool) -> list[StudyRow]:
     recipe = Recipe(trial.lr * global_batch / RATE_IMAGES, trial.steps)
     fit(module, batches(images.train_x, images.train_y, global_batch, trial.seed, part), recipe)
     if trial.tuning:
-        return [trial.row(VALIDATION_ACCURACY, accuracy(model, images.validation_x, images.validation_y))]
-    row = trial.row("accuracy", accuracy(model, images.test_x, images.test_y))
+        return [trial.accuracy(VALIDATION_ACCURACY, correct(model, images.validation_x, images.validation_y))]
+    row = trial.accuracy("accuracy", correct(model, images.test_x, images.test_y))
     if norm != "BN":
         return [row]
     data = batches(images.train_x, images.train_y, global_batch, trial.seed, part)
     recalibrate(model, (x for x, _ in data), RECALIBRATION_IMAGES // size)
-    recalibrated = accuracy(model, images.test_x, images.test_y)
-    return [row, StudyRow({**row.condition, "norm": RECALIBRATED}, row.seed, "accuracy", recalibrated)]
+    recalibrated = correct(model, images.test_x, images.test_y)
+    return [row, StudyRow.of_images({**row.condition, "norm": RECALIBRATED}, row.seed, "accuracy", recalibrated)]
 
 
 def _trials(trials: Iterable[Trial]) -> Trials:
@@ -156,37 +156,32 @@ def _notes(settings: StudySettings, rates: _Rates) -> dict[str, str]:
     }
 
 
-def find(rows: Sequence[StudyRow]) -> list[str]:
+def find(rows: Sequence[StudyRow], rule: Rule) -> list[str]:
     """Where local BN falls behind, where GN overtakes it, what recalibration gains, what small batches cost."""
     measured = [row for row in rows if row.measure == "accuracy"]
     sizes = sorted(levels(measured, SIZE), key=float)
 
-    def at(norm: Value, size: Value) -> dict[int, float]:
-        return values(measured, "accuracy", **{"norm": norm, SIZE: size})
+    def at(norm: Value, size: Value) -> Runs:
+        return runs(measured, "accuracy", **{"norm": norm, SIZE: size})
 
-    def by_size(norm: str, other: str) -> dict[Value, PairedDifference]:
-        return {size: difference(at(norm, size), at(other, size)) for size in sizes}
+    def by_size(norm: str, other: str) -> dict[Value, Difference]:
+        return {size: difference(at(norm, size), at(other, size), rule) for size in sizes}
 
     smallest, largest = sizes[0], sizes[-1]
-    changes = {name: difference(at(name, smallest), at(name, largest)) for name in levels(measured, "norm")}
+    changes = {norm: difference(at(norm, smallest), at(norm, largest), rule) for norm in levels(measured, "norm")}
     return [
         *(by_level(norm, other, SIZE_TEXT, by_size(norm, other)) for norm, other in PAIRS),
-        f"From {largest} {SIZE_TEXT} to {smallest}, accuracy changes by "
-        + joined([f"{points(change)} ({name})" for name, change in changes.items()])
-        + " points (all sizes see the same number of images, so smaller batches take more steps).",
+        by_level(
+            *(f"a batch of {smallest} per rank", f"one of {largest} (as many images in fewer steps)", "norm"), changes
+        ),
         _verdict(by_size("GN", "BN")),
     ]
 
 
-def _verdict(gn_bn: Mapping[Value, PairedDifference]) -> str:
-    below = [agreed_sign(found) for size, found in gn_bn.items() if float(size) < CROSSING]
-    above = [agreed_sign(found) for size, found in gn_bn.items() if float(size) >= CROSSING]
-    ahead, behind = below.count(1), above.count(-1)
-    whole = ahead == len(below) and behind == len(above)
-    holds = "holds" if whole else "holds in part" if ahead + behind else "does not hold"
-    return (
-        f"The claim that GN overtakes BN below {CROSSING} {SIZE_TEXT} {holds} here: GN is ahead at {ahead} of the "
-        f"{len(below)} smaller sizes, and behind at {behind} of the {len(above)} others."
+def _verdict(gn_bn: Mapping[Value, Difference]) -> str:
+    return verdict(
+        f"GN is ahead of BN below {CROSSING} {SIZE_TEXT} and behind it from there on",
+        [support(found, "better" if float(size) < CROSSING else "worse") for size, found in gn_bn.items()],
     )
 
 

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm.comm.process_groups import no_sync_stats
 from syncnorm.tools.common.data_parallel import EmulatedDataParallel
+from syncnorm.tools.common.decision import Difference, Rule
 from syncnorm.tools.common.progress import Tell
 from syncnorm.tools.common.ranks import Ranks
 from syncnorm.tools.study.experiment import (
@@ -20,15 +21,26 @@ from syncnorm.tools.study.experiment import (
     WIDTHS,
     Images,
     Recipe,
-    accuracy,
     batches,
     build_net,
+    correct,
     fit,
     load_images,
     net_note,
     with_norm,
 )
-from syncnorm.tools.study.findings import by_level, difference, levels, values
+from syncnorm.tools.study.findings import (
+    Runs,
+    by_level,
+    difference,
+    ends,
+    levels,
+    number,
+    runs,
+    support,
+    verdict,
+    would_decide,
+)
 from syncnorm.tools.study.records import Claim, Outcome, Question, StudyRow, StudySettings, Value, View
 from syncnorm.tools.study.trials import (
     FIRST_TUNING_SEED,
@@ -57,9 +69,10 @@ DP, DDP, LAST, MERGED, RECALIBRATED, SYNC = (
 OWN_BUFFERS = "DDP, own buffers"
 # The findings compare the first of each pair with the second.
 PAIRS = ((DP, DDP), (DDP, SYNC), (MERGED, DDP), (RECALIBRATED, DDP), (MERGED, SYNC), (RECALIBRATED, SYNC))
+SHUFFLED = "shuffled"
 # Condition "images" -> an order of the training images, of which each rank trains on a contiguous part.
 ORDERS: dict[Value, Callable[[Images], Tensor]] = {
-    "shuffled": lambda images: torch.randperm(len(images.train_y), generator=torch.Generator().manual_seed(0)),
+    SHUFFLED: lambda images: torch.randperm(len(images.train_y), generator=torch.Generator().manual_seed(0)),
     "by brightness": lambda images: images.train_x.mean((1, 2, 3)).argsort(stable=True),
     "by digit": lambda images: images.train_y.argsort(stable=True),
 }
@@ -96,8 +109,9 @@ def train(trial: Trial, ranks: Ranks, together: bool) -> list[StudyRow]:
     inputs = [x for x, _ in (next(streams[ranks.rank]) for _ in range(RECALIBRATION_BATCHES))]
     if trial.tuning:
         recalibrate(model, inputs)
-        validated = accuracy(model, images.validation_x, images.validation_y)
-        return [StudyRow({"norm": _norm(arm), "lr": trial.lr}, trial.seed, VALIDATION_ACCURACY, validated)]
+        validated = correct(model, images.validation_x, images.validation_y)
+        condition: dict[str, Value] = {"norm": _norm(arm), "lr": trial.lr}
+        return [StudyRow.of_images(condition, trial.seed, VALIDATION_ACCURACY, validated)]
     return _tested(trial, model, images, inputs, ranks)
 
 
@@ -111,12 +125,14 @@ def _concatenated(streams: Sequence[Iterator[tuple[Tensor, Tensor]]]) -> Iterato
 
 
 def _tested(trial: Trial, model: nn.Module, images: Images, inputs: list[Tensor], ranks: Ranks) -> list[StudyRow]:
-    def tested(network: nn.Module) -> float:
-        return accuracy(network, images.test_x, images.test_y)
+    def tested(network: nn.Module) -> Tensor:
+        return correct(network, images.test_x, images.test_y)
 
-    def row(arm: Value, measure: str, value: float, **more: Value) -> StudyRow:
-        condition = {"arm": arm, "images": trial.condition["images"], **more}
-        return StudyRow(condition, trial.seed, measure, value)
+    def condition(arm: Value) -> dict[str, Value]:
+        return {"arm": arm, "images": trial.condition["images"]}
+
+    def accuracy(arm: Value, correct_N: Tensor) -> StudyRow:
+        return StudyRow.of_images(condition(arm), trial.seed, "accuracy", correct_N)
 
     arm = trial.condition["arm"]
     recalibrated = copy.deepcopy(model)
@@ -125,15 +141,18 @@ def _tested(trial: Trial, model: nn.Module, images: Images, inputs: list[Tensor]
         merged = copy.deepcopy(model)
         merge_buffers(merged)
         by_arm = {LAST: ranks.collect(tested(model))[-1], MERGED: tested(merged), RECALIBRATED: tested(recalibrated)}
-        return [row(name, "accuracy", value) for name, value in by_arm.items()]
+        return [accuracy(name, correct_N) for name, correct_N in by_arm.items()]
     of_this_rank = copy.deepcopy(model)
     with no_sync_stats():
         recalibrate(of_this_rank, inputs)
     by_rank = ranks.collect(distance(model, of_this_rank))
     distances = zip(REFERENCES, (by_rank[0], by_rank[-1], distance(model, recalibrated)), strict=True)
     return [
-        row(arm, "accuracy", tested(model)),
-        *(row(arm, "distance", value, **{"statistics of": reference}) for reference, value in distances),
+        accuracy(arm, tested(model)),
+        *(
+            StudyRow({**condition(arm), "statistics of": reference}, trial.seed, "distance", value)
+            for reference, value in distances
+        ),
     ]
 
 
@@ -151,7 +170,7 @@ def distance(model: nn.Module, reference: nn.Module) -> float:
 def _tuning(settings: StudySettings) -> Trials:
     return Trials(
         [
-            Trial({"arm": arm, "images": "shuffled"}, lr, FIRST_TUNING_SEED, settings.steps, tuning=True)
+            Trial({"arm": arm, "images": SHUFFLED}, lr, FIRST_TUNING_SEED, settings.steps, tuning=True)
             for arm in (DDP, SYNC)
             for lr in (RATES[1:2] if settings.quick else RATES)
         ]
@@ -199,34 +218,71 @@ def run(settings: StudySettings, ranks: Ranks, tell: Tell) -> Outcome:
     return Outcome([*tuned, *rows], notes)
 
 
-def find(rows: Sequence[StudyRow]) -> list[str]:
+def find(rows: Sequence[StudyRow], rule: Rule) -> list[str]:
     """Which statistics the buffers are closest to, how that affects accuracy, and what restores it."""
     orders = levels(rows, "images")
+    # With shuffled images, the statistics of all ranks are about the same.
+    unlike = [order for order in orders if order != SHUFFLED]
 
-    def at(arm: str, order: Value) -> dict[int, float]:
-        return values(rows, "accuracy", arm=arm, images=order)
+    def by_order(arm: str, other: str) -> dict[Value, Difference]:
+        accuracies = {
+            name: {order: runs(rows, "accuracy", arm=name, images=order) for order in orders} for name in (arm, other)
+        }
+        return {order: difference(accuracies[arm][order], accuracies[other][order], rule) for order in orders}
 
-    found = [
-        f"Images {order}, the statistics closest to the buffers (distances in standard deviations): "
-        f"{'; '.join(_closest(rows, arm, order) for arm in (DP, DDP, SYNC))}."
-        for order in orders
+    restored = by_order(RECALIBRATED, DDP)
+    return [
+        *(_nearest(rows, order) for order in orders),
+        *(by_level(arm, other, "images", by_order(arm, other)) for arm, other in PAIRS),
+        verdict(
+            f"{DP} and {DDP} keep the statistics of rank 0, where those of the ranks differ,",
+            [
+                support(found, "better")
+                for order in unlike
+                for arm in (DP, DDP)
+                for found in _closer(rows, arm, order, REFERENCES[0]).values()
+            ],
+        ),
+        verdict(
+            "such statistics lower the accuracy, and recomputing them from the whole data restores it,",
+            [support(restored[order], "better") for order in unlike],
+        ),
     ]
-    found += [
-        by_level(arm, other, "images", {order: difference(at(arm, order), at(other, order)) for order in orders})
-        for arm, other in PAIRS
+
+
+def _nearest(rows: Sequence[StudyRow], order: Value) -> str:
+    found = "; ".join(_nearest_of(rows, arm, order) for arm in (DP, DDP, SYNC))
+    return f"Images {order}, distances of the buffers, in standard deviations (95% intervals): {found}."
+
+
+def _nearest_of(rows: Sequence[StudyRow], arm: str, order: Value) -> str:
+    distances = _distances(rows, arm, order)
+    means = {name: fmean(row.value for row in found.values()) for name, found in distances.items()}
+    nearest = min(means, key=lambda name: means[name])
+    kinds = {"better": "closer", "equivalent": "equally close", "undecided": "undecided"}
+    others = [
+        f"{kinds[found.kind]} compared with {other} ({ends(found)}"
+        + (f", {would_decide(found)})" if found.kind == "undecided" else ")")
+        for other, found in _closer(rows, arm, order, nearest).items()
     ]
-    return found
+    return f"in {arm}, {number(means[nearest])} from those of {nearest}, {' and '.join(others)}"
 
 
-def _closest(rows: Sequence[StudyRow], arm: str, order: Value) -> str:
-    distances = {
-        reference: values(rows, "distance", arm=arm, images=order, **{"statistics of": reference})
+def _distances(rows: Sequence[StudyRow], arm: str, order: Value) -> dict[str, Runs]:
+    return {
+        reference: runs(rows, "distance", arm=arm, images=order, **{"statistics of": reference})
         for reference in REFERENCES
     }
-    closest = {min(REFERENCES, key=lambda name: distances[name][seed]) for seed in distances[REFERENCES[0]]}
-    verdict = f"those of {closest.pop()} for every seed" if len(closest) == 1 else "the seeds do not agree"
-    means = ", ".join(f"{name} {fmean(by_seed.values()):.2f}" for name, by_seed in distances.items())
-    return f"in {arm} {verdict} ({means})"
+
+
+def _closer(rows: Sequence[StudyRow], arm: str, order: Value, reference: str) -> dict[str, Difference]:
+    """How much closer the buffers are to the statistics of ``reference`` than to each of the others."""
+    distances, rule = _distances(rows, arm, order), Rule(share=False, higher_is_better=False)
+    return {
+        other: difference(distances[reference], found, rule)
+        for other, found in distances.items()
+        if other != reference
+    }
 
 
 def views(rows: Sequence[StudyRow]) -> list[View]:

@@ -202,10 +202,11 @@ def fit(
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Fraction of the images that ``model`` classifies correctly, in eval mode, without communication.
+def correct(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Whether ``model`` classifies each image correctly: (N,), bool; in eval mode, without communication.
 
     A model whose training diverged predicts the same class for every image, which gives chance accuracy.
     """
     model.eval()
-    return float((model(x).argmax(dim=1) == y).double().mean())
+    predicted: Tensor = model(x).argmax(dim=1)
+    return predicted == y

@@ -1,22 +1,37 @@
-"""From rows to sentences: differences paired by seed, and what the seeds agree on in words."""
+"""From rows to sentences: differences paired by seed and by image, and what their intervals say in words.
+
+A difference is described by one of three sentences, which depends on its interval alone (`tools.common.decision`):
+better or worse, equivalent within the margin, or undecided.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, stdev
+from typing import Literal
 
-from syncnorm.tools.common.stats import PairedDifference
+import torch
+
+from syncnorm.tools.common.decision import Difference, Kind, Rule, Scores
+from syncnorm.tools.common.units import decode
 from syncnorm.tools.study.records import StudyRow, Value
 
-# Seed -> value.
+# Seed -> value, and seed -> the row that has it.
 BySeed = Mapping[int, float]
+Runs = Mapping[int, StudyRow]
+# Whether a comparison supports a claim, contradicts it, or leaves it open.
+Support = Literal["supports", "contradicts", "open"]
+
+
+def runs(rows: Iterable[StudyRow], measure: str, **condition: Value) -> dict[int, StudyRow]:
+    """Seed -> row, of the rows of ``measure`` whose condition includes ``condition``."""
+    return {row.seed: row for row in rows if row.measure == measure and condition.items() <= row.condition.items()}
 
 
 def values(rows: Iterable[StudyRow], measure: str, **condition: Value) -> dict[int, float]:
-    """Seed -> value of the rows of ``measure`` whose condition includes ``condition``."""
-    return {
-        row.seed: row.value for row in rows if row.measure == measure and condition.items() <= row.condition.items()
-    }
+    """Seed -> value, of the same rows as `runs`."""
+    return {seed: row.value for seed, row in runs(rows, measure, **condition).items()}
 
 
 def levels(rows: Iterable[StudyRow], name: str) -> list[Value]:
@@ -29,33 +44,57 @@ def std(sample: Sequence[float]) -> float:
     return stdev(sample) if len(sample) > 1 else 0.0
 
 
-def difference(a: BySeed, b: BySeed) -> PairedDifference:
-    """``a - b`` over the seeds that both have.
+def difference(ours: Runs, other: Runs, rule: Rule) -> Difference:
+    """How much better ``ours`` are, over the seeds that both have.
 
     Raises:
-        ValueError: no seed has both.
+        ValueError: no seed has both, or ``rule`` compares accuracies and the rows do not have the results per image,
+            as in records of schema version 1.
     """
-    seeds = sorted(a.keys() & b.keys())
+    seeds = sorted(ours.keys() & other.keys())
     if not seeds:
         raise ValueError("no seed has both")
-    return PairedDifference(tuple(a[seed] - b[seed] for seed in seeds))
+    return rule.decide(*(_scores([each[seed] for seed in seeds], rule) for each in (ours, other)))
 
 
-def agreed_sign(found: PairedDifference) -> int:
-    """1 or -1 where the seeds agree that the difference is positive or negative, else 0.
+def _scores(rows: Sequence[StudyRow], rule: Rule) -> Scores:
+    by_seed = tuple(row.value for row in rows)
+    if not rule.share:
+        return Scores(by_seed, None, num_samples=1)  # a measurement without samples, such as a time
+    if not all(row.units for row in rows):
+        raise ValueError("the accuracies have no results per image: run the study again")
+    units_SU = torch.stack([decode(row.units) for row in rows])
+    return Scores(by_seed, units_SU, num_samples=units_SU.shape[1])
 
-    They agree if every seed has that sign and the 95 % interval of the mean (Student's t, which is wide for few
-    seeds: 4.3 standard errors for three) excludes zero.
-    """
-    sign = 1 if found.mean > 0 else -1
-    agree = all(d * sign > 0 for d in found.by_seed) and abs(found.mean) > found.half_width
-    return sign if agree else 0
+
+def outcome(found: Difference, unit: str = "points") -> str:
+    """``better by 5.0 points (95% interval 4.2 to 5.9)``, or what says equivalent or undecided."""
+    interval = f"{100 * (1 - found.level):g}% interval {ends(found)}"
+    if found.kind == "equivalent":
+        return f"equivalent within the margin of {number(found.margin)} {unit} ({interval})"
+    if found.kind == "undecided":
+        return f"undecided, {number(found.mean, signed=True)} {unit} ({interval}); {would_decide(found)}"
+    return f"{found.kind} by {number(abs(found.mean))} {unit} ({interval})"
 
 
-def points(found: PairedDifference, signed: bool = True) -> str:
-    """Mean and standard error in percentage points: ``+1.2 ± 0.3``; without the sign if not ``signed``."""
-    mean = f"{100 * found.mean:+.1f}" if signed else f"{100 * abs(found.mean):.1f}"
-    return f"{mean} ± {100 * found.std_error:.1f}"
+def ends(found: Difference) -> str:
+    """The interval: ``-0.2 to +1.4``; without signs if it is entirely better or worse."""
+    if found.kind in ("better", "worse"):
+        low, high = sorted((abs(found.low), abs(found.high)))
+        return f"{number(low)} to {number(high)}"
+    return f"{number(found.low, signed=True)} to {number(found.high, signed=True)}"
+
+
+def would_decide(found: Difference) -> str:
+    """How many more seeds would decide an undecided difference."""
+    if found.more_seeds is None:
+        return "more seeds alone would not decide"
+    return f"about {found.more_seeds} more seed{'s' * (found.more_seeds > 1)} would decide"
+
+
+def number(value: float, signed: bool = False) -> str:
+    """Points and other differences, with about two digits: ``12.3``, ``0.04``."""
+    return format(value, ("+" if signed else "") + (".1f" if abs(value) >= 0.95 else ".2g"))
 
 
 def percent(by_seed: BySeed) -> str:
@@ -63,38 +102,71 @@ def percent(by_seed: BySeed) -> str:
     return f"{100 * fmean(by_seed.values()):.1f} %"
 
 
-def compared(name: str, sample: BySeed, other_name: str, other: BySeed) -> str:
-    """One sentence on two samples, not capitalized: the means, the paired difference, whether the seeds agree."""
-    found = difference(sample, other)
-    means = f"{name} reaches {percent(sample)} and {other_name} {percent(other)}"
-    if sign := agreed_sign(found):
-        return f"{means}: {points(found, signed=False)} points {'better' if sign > 0 else 'worse'}."
-    return f"{means}: the seeds do not agree on a difference ({points(found)} points)."
+def compared(name: str, ours: Runs, other_name: str, other: Runs, rule: Rule) -> str:
+    """One sentence on two accuracies, not capitalized: the means, and what the interval of the difference says."""
+    means = f"{name} reaches {percent(_values(ours))} and {other_name} {percent(_values(other))}"
+    return f"{means}: {outcome(difference(ours, other, rule))}."
 
 
-def by_level(name: str, other: str, what: str, differences: Mapping[Value, PairedDifference]) -> str:
+def _values(found: Runs) -> dict[int, float]:
+    return {seed: row.value for seed, row in found.items()}
+
+
+def by_level(name: str, other: str, what: str, differences: Mapping[Value, Difference]) -> str:
     """One sentence on how two conditions compare at each level of a third.
 
     Args:
         name: of the condition that is compared.
         other: of the condition that it is compared with.
         what: name of the levels: ``"images per rank"``.
-        differences: level -> ``name - other``.
+        differences: level -> ``name - other``, in percentage points.
     """
-    signs = {level: agreed_sign(found) for level, found in differences.items()}
+    kinds: tuple[Kind, ...] = ("better", "worse", "equivalent", "undecided")
     parts = []
-    for verdict, sign in (("better", 1), ("worse", -1)):
-        agreed = [f"{_quoted(level)} ({points(differences[level])})" for level in signs if signs[level] == sign]
-        if agreed:
-            parts.append(f"{verdict} at {joined(agreed)}")
-    if undecided := [_quoted(level) for level in signs if signs[level] == 0]:
-        parts.append(f"the seeds do not agree at {joined(undecided)}")
+    for kind in kinds:
+        if of_kind := {level: found for level, found in differences.items() if found.kind == kind}:
+            margin = f" within {number(next(iter(of_kind.values())).margin)}" if kind == "equivalent" else ""
+            parts.append(f"{kind}{margin} at {joined([_at_level(*each) for each in of_kind.items()])}")
     subject = f"{name[:1].upper()}{name[1:]}"
-    return f"{subject} compared with {other}, by {what}, in percentage points: {'; '.join(parts)}."
+    return f"{subject} compared with {other}, by {what}, in percentage points (95% intervals): {'; '.join(parts)}."
 
 
-def _quoted(level: Value) -> str:
-    return f'"{level}"' if isinstance(level, str) else text(level)
+def _at_level(level: Value, found: Difference) -> str:
+    where = f'"{level}"' if isinstance(level, str) else text(level)
+    if found.kind == "undecided":
+        return f"{where} ({ends(found)}, {would_decide(found)})"
+    size = "" if found.kind == "equivalent" else f" by {number(abs(found.mean))}"
+    return f"{where}{size} ({ends(found)})"
+
+
+def support(found: Difference, claimed: Kind) -> Support:
+    """Whether a difference supports the claim that it is ``claimed``: equivalence contradicts better and worse."""
+    return "open" if found.kind == "undecided" else "supports" if found.kind == claimed else "contradicts"
+
+
+def verdict(claim: str, parts: Sequence[Support]) -> str:
+    """Whether a claim holds of which each of ``parts`` is a necessary part; it is undecided where one is.
+
+    Args:
+        claim: follows "The claim that".
+        parts: what each comparison says.
+    """
+    found = Counter(parts)
+    if found["supports"] == len(parts):
+        status = "holds"
+    elif found["contradicts"] == len(parts):
+        status = "does not hold"
+    elif not found["contradicts"]:
+        status = "is undecided"
+    else:
+        status = "holds in part" if found["supports"] else "holds at most in part"
+    sentence = f"The claim that {claim} {status} here"
+    if len(parts) == 1:
+        return f"{sentence}."
+    return (
+        f"{sentence}: supported by {found['supports']}, contradicted by {found['contradicts']} and left open by "
+        f"{found['open']} of {len(parts)} comparisons."
+    )
 
 
 def joined(items: Sequence[Value]) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from statistics import fmean, median
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm.conversion.convert import convert, revert
 from syncnorm.conversion.fold import fold
+from syncnorm.tools.common.decision import Difference, Rule
 from syncnorm.tools.common.nets import ResidualNet
 from syncnorm.tools.common.progress import Tell
 from syncnorm.tools.common.ranks import Ranks
-from syncnorm.tools.study.experiment import DATA_NOTE, Recipe, accuracy, batches, build_net, fit, load_images
-from syncnorm.tools.study.findings import agreed_sign, difference, levels, percent, values
+from syncnorm.tools.study.experiment import DATA_NOTE, Recipe, batches, build_net, correct, fit, load_images
+from syncnorm.tools.study.findings import difference, levels, percent, runs, support, values, verdict, would_decide
 from syncnorm.tools.study.records import Claim, Outcome, Question, StudyRow, StudySettings, Value, View
 from syncnorm.tools.study.trials import Trial, Trials, run_trials
 
@@ -109,7 +111,7 @@ def _measured(model: nn.Module, trial: Trial, repetitions: int) -> list[StudyRow
 
     want, got = unfolded(x), folded(x)
     rows = [
-        row("accuracy", accuracy(unfolded, x, y)),
+        StudyRow.of_images(trial.condition, trial.seed, "accuracy", correct(unfolded, x, y)),
         row(MAX_DIFFERENCE, float((got - want).abs().max() / want.abs().max())),
         row(SAME, float((got.argmax(dim=1) == want.argmax(dim=1)).double().mean())),
         row(LAYERS, _num_norms(unfolded)),
@@ -179,31 +181,37 @@ def run(settings: StudySettings, ranks: Ranks, tell: Tell) -> Outcome:
     return Outcome(rows, notes)
 
 
-def find(rows: Sequence[StudyRow]) -> list[str]:
+def find(rows: Sequence[StudyRow], rule: Rule) -> list[str]:
     """Whether the folded networks predict the same, how much faster they are, and where folding gains most."""
-    models = levels(rows, "model")
-    found = [_equality(rows)]
-    gains: dict[str, float] = {}
-    for model in models:
+    found, gains = [_equality(rows)], dict[str, Difference]()
+    for model in levels(rows, "model"):
         for batch in levels(rows, "batch"):
-            parts = []
-            for name in levels(rows, "format"):
-                speedups = values(rows, SPEEDUP, model=model, batch=batch, format=name)
-                gain = difference(speedups, dict.fromkeys(speedups, 1.0))
-                remark = {1: "", 0: " (the seeds do not agree)", -1: " (slower)"}[agreed_sign(gain)]
-                parts.append(f"{fmean(speedups.values()):.2f} ± {gain.std_error:.2f} {name}{remark}")
-                if agreed_sign(gain) > 0:
-                    gains[f"{model}, batch size {batch}, {name}"] = fmean(speedups.values())
-            found.append(f"Speed-up by folding, {model}, batch size {batch}: {', '.join(parts)}.")
-    num_cases = len(models) * len(levels(rows, "batch")) * len(levels(rows, "format"))
-    if not gains:
-        return [*found, f"In none of {num_cases} cases do the seeds agree that folding is faster."]
-    most = max(gains, key=lambda case: gains[case])
-    return [
-        *found,
-        f"Folding is faster in {len(gains)} of {num_cases} cases; the largest speed-up is {gains[most]:.2f} "
-        f"({most}).",
-    ]
+            case = f"{model}, batch size {batch}"
+            by_format = {name: _gain(rows, rule, model, batch, name) for name in levels(rows, "format")}
+            gains |= {f"{case}, {name}": gain for name, gain in by_format.items()}
+            texts = [f"{_speedup(gain)} {name}" for name, gain in by_format.items()]
+            found.append(f"Speed-up by folding (95% intervals), {case}: {', '.join(texts)}.")
+    most = max(gains, key=lambda case: gains[case].mean)
+    if gains[most].kind == "better":
+        found.append(f"The largest speed-up by folding is {_speedup(gains[most])} ({most}).")
+    claim = verdict("folding makes inference faster", [support(gain, "better") for gain in gains.values()])
+    return [*found, claim]
+
+
+def _gain(rows: Sequence[StudyRow], rule: Rule, model: Value, batch: Value, name: Value) -> Difference:
+    """How much more than 1 the speed-up is."""
+    speedups = runs(rows, SPEEDUP, model=model, batch=batch, format=name)
+    return difference(speedups, {seed: replace(row, value=1.0) for seed, row in speedups.items()}, rule)
+
+
+def _speedup(gain: Difference) -> str:
+    remarks = {
+        "better": "",
+        "worse": ", slower",
+        "equivalent": f", equally fast within {gain.margin:g}",
+        "undecided": f", undecided: {would_decide(gain)}" if gain.kind == "undecided" else "",
+    }
+    return f"{1 + gain.mean:.2f} ({1 + gain.low:.2f} to {1 + gain.high:.2f}{remarks[gain.kind]})"
 
 
 def _equality(rows: Sequence[StudyRow]) -> str:
@@ -240,6 +248,7 @@ QUESTION = Question(
     ),
     seeds=3,
     steps=40,
+    rule=Rule(share=False),
     quick_steps=2,
     num_stages=num_stages,
     run=run,

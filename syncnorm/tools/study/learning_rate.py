@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 
 from torch import nn
 
+from syncnorm.tools.common.decision import Rule
 from syncnorm.tools.common.progress import Tell
 from syncnorm.tools.common.ranks import Ranks
 from syncnorm.tools.study.experiment import (
@@ -16,15 +18,25 @@ from syncnorm.tools.study.experiment import (
     SMALL_STD,
     Init,
     Recipe,
-    accuracy,
     batches,
     build_net,
+    correct,
     fit,
     load_images,
     net_note,
     with_norm,
 )
-from syncnorm.tools.study.findings import compared, joined, levels, percent, values
+from syncnorm.tools.study.findings import (
+    Runs,
+    Support,
+    compared,
+    difference,
+    levels,
+    percent,
+    runs,
+    values,
+    verdict,
+)
 from syncnorm.tools.study.records import Claim, Outcome, Question, StudyRow, StudySettings, Value, View
 from syncnorm.tools.study.trials import VALIDATION_ACCURACY, Trial, Trials, best_rates, run_trials
 
@@ -36,7 +48,7 @@ NO_NORM = "no norm"
 COMPARED_NORMS = (NO_NORM, "BN", "GN", "LN", "IN")
 HE = "He initialization"
 INITS: dict[Value, Init] = {HE: "he", f"weights of std {SMALL_STD:g}": "small"}
-# A network counts as trained if every seed reaches this fraction of the best accuracy without a norm.
+# A network counts as trained if its mean accuracy is at least this fraction of the best without a norm.
 TRAINED_FRACTION = 0.9
 # Ioffe and Szegedy's BN-x5 and BN-x30: multiples of the learning rate for the network without batch norm.
 CLAIMED = (5, 30)
@@ -52,8 +64,8 @@ def train(trial: Trial, ranks: Ranks, together: bool) -> list[StudyRow]:
     data = batches(images.train_x, images.train_y, BATCH, trial.seed)
     fit(model, data, Recipe(trial.lr, trial.steps, decay=False))
     return [
-        trial.row("accuracy", accuracy(model, images.test_x, images.test_y)),
-        trial.row(VALIDATION_ACCURACY, accuracy(model, images.validation_x, images.validation_y)),
+        trial.accuracy("accuracy", correct(model, images.test_x, images.test_y)),
+        trial.accuracy(VALIDATION_ACCURACY, correct(model, images.validation_x, images.validation_y)),
     ]
 
 
@@ -88,30 +100,29 @@ def run(settings: StudySettings, ranks: Ranks, tell: Tell) -> Outcome:
     return Outcome(rows, notes)
 
 
-def find(rows: Sequence[StudyRow]) -> list[str]:
+def find(rows: Sequence[StudyRow], rule: Rule) -> list[str]:
     """How high each norm lets the learning rate be, compared with no norm, and the accuracies at the best rates."""
     best = {weights: best_rates(_of(rows, weights), "norm") for weights in levels(rows, "weights")}
     base = best[HE][NO_NORM]
-    reached = _at(rows, NO_NORM, HE, base)
-    enough = TRAINED_FRACTION * fmean(reached.values())
+    reached = values(rows, "accuracy", norm=NO_NORM, weights=HE, lr=base)
     found = [
         f"With {HE} and without a norm, the best learning rate is {base:g}, at which the network reaches "
-        f"{percent(reached)}. Here a network trains at a learning rate if every seed reaches "
-        f"{TRAINED_FRACTION:.0%} of that accuracy."
+        f"{percent(reached)}. Here a network trains at a learning rate if its accuracy is at least "
+        f"{TRAINED_FRACTION:.0%} of that (95% intervals)."
     ]
     for weights in levels(rows, "weights"):
-        highest = {norm: _highest(_of(rows, weights), norm, enough) for norm in levels(rows, "norm")}
-        multiples = [f"{norm}: {'none' if lr is None else f'{lr / base:.3g}'}" for norm, lr in highest.items()]
+        highest = {norm: _highest(rows, norm, weights, base) for norm in levels(rows, "norm")}
         found.append(
             f"With {weights}, the highest learning rate at which a network trains, in multiples of {base:g}: "
-            f"{joined(multiples)}."
+            f"{'; '.join(f'{norm}: {rates}' for norm, rates in highest.items())}."
         )
-        found.append(_verdict(weights, highest, base))
+        found.append(_verdict(weights, highest))
         found += [
             f"With {weights}, each at its best learning rate, "
             + compared(
                 *(f"{norm} ({best[weights][norm]:g})", _at(rows, norm, weights, best[weights][norm])),
                 *(f"{NO_NORM} ({best[weights][NO_NORM]:g})", _at(rows, NO_NORM, weights, best[weights][NO_NORM])),
+                rule,
             )
             for norm in levels(rows, "norm")
             if norm != NO_NORM
@@ -123,27 +134,57 @@ def _of(rows: Sequence[StudyRow], weights: Value) -> list[StudyRow]:
     return [row for row in rows if row.condition["weights"] == weights]
 
 
-def _at(rows: Sequence[StudyRow], norm: Value, weights: Value, lr: float) -> dict[int, float]:
-    return values(rows, "accuracy", norm=norm, weights=weights, lr=lr)
+def _at(rows: Sequence[StudyRow], norm: Value, weights: Value, lr: float) -> Runs:
+    return runs(rows, "accuracy", norm=norm, weights=weights, lr=lr)
 
 
-def _highest(rows: Sequence[StudyRow], norm: Value, enough: float) -> float | None:
-    """The highest learning rate at which every seed reaches the accuracy ``enough``."""
-    rates = sorted(float(lr) for lr in levels(rows, "lr"))
-    return max(
-        (lr for lr in rates if min(values(rows, "accuracy", norm=norm, lr=lr).values()) >= enough), default=None
-    )
+@dataclass(frozen=True)
+class _Highest:
+    """The highest learning rates of a norm, in multiples of the best rate without a norm; 0 if there is none.
+
+    Attributes:
+        trains: at which the network trains.
+        possible: at which it trains, or it is undecided whether it does.
+        tested: of all.
+    """
+
+    trains: float
+    possible: float
+    tested: float
+
+    def __str__(self) -> str:
+        undecided = f", undecided up to {self.possible:.3g}" if self.possible > self.trains else ""
+        return f"{f'{self.trains:.3g}' if self.trains else 'none'}{undecided}"
+
+    def at(self, times: float) -> Support:
+        """Whether it trains at ``times`` the best rate without a norm, or at more."""
+        if self.trains >= times:
+            return "supports"
+        return "contradicts" if self.possible < times <= self.tested else "open"
 
 
-def _verdict(weights: Value, highest: Mapping[Value, float | None], base: float) -> str:
-    # The quotient of two decimal numbers may round down: 0.1 / 0.02 to less than 5.
-    bn, none = ((highest[norm] or 0.0) / base * (1 + 1e-9) for norm in ("BN", NO_NORM))
-    trains = [times for times in CLAIMED if bn >= times]
-    least = min(CLAIMED)
-    return (
-        f"With {weights}, of the claimed {joined(CLAIMED)} times the best learning rate without a norm, BN trains at "
-        f"{f'{joined(trains)} times' if trains else 'none'}; without a norm, {least} times is "
-        f"{'not ' if none >= least else ''}too high."
+def _highest(rows: Sequence[StudyRow], norm: Value, weights: Value, base: float) -> _Highest:
+    reference = _at(rows, NO_NORM, HE, base)
+    missing = 100 * (1 - TRAINED_FRACTION) * fmean(row.value for row in reference.values())
+    trains, possible, rates = [0.0], [0.0], [float(lr) for lr in levels(_of(rows, weights), "lr")]
+    for lr in rates:
+        found = difference(_at(rows, norm, weights, lr), reference, Rule(margin=missing))
+        # The quotient of two decimal numbers may round down: 0.1 / 0.02 to less than 5.
+        times = lr / base * (1 + 1e-9)
+        if found.high >= -missing:
+            possible.append(times)
+        if found.low >= -missing:
+            trains.append(times)
+    return _Highest(max(trains), max(possible), max(rates) / base * (1 + 1e-9))
+
+
+def _verdict(weights: Value, highest: Mapping[Value, _Highest]) -> str:
+    low, high = CLAIMED
+    without: dict[Support, Support] = {"supports": "contradicts", "contradicts": "supports", "open": "open"}
+    return verdict(
+        f"BN trains at {low} and at {high} times the best learning rate without a norm, and that {low} times is too "
+        f"high without one, with {weights},",
+        [highest["BN"].at(low), highest["BN"].at(high), without[highest[NO_NORM].at(low)]],
     )
 
 

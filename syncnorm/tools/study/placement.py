@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from syncnorm.tools.common.decision import Rule
 from syncnorm.tools.common.progress import Tell
 from syncnorm.tools.common.ranks import Ranks
 from syncnorm.tools.study.experiment import (
@@ -11,14 +12,14 @@ from syncnorm.tools.study.experiment import (
     DATA_NOTE,
     Placement,
     Recipe,
-    accuracy,
     batches,
     build_net,
+    correct,
     fit,
     load_images,
     net_note,
 )
-from syncnorm.tools.study.findings import by_level, compared, difference, levels, values
+from syncnorm.tools.study.findings import Runs, by_level, compared, difference, levels, runs, support, verdict
 from syncnorm.tools.study.records import Claim, Outcome, Question, StudyRow, StudySettings, Value, View
 from syncnorm.tools.study.trials import (
     FIRST_TUNING_SEED,
@@ -30,10 +31,11 @@ from syncnorm.tools.study.trials import (
     run_trials,
 )
 
+BEFORE, AFTER = "before ReLU", "after ReLU"
 # The placement of the claim first: the others are compared with it.
 PLACEMENTS: dict[Value, Placement] = {
-    "before ReLU": "before",
-    "after ReLU": "after",
+    BEFORE: "before",
+    AFTER: "after",
     "both": "both",
     "no norm": "none",
 }
@@ -53,11 +55,11 @@ def _train(trial: Trial, ranks: Ranks, together: bool) -> list[StudyRow]:
         condition: dict[str, Value] = {**trial.condition, "steps": step, "lr": trial.lr}
         if trial.tuning:
             if step == trial.steps:
-                validated = accuracy(model, images.validation_x, images.validation_y)
-                rows.append(StudyRow(condition, trial.seed, VALIDATION_ACCURACY, validated))
+                validated = correct(model, images.validation_x, images.validation_y)
+                rows.append(StudyRow.of_images(condition, trial.seed, VALIDATION_ACCURACY, validated))
         elif step in marks:
-            tested = accuracy(model, images.test_x, images.test_y)
-            rows.append(StudyRow(condition, trial.seed, "accuracy", tested))
+            tested = correct(model, images.test_x, images.test_y)
+            rows.append(StudyRow.of_images(condition, trial.seed, "accuracy", tested))
 
     data = batches(images.train_x, images.train_y, BATCH, trial.seed)
     fit(model, data, Recipe(trial.lr, trial.steps), after_step=test)
@@ -105,23 +107,30 @@ def run(settings: StudySettings, ranks: Ranks, tell: Tell) -> Outcome:
     return Outcome([*tuned, *rows], notes)
 
 
-def find(rows: Sequence[StudyRow]) -> list[str]:
+def find(rows: Sequence[StudyRow], rule: Rule) -> list[str]:
     """How the placements compare after each number of steps, and at the end."""
     steps = sorted(levels([row for row in rows if row.measure == "accuracy"], "steps"), key=float)
-    claimed, *others = map(str, PLACEMENTS)
+    others = [str(place) for place in PLACEMENTS if place != BEFORE]
 
-    def at(place: str, step: Value) -> dict[int, float]:
-        return values(rows, "accuracy", place=place, steps=step)
+    def at(place: str, step: Value) -> Runs:
+        return runs(rows, "accuracy", place=place, steps=step)
 
     last = steps[-1]
     return [
         *(
             by_level(
-                place, claimed, "steps", {step: difference(at(place, step), at(claimed, step)) for step in steps}
+                place, BEFORE, "steps", {step: difference(at(place, step), at(BEFORE, step), rule) for step in steps}
             )
             for place in others
         ),
-        *(f"After {last} steps, {compared(place, at(place, last), claimed, at(claimed, last))}" for place in others),
+        *(
+            f"After {last} steps, {compared(place, at(place, last), BEFORE, at(BEFORE, last), rule)}"
+            for place in others
+        ),
+        verdict(
+            f"batch norm belongs before the ReLU, not after it, judged after {last} steps,",
+            [support(difference(at(BEFORE, last), at(AFTER, last), rule), "better")],
+        ),
     ]
 
 

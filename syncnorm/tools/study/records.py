@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+from torch import Tensor
+
+from syncnorm.tools.common.decision import Rule
 from syncnorm.tools.common.progress import Tell
 from syncnorm.tools.common.provenance import Hardware
 from syncnorm.tools.common.ranks import Ranks
 from syncnorm.tools.common.records import Record
+from syncnorm.tools.common.units import encode
+
+ACCURACY = Rule()
 
 Value = str | int | float
 Condition = Mapping[str, Value]
@@ -33,6 +39,7 @@ class StudySettings:
         seeds: number of seeds; each condition is run with the seeds 0 to ``seeds - 1``.
         steps: optimizer steps per run; where batch sizes differ, the notes of the record say how they are counted.
         quick: a short run over few conditions, to check that the study works.
+        margin: largest difference that does not matter, see `tools.common.decision.Rule`; ``None`` for the default.
     """
 
     study: str
@@ -40,6 +47,7 @@ class StudySettings:
     seeds: int
     steps: int
     quick: bool = False
+    margin: float | None = None
 
 
 @dataclass(frozen=True)
@@ -51,12 +59,19 @@ class StudyRow:
         seed: of the weights and of the order of the data; rows of equal seed are compared with each other.
         measure: what the value is: ``"accuracy"``.
         value: finite.
+        units: of an accuracy: whether each image is classified correctly, as text (`tools.common.units`); else empty.
     """
 
     condition: Condition
     seed: int
     measure: str
     value: float
+    units: str = ""
+
+    @classmethod
+    def of_images(cls, condition: Condition, seed: int, measure: str, correct_N: Tensor) -> StudyRow:
+        """An accuracy, from whether each of N images is classified correctly."""
+        return cls(condition, seed, measure, float(correct_N.double().mean()), encode(correct_N))
 
 
 @dataclass(frozen=True)
@@ -102,7 +117,7 @@ class Study(Record):
     """
 
     schema: ClassVar[str] = "syncnorm.study"
-    schema_version: ClassVar[int] = 1
+    schema_version: ClassVar[int] = 2
 
     question: str
     claim: Claim
@@ -118,6 +133,13 @@ class Study(Record):
     date: str
     command: str
     wall_seconds: float
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Study:
+        """As for any `Record`; also reads version 1, whose accuracies had no results per image."""
+        if (data.get("schema"), data.get("schema_version")) == (cls.schema, 1):
+            data = {**data, "schema_version": cls.schema_version}
+        return super().from_dict(data)
 
 
 @dataclass(frozen=True)
@@ -142,8 +164,9 @@ class Question:
         quick_steps: number of steps with ``--quick``.
         num_stages: settings -> number of training runs of rank 0, each of which it reports as a stage.
         run: settings, ranks, tell -> the outcome, the same on all ranks. Collective: all ranks.
-        find: rows -> findings. Must work with two seeds and without the conditions that ``--quick`` leaves out.
+        find: rows, rule -> findings. Must work with two seeds and without the conditions that ``--quick`` leaves out.
         views: rows -> views.
+        rule: by which the findings judge; the margin of the settings replaces its own.
         steps_help: what ``--steps`` counts.
         needs: packages besides torch, imported before anything starts, so that a missing one is reported at once.
     """
@@ -157,7 +180,8 @@ class Question:
     quick_steps: int
     num_stages: Callable[[StudySettings], int]
     run: Callable[[StudySettings, Ranks, Tell], Outcome]
-    find: Callable[[Sequence[StudyRow]], list[str]]
+    find: Callable[[Sequence[StudyRow], Rule], list[str]]
     views: Callable[[Sequence[StudyRow]], Sequence[View]]
+    rule: Rule = ACCURACY
     steps_help: str = "Optimizer steps per run"
     needs: tuple[str, ...] = ("mlxtend",)

@@ -12,11 +12,21 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm.conversion.convert import convert
+from syncnorm.tools.common.decision import Difference, Rule
 from syncnorm.tools.common.progress import Tell
 from syncnorm.tools.common.ranks import Ranks
-from syncnorm.tools.common.stats import PairedDifference
-from syncnorm.tools.study.experiment import COSINE_NOTE, DATA_NOTE, SIDE, Recipe, accuracy, batches, fit, load_images
-from syncnorm.tools.study.findings import BySeed, agreed_sign, by_level, compared, difference, levels, values
+from syncnorm.tools.study.experiment import COSINE_NOTE, DATA_NOTE, SIDE, Recipe, batches, correct, fit, load_images
+from syncnorm.tools.study.findings import (
+    Runs,
+    Support,
+    by_level,
+    compared,
+    difference,
+    levels,
+    runs,
+    support,
+    verdict,
+)
 from syncnorm.tools.study.records import Claim, Outcome, Question, StudyRow, StudySettings, Value, View
 from syncnorm.tools.study.trials import (
     FIRST_TUNING_SEED,
@@ -43,8 +53,8 @@ PADDING = float("nan")
 
 # Padding -> norm -> learning rate.
 _Rates = Mapping[Value, Mapping[Value, float]]
-# Padding -> norm -> accuracy by seed.
-_Accuracies = Mapping[Value, Mapping[str, BySeed]]
+# Padding -> norm -> its runs.
+_Accuracies = Mapping[Value, Mapping[str, Runs]]
 
 
 def columns(images: Tensor) -> list[Tensor]:
@@ -179,9 +189,9 @@ def _train(trial: Trial, ranks: Ranks, together: bool) -> list[StudyRow]:
     if ranks.rank:  # the record has the rows of rank 0
         return []
     if trial.tuning:
-        return [trial.row(VALIDATION_ACCURACY, accuracy(model, data.validation_x, data.validation_y))]
+        return [trial.accuracy(VALIDATION_ACCURACY, correct(model, data.validation_x, data.validation_y))]
     return [
-        trial.row("accuracy", accuracy(model, data.test_x, data.test_y)),
+        trial.accuracy("accuracy", correct(model, data.test_x, data.test_y)),
         trial.row(PADDING_FRACTION, fmean(fractions)),
     ]
 
@@ -262,35 +272,45 @@ def _notes(settings: StudySettings, rates: _Rates) -> dict[str, str]:
     }
 
 
-def find(rows: Sequence[StudyRow]) -> list[str]:
-    """BN compared with LN, what padding costs BN, what masking restores; then how often each is better."""
+def find(rows: Sequence[StudyRow], rule: Rule) -> list[str]:
+    """BN compared with LN, what padding costs BN, what masking restores; then whether the claims hold."""
     accuracies = [row for row in rows if row.measure == "accuracy"]
     by_padding = {
-        padding: {norm: values(accuracies, "accuracy", norm=norm, padding=padding) for norm in NORMS}
+        padding: {norm: runs(accuracies, "accuracy", norm=norm, padding=padding) for norm in NORMS}
         for padding in levels(accuracies, "padding")
     }
-    found = [by_level(a, b, "padding", _differences(by_padding, a, b)) for a, b in ((BN, LAYER), (MASKED, SYNC))]
     least = by_padding[LEAST]
-    for padding, reached in by_padding.items():
-        if padding != LEAST:
-            found += [
-                compared(f"{norm} padded {padding}", reached[norm], f"padded {LEAST}", least[norm])
-                for norm in (BN, SYNC)
-            ]
-    return [*found, _effect_of_padding(by_padding), _verdict(by_padding)]
+
+    def differences(a: str, b: str) -> dict[Value, Difference]:
+        return {padding: difference(reached[a], reached[b], rule) for padding, reached in by_padding.items()}
+
+    layer, masked = differences(LAYER, BN), differences(MASKED, SYNC)
+    return [
+        by_level(LAYER, BN, "padding", layer),
+        by_level(MASKED, SYNC, "padding", masked),
+        *(
+            compared(f"{norm} padded {padding}", reached[norm], f"padded {LEAST}", least[norm], rule)
+            for padding, reached in by_padding.items()
+            for norm in (BN, SYNC)
+            if padding != LEAST
+        ),
+        _effect_of_padding(by_padding),
+        verdict(f"{LAYER} is better than {BN} on padded sequences", _supports(layer)),
+        verdict(f"{MASKED} is better than {SYNC}, whose statistics include the padding,", _supports(masked)),
+    ]
 
 
-def _differences(by_padding: _Accuracies, a: str, b: str) -> dict[Value, PairedDifference]:
-    return {padding: difference(reached[a], reached[b]) for padding, reached in by_padding.items()}
+def _supports(differences: Mapping[Value, Difference]) -> list[Support]:
+    return [support(found, "better") for found in differences.values()]
 
 
 def _effect_of_padding(by_padding: _Accuracies) -> str:
     """By how much padding changes the two norms that should not depend on it."""
     changes = {
         norm: max(
-            abs(accuracy - by_padding[LEAST][norm][seed])
+            abs(row.value - by_padding[LEAST][norm][seed].value)
             for reached in by_padding.values()
-            for seed, accuracy in reached[norm].items()
+            for seed, row in reached[norm].items()
         )
         for norm in (MASKED, LAYER)
     }
@@ -298,17 +318,6 @@ def _effect_of_padding(by_padding: _Accuracies) -> str:
         "Padding changes the accuracy of a run by at most "
         + " and by at most ".join(f"{100 * change:.1f} points with {norm}" for norm, change in changes.items())
         + "."
-    )
-
-
-def _verdict(by_padding: _Accuracies) -> str:
-    def wins(a: str, b: str) -> int:
-        return sum(agreed_sign(found) > 0 for found in _differences(by_padding, a, b).values())
-
-    return (
-        f"Where the seeds agree, out of {len(by_padding)} paddings: {LAYER} is better than {BN} at "
-        f"{wins(LAYER, BN)} and worse at {wins(BN, LAYER)}; {MASKED} is better than {SYNC}, whose statistics include "
-        f"the padding, at {wins(MASKED, SYNC)} and worse at {wins(SYNC, MASKED)}."
     )
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from torch import Tensor
+
 from syncnorm.tools.common.progress import Tell
 from syncnorm.tools.common.ranks import Ranks
 from syncnorm.tools.study.findings import levels, values
@@ -41,6 +43,10 @@ class Trial:
     def row(self, measure: str, value: float) -> StudyRow:
         """A value of this run; its learning rate is part of the condition."""
         return StudyRow({**self.condition, "lr": self.lr}, self.seed, measure, value)
+
+    def accuracy(self, measure: str, correct_N: Tensor) -> StudyRow:
+        """The accuracy of this run, from whether each image is classified correctly."""
+        return StudyRow.of_images({**self.condition, "lr": self.lr}, self.seed, measure, correct_N)
 
 
 @dataclass(frozen=True)
