@@ -71,5 +71,6 @@ def _scores(comparison: Comparison, arm: ArmResult) -> Scores | None:
     if not values or len(values) != len(arm.seeds):
         return None
     units = [decode(run.units) for run in arm.seeds]
-    known = all(len(each) == len(units[0]) > 1 for each in units)
+    number = comparison.task.num_test if comparison.task.metric.units == "samples" else len(units[0])
+    known = all(len(each) == number > 0 for each in units)
     return Scores(values, torch.stack(units) if known else None, comparison.task.num_test)
