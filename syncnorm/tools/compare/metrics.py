@@ -95,10 +95,12 @@ class Metric:
 
 def _of_this_rank(accumulator: Any) -> Any:
     """``accumulator``, in which no metric of torchmetrics gathers over ranks: only rank 0 tests, and would wait."""
-    torchmetrics = sys.modules.get("torchmetrics")
-    for part in (accumulator, *getattr(accumulator, "__dict__", {}).values()) if torchmetrics else ():
+    if "torchmetrics" not in sys.modules:
+        return accumulator
+    of_torchmetrics = sys.modules["torchmetrics"].Metric
+    for part in (accumulator, *getattr(accumulator, "__dict__", {}).values()):
         for module in part.modules() if isinstance(part, nn.Module) else ():
-            if isinstance(module, torchmetrics.Metric):
+            if isinstance(module, of_torchmetrics):
                 module.sync_on_compute = module._to_sync = False
     return accumulator
 
