@@ -1,6 +1,5 @@
 """Detection with the interface of torchvision: lists of images of different sizes, dicts of boxes, dicts of losses.
 
-What it shows: losses that are added up, and a model without a loss in eval mode.
 How to start:  syncnorm compare examples/jobs/detection.toml --html detection.html
 Data: a digit of scikit-learn on noise. Needs: scikit-learn. torchvision_detection.toml is the same with torchvision.
 """
@@ -43,7 +42,7 @@ class Detector(nn.Module):
         """In training a dict of losses, in eval mode a dict of boxes, scores and labels for each image."""
         padded = torch.stack([F.pad(x, (0, SIZE - x.size(2), 0, SIZE - x.size(1))) for x in images])
         out, side = self.head(self.backbone(padded)).flatten(2), SIZE // STRIDE
-        cells, sides = torch.arange(side * side, device=out.device), 8 * F.softplus(out[:, 1:]).mT
+        cells, sides = torch.arange(side * side), 8 * F.softplus(out[:, 1:]).mT
         centers = torch.stack([cells % side, cells // side], 1) * STRIDE + STRIDE / 2
         boxes = torch.cat([centers - sides[..., :2], centers + sides[..., 2:]], 2)
         if not self.training:
@@ -57,10 +56,9 @@ class Detector(nn.Module):
 
 def backbone() -> nn.Sequential:
     """(N, 1, H, W) -> (N, 32, H / STRIDE, W / STRIDE), with batch norms."""
-    layers = nn.Sequential()
-    for a, b, stride in ((1, 16, 2), (16, 32, 2), (32, 32, 1), (32, 32, 1)):
-        layers.extend([nn.Conv2d(a, b, 3, stride, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU()])
-    return layers
+    widths = ((1, 16, 2), (16, 32, 2), (32, 32, 1), (32, 32, 1))
+    layers = [(nn.Conv2d(a, b, 3, s, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()) for a, b, s in widths]
+    return nn.Sequential(*sum(layers, ()))
 
 
 def step(model: nn.Module, batch: Batch) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """The examples, run as users run them, on two ranks; the tests check the figures that they print."""
 
+import json
 import os
 import re
 import shutil
@@ -155,6 +156,36 @@ def test_detection_finds_digits(tmp_path):
     small, large, _, difference = numbers(torchrun(example("detection.py"), cwd=tmp_path))
     assert min(small, large) > 35
     assert difference == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "packages"),
+    [
+        ("segmentation", ()),
+        ("detection", ()),
+        ("torchvision_detection", ("torchvision", "torchmetrics", "faster_coco_eval")),
+        ("gan", ()),
+        ("hugging_face", ("transformers",)),
+        ("speech", ()),
+    ],
+)
+def test_jobs_are_compared_from_file_to_page(tmp_path, name, packages):
+    needs(*packages)
+    if name == "torchvision_detection":
+        works = "import torch, torchvision; torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)"
+        if subprocess.run([sys.executable, "-c", works], capture_output=True).returncode:
+            pytest.skip("torchvision does not work with this torch")
+    short = ("--steps", "4", "--parity-steps", "1", "--seeds", "1", "--json", "out.json", "--html", "page.html")
+    printed = python("-m", "syncnorm", "compare", f"{example('jobs')}/{name}.toml", *short, cwd=tmp_path, path=SHIMS)
+    assert "SyncBN is correct here: in step 1" in printed
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["task"]["model"].partition(":")[0] == name
+    for arm in found["arms"]:
+        assert arm["not_run"] is None
+        assert arm["seeds"][0]["test_metric"] is not None
+        assert len(arm["seeds"][0]["units"]) > 10
+    assert "<table" in (tmp_path / "page.html").read_text()
 
 
 @pytest.mark.slow

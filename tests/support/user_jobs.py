@@ -97,6 +97,23 @@ class LargestError:
 LARGEST = Metric(LargestError, "largest error", higher_is_better=False)
 
 
+class ByTorchmetrics:
+    """Accuracy by torchmetrics, which gathers over all ranks unless it is told not to."""
+
+    higher_is_better = share = True
+
+    def __init__(self):
+        from torchmetrics.classification import MulticlassAccuracy
+
+        self.metric = MulticlassAccuracy(2, average="micro")
+
+    def update(self, model, batch):
+        self.metric.update(model.classify(model(batch.views[0])), batch.label)
+
+    def compute(self):
+        return self.metric.compute()
+
+
 def two_optimizers(model):
     return [torch.optim.Adam(model.body.parameters(), lr=0.01), torch.optim.SGD(model.head.parameters(), lr=0.1)]
 

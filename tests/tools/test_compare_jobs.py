@@ -1,5 +1,7 @@
 """Jobs of users on two ranks: steps, batches and metrics of any kind, several optimizers, accumulation, autocast."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 import user_jobs
@@ -135,6 +137,13 @@ def test_float16_scales_the_loss_and_leaves_gradients_finite():
     assert found["ddp+syncbn"].test_metric is not None
     losses = [point.value for point in found["ddp+syncbn"].seeds[0].train_loss]
     assert all(value is not None and value > 0.01 for value in losses)
+
+
+@pytest.mark.skipif(find_spec("torchmetrics") is None, reason="needs torchmetrics: pip install '.[metrics]'")
+def test_a_metric_of_torchmetrics_does_not_wait_for_the_other_rank():
+    found = run(metric=user_jobs.ByTorchmetrics, arms=["ddp"], **JOB)
+    by_sample = run(metric=user_jobs.right, arms=["ddp"], **JOB)
+    assert found["ddp"].results == pytest.approx(by_sample["ddp"].results)
 
 
 def test_a_model_of_pairs_by_default_is_judged_by_accuracy():

@@ -8,6 +8,7 @@ from textwrap import shorten
 _EXTRAS = {
     **dict.fromkeys(("accelerate", "scipy", "tomli"), "cli"),
     **dict.fromkeys(("click", "rich", "sklearn", "matplotlib", "jinja2", "mlxtend"), "compare"),
+    "torchmetrics": "metrics",
 }
 _MAX_CHARACTERS = 500
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,11 +86,23 @@ class Metric:
         """A new result, for ``num_batches`` test batches; ``with_units`` to get values of units too."""
         if not self.accumulates:
             return Tally([_PerSample(self)])
-        first = self.measure()
+        first = _of_this_rank(self.measure())
         if not with_units or hasattr(first, "units"):
             return Tally([first])
         groups = min(GROUPS, num_batches)
-        return Tally([first, *(self.measure() for _ in range(groups))])
+        return Tally([first, *(_of_this_rank(self.measure()) for _ in range(groups))])
+
+
+def _of_this_rank(accumulator: Any) -> Any:
+    """``accumulator``, in which no metric of torchmetrics gathers over ranks: only rank 0 tests, and would wait."""
+    if "torchmetrics" not in sys.modules:
+        return accumulator
+    of_torchmetrics = sys.modules["torchmetrics"].Metric
+    for part in (accumulator, *getattr(accumulator, "__dict__", {}).values()):
+        for module in part.modules() if isinstance(part, nn.Module) else ():
+            if isinstance(module, of_torchmetrics):
+                module.sync_on_compute = module._to_sync = False
+    return accumulator
 
 
 def _loss_itself() -> None:
