@@ -42,7 +42,7 @@ class Detector(nn.Module):
         """In training a dict of losses, in eval mode a dict of boxes, scores and labels for each image."""
         padded = torch.stack([F.pad(x, (0, SIZE - x.size(2), 0, SIZE - x.size(1))) for x in images])
         out, side = self.head(self.backbone(padded)).flatten(2), SIZE // STRIDE
-        cells, sides = torch.arange(side * side), 8 * F.softplus(out[:, 1:]).mT
+        cells, sides = torch.arange(side * side), (8 + 8 * out[:, 1:].mT).clamp(min=-SIZE if self.training else 1)
         centers = torch.stack([cells % side, cells // side], 1) * STRIDE + STRIDE / 2
         boxes = torch.cat([centers - sides[..., :2], centers + sides[..., 2:]], 2)
         if not self.training:

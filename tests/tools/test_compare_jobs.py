@@ -10,6 +10,7 @@ from torch import nn
 from syncnorm.testing import shutdown
 from syncnorm.tools.common.units import decode
 from syncnorm.tools.compare import run
+from syncnorm.tools.compare.wrapping import recalibrated
 
 EDITED = "user_jobs:with_layer_norm"
 SHORT = {"steps": 4, "parity_steps": 2, "batch_per_rank": 4, "seeds": 1}
@@ -82,6 +83,16 @@ def test_arms_beyond_the_default(two_views):
     assert two_views[EDITED].parity[0].running_mean is None
 
 
+def test_recalibrated_statistics_are_those_of_the_batches_and_end_with_the_block():
+    model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(1))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    batches = [torch.tensor([[0.0], [2.0]]), torch.tensor([[4.0], [6.0]])]
+    with recalibrated(model, lambda model, batch: model(batch).sum(), batches):
+        assert model[1].running_mean.item() == 3.0
+        assert model[1].running_var.item() == pytest.approx(20 / 3)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
 def test_networks_without_a_forward_train_by_themselves():
     found = run(
         user_jobs.gan,
@@ -130,6 +141,9 @@ def test_accumulation_autocast_and_workers(more, two_views):
         assert synced.seeds[0].train_loss != plain.seeds[0].train_loss
     else:
         assert found["ddp"].parity != two_views["ddp"].parity
+        # The mean over the two batches of a step, and not their sum.
+        first, of_one_batch = (each["ddp"].seeds[0].train_loss[0].value for each in (found, two_views))
+        assert first == pytest.approx(of_one_batch, rel=0.4)
 
 
 def test_float16_scales_the_loss_and_leaves_gradients_finite():
