@@ -107,10 +107,8 @@ class _Waiting:
     def enter_wrapper(self, *_: object) -> None:
         self._entered = time.perf_counter()
 
-    def enter_model(self, *_: object) -> None:
-        if self._entered:  # a step may call the model several times
-            self._before_forward += time.perf_counter() - self._entered
-            self._entered = 0.0
+    def enter_module(self, *_: object) -> None:
+        self._before_forward += time.perf_counter() - self._entered
 
     def until(self, backward_done: float) -> tuple[float, float]:
         """(norm, ddp) seconds of a step whose backward ended at ``backward_done``."""
@@ -122,11 +120,11 @@ class _Waiting:
 
 @contextmanager
 def _observed(wrapper: nn.Module, model: nn.Module) -> Iterator[_Waiting]:
-    is_ddp = isinstance(wrapper, DistributedDataParallel)
-    waiting, hooks = _Waiting(is_ddp), []
-    if is_ddp:
-        hooks.append(wrapper.register_forward_pre_hook(waiting.enter_wrapper))
-        hooks.append(model.register_forward_pre_hook(waiting.enter_model))
+    # A step that trains several networks has a DDP around each.
+    wrapped = [each for each in wrapper.modules() if isinstance(each, DistributedDataParallel)]
+    waiting = _Waiting(is_ddp=bool(wrapped))
+    hooks = [each.register_forward_pre_hook(waiting.enter_wrapper) for each in wrapped]
+    hooks += [each.module.register_forward_pre_hook(waiting.enter_module) for each in wrapped]
     try:
         with record_exchanges(waiting.exchanges, model):
             yield waiting
