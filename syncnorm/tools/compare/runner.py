@@ -68,7 +68,8 @@ def run(
     """Trains the arms in turn, from the same weights on the same batches, and measures them.
 
     Under a launcher (``torchrun``, ``accelerate launch``) it runs on the launched ranks. Otherwise it starts gloo
-    ranks on this machine, which import the functions by their names.
+    ranks on this machine, which import the functions by their names: a script needs ``if __name__ == "__main__":``
+    around the call.
 
     Args:
         build_model: () -> the model, with its batch norms and initial weights; the random generators are seeded
