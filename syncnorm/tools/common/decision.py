@@ -247,10 +247,8 @@ def _unit_moments(ours: Scores, other: Scores, share: bool) -> _UnitMoments:
     mean_U, mean_S, mean = d_SU.mean(0), d_SU.mean(1), d_SU.mean()
     squares = float((mean_U - mean).square().sum())
     size = _size_of_an_error(torch.stack((ours.units_SU, other.units_SU)))
-    if size is not None:
-        between = (squares + 2 * size**2) / (U + 2) ** 2  # one more sample for each arm
-    else:
-        between = squares / (U - 1) / U
+    # One more sample for each arm.
+    between = squares / (U - 1) / U if size is None else (squares + 2 * size**2) / (U + 2) ** 2
     if S < 2:
         return _UnitMoments(between, 0.0, U - 1)
     residual_SU = d_SU - mean_S.unsqueeze(1) - mean_U + mean
