@@ -16,6 +16,7 @@ from syncnorm.tools.compare.records import (
     MaxError,
     MetricInfo,
     Parity,
+    Point,
     SeedResult,
     StepRatio,
     StepTime,
@@ -289,6 +290,15 @@ def test_arms_that_failed_are_reported():
     assert _sentences(SINGLE, refused, diverged) == [
         "Local BN did not run: Expected more than 1 value per channel.",
         "LayerNorm ended with a result that is not finite: use a smaller --lr.",
+    ]
+
+
+def test_training_that_diverged_is_not_judged():
+    """The largest of NaN logits is that of class 0, so the accuracy of such a model is finite."""
+    losses = (Point(50, 1.0), Point(100, None))
+    diverged = replace(LOCAL_LOSES, seeds=(*LOCAL_LOSES.seeds[:2], replace(LOCAL_LOSES.seeds[2], train_loss=losses)))
+    assert _sentences(SINGLE, diverged) == [
+        "Local BN ended with a training loss that is not finite: use a smaller --lr."
     ]
 
 

@@ -41,9 +41,9 @@ def verdict(comparison: Comparison) -> list[str]:
     sentences = [
         *_advice(comparison, found),
         *(_reason(comparison, found[pair]) for pair in pairs(arms) if pair in found and _informative(found[pair])),
+        *_failures(comparison),
         *_cost(arms),
         *_correctness(arms),
-        *_failures(comparison),
     ]
     return [f"{each[0].upper()}{each[1:]}" if _starts_with_a_word(each) else each for each in sentences]
 
@@ -226,3 +226,5 @@ def _failures(comparison: Comparison) -> Iterator[str]:
             yield f"{arm_name(arm.name)} did not run: {arm.not_run}."
         if arm.seeds and arm.test_metric is None:
             yield f"{arm_name(arm.name)} ended with a result that is not finite: use a smaller --lr."
+        elif arm.diverged:
+            yield f"{arm_name(arm.name)} ended with a training loss that is not finite: use a smaller --lr."
