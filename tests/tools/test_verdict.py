@@ -195,6 +195,15 @@ def test_one_seed_decides_nothing():
     ]
 
 
+def test_one_test_sample_decides_nothing():
+    arms = [_arm(name, (share,) * 3, num_test=1) for name, share in (("single", 1.0), ("ddp", 0.0))]
+    assert _sentences(*arms, num_test=1) == [
+        "Undecided whether SyncBN is needed.",
+        "Undecided: local BN compared with single-process training, -100.0 points (one test sample has no interval); "
+        "more seeds or more test samples alone would not decide: use more of both.",
+    ]
+
+
 def test_a_smaller_loss_is_better_and_has_a_margin_in_percent():
     single = _losses("single", 1.00, 1.01, 0.99)
     assert _sentences(single, _losses("ddp", 1.20, 1.22, 1.19), metric=LOSS)[1] == (

@@ -382,7 +382,7 @@ class Decision:
         kind: ``"better"``, ``"worse"``, ``"equivalent"`` or ``"undecided"``: what the interval says.
         difference: mean over seeds, positive if ``arm`` is better; in percentage points, or in units of the metric.
         by_seed: the difference for each seed.
-        low: lower end of the confidence interval; ``None`` if one seed gives no interval.
+        low: lower end of the confidence interval; ``None`` if one seed or one test sample gives no interval.
         high: its upper end.
         margin: differences up to this one do not matter.
         confidence: of the interval: 0.95, and more for seeds that were added until the results decided.

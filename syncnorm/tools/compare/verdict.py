@@ -125,7 +125,7 @@ def arm_name(arm: str) -> str:
 def interval_text(decision: Decision, metric: MetricInfo) -> str:
     """The confidence interval: ``95% interval -0.2 to +1.4``; without signs if the sentence says better or worse."""
     if decision.low is None or decision.high is None:
-        return "one seed has no interval"
+        return f"one {'seed' if len(decision.by_seed) < 2 else 'test sample'} has no interval"
     ends, signed = [decision.low, decision.high], True
     if decision.kind in ("better", "worse"):
         ends, signed = sorted(map(abs, ends)), False
