@@ -10,6 +10,7 @@ from torch.utils.data import get_worker_info
 
 from syncnorm.errors import InputError
 from syncnorm.tools.compare import Metric, run
+from syncnorm.tools.compare.metrics import as_metric
 
 
 def net():
@@ -282,3 +283,28 @@ def test_one_line_says_what_only_a_rank_can_find_out(arguments, message):
     with pytest.raises(InputError, match=message) as raised:
         run(**given)
     assert "\n" not in str(raised.value)
+
+
+class MeanOfRight:
+    """It divides by zero without a batch."""
+
+    higher_is_better = share = True
+
+    def __init__(self):
+        self.right = []
+
+    def update(self, model, batch):
+        self.right += (model(batch[0]).argmax(1) == batch[1]).tolist()
+
+    def compute(self):
+        return sum(self.right) / len(self.right)
+
+
+@pytest.mark.parametrize("num_batches", [1, 2])
+def test_a_metric_never_computes_without_a_batch(num_batches):
+    metric = as_metric(MeanOfRight, "MeanOfRight")
+    tally = metric.tally(num_batches, with_units=True)
+    for _ in range(num_batches):
+        tally.update(net().eval(), (torch.randn(4, 1, 6, 6), torch.tensor([0, 1, 2, 0])))
+    assert 0 <= tally.result() <= 1
+    assert len(tally.units()) == (0 if num_batches == 1 else 2)
