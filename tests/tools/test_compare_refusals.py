@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import user_jobs
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch.utils.data import get_worker_info
 
 from syncnorm.errors import InputError
 from syncnorm.tools.compare import Metric, run
+from syncnorm.tools.compare.metrics import as_metric
 
 
 def net():
@@ -125,6 +127,26 @@ class WithoutCompute:
         model(batch[0])
 
 
+class UnitsAreMissing(WithoutCompute):
+    def compute(self):
+        return 1.0
+
+    def units(self):
+        return None
+
+
+def percent_later(model, batch):
+    """Between 0 and 1 in the trial only."""
+    return torch.full((len(batch[0]),), 100.0 if dist.is_initialized() else 1.0)
+
+
+def fewer_later(model, batch):
+    return torch.ones(len(batch[0]))[: 1 if dist.is_initialized() else None]
+
+
+percent_later.higher_is_better = fewer_later.higher_is_better = percent_later.share = True
+
+
 def no_optimizer(model):
     return list(model.parameters())
 
@@ -135,6 +157,26 @@ def returns_none(model):
 
 def refuses(model):
     return torch.optim.SGD([], lr=0.1)
+
+
+def of_another_model(model):
+    return torch.optim.SGD(net().parameters(), lr=0.1)
+
+
+def with_closure(model):
+    return torch.optim.LBFGS(model.parameters())
+
+
+class OnlyFullPrecision(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x):
+        y = self.net(x)
+        if y.dtype != torch.float32:
+            raise TypeError("fp32 only")
+        return y
 
 
 def edits_nothing(model):
@@ -159,7 +201,7 @@ REFUSED = [
     ({"datasets": dicts}, r"items must be \(input, target\), got dict: say how to train on them with --step"),
     ({"collate": as_dict}, r"batches must be \(inputs, targets\), got dict from .*as_dict: say how .* --step"),
     ({"step": nothing}, "the step .*nothing returned None: expected a scalar tensor, a dict of them, or an output"),
-    ({"step": vector}, r"the step .*vector returned float32 of shape \(8,\): expected a scalar, the mean"),
+    ({"step": vector}, r"the step .*vector returned float32 of shape \(4,\): expected a scalar, the mean"),
     ({"step": texts}, r"the step .*texts: \['note'\] returned str: expected a scalar tensor"),
     ({"step": bad_key}, r"the step .*bad_key raised in training: TypeError"),
     ({"step": of_constants}, "the step .*of_constants raised in training: RuntimeError.*does not require grad"),
@@ -187,6 +229,13 @@ REFUSED = [
     ({"optimizer": no_optimizer}, r"no_optimizer returned Parameter: expected a torch\.optim\.Optimizer"),
     ({"optimizer": returns_none}, r"returns_none returned None: expected a torch\.optim\.Optimizer"),
     ({"optimizer": refuses}, "refuses raised ValueError: optimizer got an empty parameter list"),
+    ({"optimizer": of_another_model}, "of_another_model returned an optimizer without any parameter of the model"),
+    ({"optimizer": with_closure}, r"LBFGS\.step needs a closure: call it in a --step with a third parameter"),
+    ({"metric": UnitsAreMissing}, "the metric UnitsAreMissing raised TypeError: 'NoneType' object is not iterable"),
+    (
+        {"build_model": OnlyFullPrecision, "amp": "bfloat16"},
+        "the model raised in training, .*: TypeError: fp32 only",
+    ),
     (
         {"datasets": only_here, "num_workers": 1},
         "cannot be loaded with --num-workers 1: TypeError: .*cannot be pickled",
@@ -197,12 +246,20 @@ REFUSED = [
     ({"arms": ["ddp+syncbn:3"]}, r"arm ddp\+syncbn:3: 2 ranks cannot be divided into groups of 3"),
     ({"arms": ["ddp+syncbn:x"]}, r"expected the number of ranks in a group, such as ddp\+syncbn:8"),
     ({"arms": ["user_jobs:with_nothing"]}, "--arms user_jobs:with_nothing: user_jobs has no 'with_nothing'"),
-    ({"arms": [f"{__name__}:edits_nothing"]}, "expected a model, or None after an edit in place, got str"),
+    (
+        {"arms": [f"{__name__}:edits_nothing"]},
+        "^arm .*:edits_nothing: expected a model, or None after an edit in place, got str",
+    ),
     ({"arms": [f"{__name__}:fails"]}, "arm .*:fails raised AttributeError: no backbone"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=lambda value: str(value)[:40])
+def _id(value):
+    """The same in every process: without the addresses of functions."""
+    return str(value)[:40] if isinstance(value, str) else "-".join(value)
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=_id)
 def test_one_line_says_what_came_and_what_to_do(arguments, message):
     given = {"build_model": net, "datasets": images, **arguments}
     with pytest.raises(InputError, match=message) as raised:
@@ -214,3 +271,45 @@ def test_one_line_says_what_came_and_what_to_do(arguments, message):
 def test_the_user_may_forget_the_collate_function_of_a_step():
     with pytest.raises(InputError, match="user_jobs:two_view_step raised in training: AttributeError"):
         run(user_jobs.two_views, user_jobs.pairs, step=user_jobs.two_view_step)
+
+
+def more_on_rank_0():
+    train, test = images()
+    return train, test if not dist.is_initialized() or dist.get_rank() == 0 else test[:3]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"metric": percent_later}, "the metric percent_later is 100: expected between 0 and 1, as share says"),
+    ({"metric": fewer_later}, "fewer_later returned 2 values for 4 test samples: expected one for each sample"),
+    ({"datasets": more_on_rank_0}, "returns 16 and 4 samples on rank 0, but 16 and 3 on rank 1: it must return the"),
+], ids=["share", "values", "data"])  # fmt: skip
+def test_one_line_says_what_only_a_rank_can_find_out(arguments, message):
+    given = {"build_model": net, "datasets": images, "steps": 1, **arguments}
+    with pytest.raises(InputError, match=message) as raised:
+        run(**given)
+    assert "\n" not in str(raised.value)
+
+
+class MeanOfRight:
+    """It divides by zero without a batch."""
+
+    higher_is_better = share = True
+
+    def __init__(self):
+        self.right = []
+
+    def update(self, model, batch):
+        self.right += (model(batch[0]).argmax(1) == batch[1]).tolist()
+
+    def compute(self):
+        return sum(self.right) / len(self.right)
+
+
+@pytest.mark.parametrize("num_batches", [1, 2])
+def test_a_metric_never_computes_without_a_batch(num_batches):
+    metric = as_metric(MeanOfRight, "MeanOfRight")
+    tally = metric.tally(num_batches, with_units=True)
+    for _ in range(num_batches):
+        tally.update(net().eval(), (torch.randn(4, 1, 6, 6), torch.tensor([0, 1, 2, 0])))
+    assert 0 <= tally.result() <= 1
+    assert len(tally.units()) == (0 if num_batches == 1 else 2)

@@ -201,6 +201,14 @@ def test_units_that_are_all_equal():
     assert worse.mean == pytest.approx(-0.3)
 
 
+@pytest.mark.parametrize("right", [1.0, 100.0])
+def test_right_and_wrong_samples_of_a_metric_that_is_not_a_share(right):
+    """Ten samples that all are right, or four of a hundred, decide as little as those of an accuracy."""
+    for ours, other in ((losing(10, 0, 0), losing(10, 0, 0)), (losing(100, 4, 4, 4), losing(100, 0, 0, 0))):
+        scaled = [of_units(right * arm.units_SU) for arm in (ours, other)]
+        assert Rule(share=False).decide(*scaled).kind == "undecided"
+
+
 def test_the_margin_of_other_metrics_is_in_percent_of_the_other_arm():
     ours, other = Scores((10.0, 10.1, 9.9), None, 1), Scores((-10.0, -10.0, -10.0), None, 1)
     assert Rule(share=False).decide(ours, other).margin == pytest.approx(0.2)

@@ -2,12 +2,14 @@
 
 import sys
 
+import click
 import pytest
 import user_jobs
 from click.testing import CliRunner
 
 from syncnorm.errors import InputError
 from syncnorm.tools.cli import compare as command
+from syncnorm.tools.cli.job_files import JobFile
 from syncnorm.tools.compare.runner import make_settings
 
 JOB = """
@@ -110,3 +112,26 @@ def test_a_metric_with_its_direction_can_be_named(job):
     call(file, "--metric", "user_jobs:LARGEST")
     assert made["problem"].metric == user_jobs.LARGEST
     assert made["problem"].metric.info.name == "largest error"
+
+
+@click.command()
+@click.argument("job", required=False, type=JobFile(), is_eager=True)
+@click.option("--steps", type=int, default=1)
+@click.option("--batch-per-rank", default="2")
+def steps_and_sizes(job, steps, batch_per_rank):
+    click.echo(f"{steps} {batch_per_rank}")
+
+
+def _values(path, text, *arguments):
+    path.write_bytes(text)
+    return CliRunner().invoke(steps_and_sizes, [str(path), *arguments])
+
+
+@pytest.mark.parametrize("text", [
+    b'steps = 3\nbatch-per-rank = [4, 8]\n',
+    b'steps = 3\nbatch_per_rank = "4,8"\n',
+    b'\xef\xbb\xbfsteps = 3\r\nbatch-per-rank = [4, 8]\r\n',
+], ids=["list", "underscores", "of a Windows editor"])  # fmt: skip
+def test_values_are_those_of_the_command_line(text, tmp_path):
+    assert _values(tmp_path / "job.toml", text).output == "3 4,8\n"
+    assert _values(tmp_path / "job.toml", text, "--steps", "5").output == "5 4,8\n"

@@ -186,6 +186,10 @@ def _changed(change):
         (_changed(lambda data: data.update(arms=None)), "file.json is damaged: arms: expected a list, got None"),
         (_changed(lambda data: data["arms"][0].update(more=1)), "damaged: arms: ArmResult has unknown more"),
         (_changed(lambda data: data["settings"].update(lr="x")), "damaged: settings: lr: expected float, got 'x'"),
+        (
+            _changed(lambda data: _as_version_2(data)["arms"][0]["seeds"][0].update(test_accuracy=float("nan"))),
+            "file.json is damaged: expected finite results",
+        ),
         (_changed(lambda data: data.update(schema="syncnorm.compare.sweep", comparisons=[])), "holds no comparison"),
     ],
 )

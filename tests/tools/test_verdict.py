@@ -16,6 +16,7 @@ from syncnorm.tools.compare.records import (
     MaxError,
     MetricInfo,
     Parity,
+    Point,
     SeedResult,
     StepRatio,
     StepTime,
@@ -194,6 +195,15 @@ def test_one_seed_decides_nothing():
     ]
 
 
+def test_one_test_sample_decides_nothing():
+    arms = [_arm(name, (share,) * 3, num_test=1) for name, share in (("single", 1.0), ("ddp", 0.0))]
+    assert _sentences(*arms, num_test=1) == [
+        "Undecided whether SyncBN is needed.",
+        "Undecided: local BN compared with single-process training, -100.0 points (one test sample has no interval); "
+        "more seeds or more test samples alone would not decide: use more of both.",
+    ]
+
+
 def test_a_smaller_loss_is_better_and_has_a_margin_in_percent():
     single = _losses("single", 1.00, 1.01, 0.99)
     assert _sentences(single, _losses("ddp", 1.20, 1.22, 1.19), metric=LOSS)[1] == (
@@ -289,6 +299,15 @@ def test_arms_that_failed_are_reported():
     assert _sentences(SINGLE, refused, diverged) == [
         "Local BN did not run: Expected more than 1 value per channel.",
         "LayerNorm ended with a result that is not finite: use a smaller --lr.",
+    ]
+
+
+def test_training_that_diverged_is_not_judged():
+    """The largest of NaN logits is that of class 0, so the accuracy of such a model is finite."""
+    losses = (Point(50, 1.0), Point(100, None))
+    diverged = replace(LOCAL_LOSES, seeds=(*LOCAL_LOSES.seeds[:2], replace(LOCAL_LOSES.seeds[2], train_loss=losses)))
+    assert _sentences(SINGLE, diverged) == [
+        "Local BN ended with a training loss that is not finite: use a smaller --lr."
     ]
 
 

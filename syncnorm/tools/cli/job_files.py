@@ -34,7 +34,7 @@ class JobFile(click.Path):
         path = Path(os.fsdecode(super().convert(value, param, ctx)))
         assert ctx is not None
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
+            values = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors add a byte order mark
         except FileNotFoundError:
             self.fail(f"no job file {path}: expected a TOML file with the options of this command", param, ctx)
         except OSError as error:

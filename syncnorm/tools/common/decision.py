@@ -246,14 +246,18 @@ def _unit_moments(ours: Scores, other: Scores, share: bool) -> _UnitMoments:
         return _UnitMoments(inf, 0.0, 1)
     mean_U, mean_S, mean = d_SU.mean(0), d_SU.mean(1), d_SU.mean()
     squares = float((mean_U - mean).square().sum())
-    if share and bool(((ours.units_SU == 0) | (ours.units_SU == 1)).all()):
-        between = (squares + 2) / (U + 2) ** 2  # one more sample for each arm
-    else:
-        between = squares / (U - 1) / U
+    size = _size_of_an_error(torch.stack((ours.units_SU, other.units_SU)))
+    # One more sample for each arm.
+    between = squares / (U - 1) / U if size is None else (squares + 2 * size**2) / (U + 2) ** 2
     if S < 2:
         return _UnitMoments(between, 0.0, U - 1)
     residual_SU = d_SU - mean_S.unsqueeze(1) - mean_U + mean
     return _UnitMoments(between, float(residual_SU.square().sum()) / ((S - 1) * (U - 1)) / (S * U), U - 1)
+
+
+def _size_of_an_error(values: Tensor) -> float | None:
+    """1 if every sample is right (1) or wrong (0), also by a metric that does not say so; 100 if it is in percent."""
+    return next((right for right in (1.0, 100.0) if bool(((values == 0) | (values == right)).all())), None)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from syncnorm.tools.common.data import Batches, digits
 from syncnorm.tools.common.errors import missing_extra, one_line
 from syncnorm.tools.compare.arms import arm_named, group_size_of
 from syncnorm.tools.compare.evaluation import autocast
-from syncnorm.tools.compare.metrics import LOSS, Metric, Tally, remembered
+from syncnorm.tools.compare.metrics import LOSS, Metric, Tally, num_required, remembered
 from syncnorm.tools.compare.named_metrics import ACCURACY
 from syncnorm.tools.compare.problem import Problem
 from syncnorm.tools.compare.records import CompareSettings, Task
@@ -139,7 +139,17 @@ def _check_arms(problem: Problem, settings: CompareSettings) -> None:
 def _check_optimizer(problem: Problem, model: nn.Module, settings: CompareSettings) -> None:
     with _raising_input_error(f"the optimizer function {problem.optimizer_name} raised"):
         optimizers = problem.optimizers(model, settings)
-    list_of(optimizers, problem.optimizer_name)
+    parameters = {id(parameter) for parameter in model.parameters()}
+    for each in list_of(optimizers, problem.optimizer_name):
+        if not parameters & {id(parameter) for group in each.param_groups for parameter in group["params"]}:
+            raise InputError(
+                f"the optimizer function {problem.optimizer_name} returned an optimizer without any parameter of the "
+                f"model that it was called with"
+            )
+        if num_required(each.step) and not problem.trains_by_itself:
+            raise InputError(
+                f"{type(each).__name__}.step needs a closure: call it in a --step with a third parameter, optimizers"
+            )
     if not problem.trains_by_itself:
         return
     if settings.accumulate > 1:
@@ -270,7 +280,8 @@ def _try_training(problem: Problem, model: nn.Module, batch: Any, settings: Comp
     except Exception as error:  # from the user's code
         if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
             return problem  # each arm reports whether it can run
-        raise _training_error(problem, model, batch, error) from error
+        with autocast(settings.amp, torch.device("cpu")):
+            raise _training_error(problem, model, batch, error) from error
     unused = any(p.requires_grad and p.grad is None for p in trained.parameters())
     return replace(problem, unused_parameters=unused)
 
@@ -330,6 +341,7 @@ def _try_metric(metric: Metric, model: nn.Module, batch: Any, size: int, setting
 def _check_result(metric: Metric, tally: Tally, name: str, size: int) -> None:
     if metric.accumulates:
         tally.result()  # of so few samples it may not be finite
+        tally.units()
         return
     values = tally.units()
     if len(values) != size:
@@ -365,6 +377,8 @@ def _raising_input_error(prefix: str) -> Iterator[None]:
     """Turns an exception of the user's code into an `InputError` of one line."""
     try:
         yield
+    except InputError:  # ours, which says it already
+        raise
     except Exception as error:
         raise InputError(f"{prefix} {one_line(error)}") from error
 

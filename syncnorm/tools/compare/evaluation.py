@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from syncnorm.errors import InputError
 from syncnorm.tools.common.data import in_order, to_device
 from syncnorm.tools.common.units import encode
-from syncnorm.tools.compare.metrics import remembered
+from syncnorm.tools.compare.metrics import Metric, Tally, remembered
 from syncnorm.tools.compare.problem import Problem
 from syncnorm.tools.compare.records import CompareSettings
 
@@ -61,7 +62,20 @@ def evaluate(
     if tally is None:
         units = encode([value for _, value in losses]) if with_units and mean is not None else ""
         return Evaluation(mean, mean, units)
-    return Evaluation(tally.result(), mean, encode(tally.units()) if with_units else "")
+    return Evaluation(_result(metric, tally, len(data)), mean, encode(tally.units()) if with_units else "")
+
+
+def _result(metric: Metric, tally: Tally, num_samples: int) -> float | None:
+    """The metric of the test data, which may break what it promised for the few samples of its trial."""
+    result = tally.result()
+    if metric.share and result is not None and not 0 <= result <= 1:
+        raise InputError(f"the metric {metric.name} is {result:g}: expected between 0 and 1, as share says")
+    if not metric.accumulates and len(tally.units()) != num_samples:
+        raise InputError(
+            f"the metric {metric.name} returned {len(tally.units())} values for {num_samples} test samples: expected "
+            f"one for each sample"
+        )
+    return result
 
 
 def autocast(amp: str, device: torch.device) -> AbstractContextManager[Any]:

@@ -87,9 +87,10 @@ class Metric:
         if not self.accumulates:
             return Tally([_PerSample(self)])
         first = _of_this_rank(self.measure())
-        if not with_units or hasattr(first, "units"):
-            return Tally([first])
         groups = min(GROUPS, num_batches)
+        # Without the only group there is nothing to measure.
+        if not with_units or groups < 2 or hasattr(first, "units"):
+            return Tally([first])
         return Tally([first, *(_of_this_rank(self.measure()) for _ in range(groups))])
 
 

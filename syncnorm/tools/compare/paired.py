@@ -15,7 +15,7 @@ LOCAL, SYNCED, REFERENCE = "ddp", "ddp+syncbn", "single"
 
 
 def decisions(comparison: Comparison) -> tuple[Decision, ...]:
-    """A decision on every pair of `pairs` of which both arms have finite results."""
+    """A decision on every pair of `pairs` of which both arms ran and did not diverge."""
     arms = {arm.name: arm for arm in comparison.arms}
     found = (decide(comparison, arms[name], arms[other]) for name, other in pairs(arms))
     return tuple(decision for decision in found if decision is not None)
@@ -36,7 +36,7 @@ def essential(decision: Decision) -> bool:
 
 
 def decide(comparison: Comparison, arm: ArmResult, other: ArmResult) -> Decision | None:
-    """``arm`` compared with ``other``; ``None`` if one of them did not run, or has a result that is not finite."""
+    """``arm`` compared with ``other``; ``None`` if one of them did not run, or diverged."""
     ours, theirs = _scores(comparison, arm), _scores(comparison, other)
     if ours is None or theirs is None or len(ours.by_seed) != len(theirs.by_seed):
         return None
@@ -68,7 +68,7 @@ def _decision(arm: str, other: str, found: Difference) -> Decision:
 
 def _scores(comparison: Comparison, arm: ArmResult) -> Scores | None:
     values = tuple(value for value in arm.results if value is not None)
-    if not values or len(values) != len(arm.seeds):
+    if not values or len(values) != len(arm.seeds) or arm.diverged:
         return None
     units = [decode(run.units) for run in arm.seeds]
     number = comparison.task.num_test if comparison.task.metric.units == "samples" else len(units[0])

@@ -262,6 +262,13 @@ class ArmResult:
         return tuple(run.test_metric for run in self.seeds)
 
     @property
+    def diverged(self) -> bool:
+        """Whether the training loss or the result of a seed is not finite: the largest of NaN logits is class 0."""
+        return any(
+            run.test_metric is None or bool(run.train_loss and run.train_loss[-1].value is None) for run in self.seeds
+        )
+
+    @property
     def std(self) -> float | None:
         """Standard deviation of `results`; ``None`` for fewer than two seeds, or if one is not finite."""
         values = [value for value in self.results if value is not None]
@@ -375,7 +382,7 @@ class Decision:
         kind: ``"better"``, ``"worse"``, ``"equivalent"`` or ``"undecided"``: what the interval says.
         difference: mean over seeds, positive if ``arm`` is better; in percentage points, or in units of the metric.
         by_seed: the difference for each seed.
-        low: lower end of the confidence interval; ``None`` if one seed gives no interval.
+        low: lower end of the confidence interval; ``None`` if one seed or one test sample gives no interval.
         high: its upper end.
         margin: differences up to this one do not matter.
         confidence: of the interval: 0.95, and more for seeds that were added until the results decided.

@@ -261,6 +261,7 @@ def compare_on_rank(
     started = time.perf_counter()
     # Imports of the user's data can take seconds, which must not count as the first arm's time.
     datasets = problem.datasets()
+    _check_sizes(problem.data_name, [len(each) for each in datasets], ranks)
     with _accelerator(ranks) as accelerator:
         # The same applies to the first optimizer, the first DDP and the first collectives.
         with no_progress(1) as progress:
@@ -286,6 +287,18 @@ def compare_on_rank(
             seeds, looks = run_seeds(runner.train, record, settings, ranks)
             runner.time_steps()
     return ranks.share(record(seeds, looks) if ranks.rank == 0 else None)
+
+
+def _check_sizes(name: str, sizes: list[int], ranks: Ranks) -> None:
+    """Raises an `InputError` on every rank if the ranks would take their samples from different data."""
+    by_rank = ranks.collect(sizes)
+    other = next((rank for rank, each in enumerate(by_rank) if each != by_rank[0]), None)
+    if other is not None:
+        raise InputError(
+            f"{name}() returns {' and '.join(map(str, by_rank[0]))} samples on rank 0, but "
+            f"{' and '.join(map(str, by_rank[other]))} on rank {other}: it must return the same on every rank, and "
+            f"syncnorm gives each rank its part"
+        )
 
 
 @contextmanager

@@ -41,9 +41,9 @@ def verdict(comparison: Comparison) -> list[str]:
     sentences = [
         *_advice(comparison, found),
         *(_reason(comparison, found[pair]) for pair in pairs(arms) if pair in found and _informative(found[pair])),
+        *_failures(comparison),
         *_cost(arms),
         *_correctness(arms),
-        *_failures(comparison),
     ]
     return [f"{each[0].upper()}{each[1:]}" if _starts_with_a_word(each) else each for each in sentences]
 
@@ -125,7 +125,7 @@ def arm_name(arm: str) -> str:
 def interval_text(decision: Decision, metric: MetricInfo) -> str:
     """The confidence interval: ``95% interval -0.2 to +1.4``; without signs if the sentence says better or worse."""
     if decision.low is None or decision.high is None:
-        return "one seed has no interval"
+        return f"one {'seed' if len(decision.by_seed) < 2 else 'test sample'} has no interval"
     ends, signed = [decision.low, decision.high], True
     if decision.kind in ("better", "worse"):
         ends, signed = sorted(map(abs, ends)), False
@@ -226,3 +226,5 @@ def _failures(comparison: Comparison) -> Iterator[str]:
             yield f"{arm_name(arm.name)} did not run: {arm.not_run}."
         if arm.seeds and arm.test_metric is None:
             yield f"{arm_name(arm.name)} ended with a result that is not finite: use a smaller --lr."
+        elif arm.diverged:
+            yield f"{arm_name(arm.name)} ended with a training loss that is not finite: use a smaller --lr."

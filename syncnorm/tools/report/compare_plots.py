@@ -265,7 +265,7 @@ def _relative(error: MaxError) -> float:
 def _rounding_line(ax: Any) -> None:
     log_scale(ax.yaxis)
     low, high = ax.get_ylim()
-    ax.set_ylim(min(low, ROUNDING / 100), max(high, ROUNDING * 100))
+    ax.set_ylim(min(low, ROUNDING / 100), max(2 * high, ROUNDING * 100))  # markers need room
     ax.axhline(ROUNDING, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
     ax.text(0.99, ROUNDING * 1.3, "fp32 rounding", transform=ax.get_yaxis_transform(), ha="right", fontsize=7.5)
 

@@ -75,11 +75,12 @@ def _read(path: Path) -> Sequence[Comparison]:
         )
     try:
         found = Sweep.from_dict(data).comparisons if schema == Sweep.schema else (Comparison.from_dict(data),)
+        found = tuple(each if version == _VERSIONS[-1] else _judged_again(each) for each in found)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path} is damaged: {error}") from error
     if not found:
         raise InputError(f"{path} holds no comparison")
-    return [each if version == _VERSIONS[-1] else _judged_again(each) for each in found]
+    return found
 
 
 def _judged_again(comparison: Comparison) -> Comparison:
