@@ -5,6 +5,6 @@
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started with sh
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 install_syncnorm compare
-set -- --seeds 4 --html demo.html "$@"
+set -- --seeds 4 --eval-batch 64 --html demo.html "$@"
 echo "syncnorm: running syncnorm compare $*"
 exec "$bin/syncnorm" compare "$@"
