@@ -201,6 +201,13 @@ def test_units_that_are_all_equal():
     assert worse.mean == pytest.approx(-0.3)
 
 
+def test_groups_of_samples_on_which_both_arms_agree_decide_nothing():
+    """Nothing was learned, and both arms predict the same class of 96 samples in 20 groups."""
+    groups = torch.linspace(0.2, 0.3, 20).repeat(3, 1)
+    arm = replace(of_units(groups), num_samples=96)
+    assert Rule().decide(arm, arm).kind == "undecided"
+
+
 @pytest.mark.parametrize("right", [1.0, 100.0])
 def test_right_and_wrong_samples_of_a_metric_that_is_not_a_share(right):
     """Ten samples that all are right, or four of a hundred, decide as little as those of an accuracy."""
