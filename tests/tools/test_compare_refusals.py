@@ -313,3 +313,9 @@ def test_a_metric_never_computes_without_a_batch(num_batches):
         tally.update(net().eval(), (torch.randn(4, 1, 6, 6), torch.tensor([0, 1, 2, 0])))
     assert 0 <= tally.result() <= 1
     assert len(tally.units()) == (0 if num_batches == 1 else 2)
+
+
+def test_the_caller_keeps_the_state_of_its_random_generator():
+    before = torch.random.get_rng_state()
+    run(net, images, arms=["ddp"], steps=1, seeds=1)
+    assert torch.equal(torch.random.get_rng_state(), before)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import nn
 
 from syncnorm.errors import InputError
@@ -231,7 +232,8 @@ def sweep(
 
     Collective: as `run`.
     """
-    checked = [(each, *check_problem(problem, each)) for each in settings]
+    with torch.random.fork_rng(devices=[]):  # each item of the trial is drawn under a seed of its own
+        checked = [(each, *check_problem(problem, each)) for each in settings]
     with ranks_for(settings[0].world_size, WAIT.total_seconds()) as on_ranks:
         for each, found, task, num_groups in checked:
             complete = replace(each, num_groups=num_groups)
