@@ -319,3 +319,22 @@ def test_the_caller_keeps_the_state_of_its_random_generator():
     before = torch.random.get_rng_state()
     run(net, images, arms=["ddp"], steps=1, seeds=1)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+class GrowsLater(list):
+    """Images of which one is larger than those that are tried before the training."""
+
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        return (torch.cat([image, image], 1), label) if index == len(self) - 1 else (image, label)
+
+
+def grow_later():
+    return [GrowsLater(each) for each in images()]
+
+
+def test_what_breaks_in_the_middle_of_the_training_is_said_in_one_line():
+    message = "arm .*: RuntimeError: stack expects each tensor to be equal size, but got"
+    with pytest.raises(InputError, match=message) as raised:
+        run(net, grow_later, arms=["ddp"], steps=40, parity_steps=1, seeds=1)
+    assert "\n" not in str(raised.value)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from syncnorm.errors import InputError
+from syncnorm.errors import InputError, SyncNormError
 from syncnorm.tools.common.data import Batches, to_device
 from syncnorm.tools.common.data_parallel import EmulatedDataParallel
+from syncnorm.tools.common.errors import one_line
 from syncnorm.tools.common.ranks import Ranks
 from syncnorm.tools.compare.arms import SINGLE, Arm, arm_named, communicates
 from syncnorm.tools.compare.evaluation import Evaluation, evaluate
@@ -91,12 +93,14 @@ class ArmRunner:
             arm = arm_named(name)
             started = time.perf_counter()
             if name not in self.results:
-                self.results[name] = self._set_up(arm)
+                with _in_one_line(name):
+                    self.results[name] = self._set_up(arm)
             result = self.results[name]
             self.progress.start(f"{name}, seed {seed}", self.settings.steps)
             if result.not_run is None:
                 if self._takes_part(arm):
-                    result = self._run(arm, seed, result)
+                    with _in_one_line(name):
+                        result = self._run(arm, seed, result)
                 result = replace(result, wall_seconds=(result.wall_seconds or 0.0) + time.perf_counter() - started)
                 self.results[name] = result
             self.progress.finish(result)
@@ -255,3 +259,14 @@ class ArmRunner:
         # The next arm's memory must not include this one's.
         trainer.wrapper = trainer.model = trainer.optimizer = None  # type: ignore[assignment]  # not used again
         self.accelerator.free_memory()
+
+
+@contextmanager
+def _in_one_line(arm: str) -> Iterator[None]:
+    """Turns an exception of the user's code that appears during the training into an `InputError` of one line."""
+    try:
+        yield
+    except (SyncNormError, dist.DistError):
+        raise
+    except Exception as error:
+        raise InputError(f"arm {arm}: {one_line(error)}") from error

@@ -18,8 +18,8 @@ NAMES = {
     "ddp+torch-syncbn": "torch.nn.SyncBatchNorm",
     **NO_COMMUNICATION,
 }
-# An interval whose ends differ by more than this factor says too little about a step time.
-MAX_RATIO_OF_ENDS = 1.25
+# An interval whose ends differ by more than this factor says too little: the first if it contains 1, else the second.
+MAX_RATIO_AROUND_ONE, MAX_RATIO_OF_ENDS = 1.25, 1.6
 # With two seeds the interval is 4 times as wide.
 ENOUGH_SEEDS = 3
 
@@ -184,7 +184,8 @@ def _cost(arms: Mapping[str, ArmResult]) -> Iterator[str]:
 
 def too_noisy(cost: StepRatio) -> bool:
     """Whether the interval is too wide to say anything."""
-    return cost.high > MAX_RATIO_OF_ENDS * cost.low
+    widest = MAX_RATIO_AROUND_ONE if cost.low <= 1 <= cost.high else MAX_RATIO_OF_ENDS
+    return cost.high > widest * cost.low
 
 
 def _ends(cost: StepRatio) -> str:
