@@ -167,7 +167,7 @@ def compare(
     syncnorm compare --model nets:build --data nets:datasets --arms ddp,ddp+syncbn,ddp+group --seeds 3
 
     JOB is a TOML file with any of the options below, by name; options of the command line replace them, and modules
-    beside the file are found:
+    in the folder of the file are found:
 
     syncnorm compare examples/jobs/segmentation.toml --html page.html
 

@@ -21,7 +21,7 @@ class JobFile(click.Path):
     """The type of an argument that names a job file. Its values are defaults: options of the command line come first.
 
     Every option is a key, without the dashes in front, with dashes or underscores inside. A list is joined by commas.
-    Modules beside the file can be imported.
+    Modules in the folder of the file can be imported.
     """
 
     name = "job file"

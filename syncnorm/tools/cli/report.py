@@ -13,7 +13,7 @@ from syncnorm.tools.report.runs import read_runs
 from syncnorm.tools.report.runs_terminal import print_runs
 
 
-@click.command(short_help="The report of earlier comparisons, one or several beside each other.")
+@click.command(short_help="The report of earlier comparisons, one or several side by side.")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...", type=click.Path(path_type=Path))
 @click.option(
     "--html",

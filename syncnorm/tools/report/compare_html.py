@@ -40,7 +40,7 @@ def render_html(comparisons: Sequence[Comparison]) -> str:
 
 
 def write_page(runs: Sequence[Run], path: Path) -> None:
-    """Writes the page of one run, or of several beside each other, to ``path``.
+    """Writes the page of one run, or of several side by side, to ``path``.
 
     Raises:
         ValueError: no run.

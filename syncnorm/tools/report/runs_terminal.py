@@ -1,4 +1,4 @@
-"""Several comparisons beside each other on a terminal: their decisions, what differs, and their results."""
+"""Several comparisons side by side on a terminal: their decisions, what differs, and their results."""
 
 from __future__ import annotations
 
