@@ -1,16 +1,20 @@
 """The plugin and the callback pass their arguments to convert; tests/launch/test_examples.py trains with them."""
 
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from shims.torchvision_operators import make_torchvision_importable
 from torch import nn
 
 import syncnorm
 from syncnorm.testing import run_ranks
 
+SHIMS = Path(__file__).parents[1] / "support" / "shims"
 pytestmark = pytest.mark.timeout(300)  # importing these frameworks takes long
 
 
@@ -36,6 +40,7 @@ def group_size_between(convert, revert) -> int:
 
 
 def _rank_lightning(options) -> int:
+    make_torchvision_importable()
     from syncnorm.integrations.lightning import SyncNorm
 
     plugin = SyncNorm(**options)
@@ -43,6 +48,7 @@ def _rank_lightning(options) -> int:
 
 
 def _rank_huggingface(options) -> int:
+    make_torchvision_importable()
     from syncnorm.integrations.huggingface import SyncNorm
 
     callback = SyncNorm(**options)
@@ -70,5 +76,7 @@ def test_the_trainer_of_either_name_of_lightning_accepts_the_plugin(name):
         f"import {name} as L; from syncnorm.integrations.lightning import SyncNorm; "
         "L.Trainer(accelerator='cpu', devices=2, strategy='ddp', plugins=[SyncNorm(group_size=2)], logger=False)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    path = os.pathsep.join((str(SHIMS), os.environ.get("PYTHONPATH", "")))
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from shims.torchvision_operators import make_torchvision_importable
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
@@ -103,6 +104,7 @@ class ByTorchmetrics:
     higher_is_better = share = True
 
     def __init__(self):
+        make_torchvision_importable()  # torchmetrics imports it
         from torchmetrics.classification import MulticlassAccuracy
 
         self.metric = MulticlassAccuracy(2, average="micro")

@@ -208,6 +208,19 @@ def test_groups_of_samples_on_which_both_arms_agree_decide_nothing():
     assert Rule().decide(arm, arm).kind == "undecided"
 
 
+def test_a_few_samples_of_a_whole_test_set_decide_nothing():
+    """One sample of 96 is lost in each of four groups, at every seed: as little as four single samples."""
+    groups = torch.full((3, 20), 0.9)
+    lost = groups.clone()
+    lost[:, :4] -= 20 / 96
+    ours, other = (replace(of_units(each), num_samples=96) for each in (lost, groups))
+    found = Rule().decide(ours, other)
+    assert found.mean == pytest.approx(-100 * 4 / 96)
+    assert found.kind == "undecided"
+    many = Rule().decide(*(replace(each, num_samples=5000) for each in (ours, other)))
+    assert many.high < found.high
+
+
 @pytest.mark.parametrize("right", [1.0, 100.0])
 def test_right_and_wrong_samples_of_a_metric_that_is_not_a_share(right):
     """Ten samples that all are right, or four of a hundred, decide as little as those of an accuracy."""

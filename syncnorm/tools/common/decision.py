@@ -237,7 +237,9 @@ def _unit_moments(ours: Scores, other: Scores, share: bool) -> _UnitMoments:
     The latter is more if both arms find the same samples hard. Other results without units vary by seed only.
     """
     if ours.units_SU is None or other.units_SU is None or ours.units_SU.shape != other.units_SU.shape:
-        return _moments_without_units(ours, other, share)
+        n = ours.num_samples
+        smoothed = [(fmean(each.by_seed) * n + 1) / (n + 2) for each in (ours, other)] if share else []
+        return _UnitMoments(sum(p * (1 - p) for p in smoothed) / (n + 2), 0.0, max(1, n - 1))
     d_SU = ours.units_SU.double() - other.units_SU.double()
     S, U = d_SU.shape
     if U < 2:
@@ -245,21 +247,15 @@ def _unit_moments(ours: Scores, other: Scores, share: bool) -> _UnitMoments:
     mean_U, mean_S, mean = d_SU.mean(0), d_SU.mean(1), d_SU.mean()
     squares = float((mean_U - mean).square().sum())
     size = _size_of_an_error(torch.stack((ours.units_SU, other.units_SU)))
-    if share and size is None and not bool(d_SU.any()):
-        # Arms that agree on every unit do not say how much they differ on others.
-        return _moments_without_units(ours, other, share)
-    # One more sample for each arm.
-    between = squares / (U - 1) / U if size is None else (squares + 2 * size**2) / (U + 2) ** 2
+    # One more sample for each arm; of a whole test set's result, each sample is about 1 / num_samples.
+    if size is not None:
+        between = (squares + 2 * size**2) / (U + 2) ** 2
+    else:
+        between = squares / (U - 1) / U + (2 / (ours.num_samples + 2) ** 2 if share else 0.0)
     if S < 2:
         return _UnitMoments(between, 0.0, U - 1)
     residual_SU = d_SU - mean_S.unsqueeze(1) - mean_U + mean
     return _UnitMoments(between, float(residual_SU.square().sum()) / ((S - 1) * (U - 1)) / (S * U), U - 1)
-
-
-def _moments_without_units(ours: Scores, other: Scores, share: bool) -> _UnitMoments:
-    n = ours.num_samples
-    smoothed = [(fmean(each.by_seed) * n + 1) / (n + 2) for each in (ours, other)] if share else []
-    return _UnitMoments(sum(p * (1 - p) for p in smoothed) / (n + 2), 0.0, max(1, n - 1))
 
 
 def _size_of_an_error(values: Tensor) -> float | None:
