@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from shims.torchvision_operators import make_torchvision_importable
 from torch import nn
 
 import syncnorm
@@ -50,6 +51,7 @@ def test_state_dict_moves_to_and_from_torchs_layers():
 )
 def test_docstring_examples_run(name):
     if name in FRAMEWORKS:
+        make_torchvision_importable()  # which these frameworks import
         pytest.importorskip(FRAMEWORKS[name])
     module = importlib.import_module(name)
     found = doctest.testmod(module, extraglobs={"torch": torch, "nn": nn}, optionflags=doctest.ELLIPSIS)
