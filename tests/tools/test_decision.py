@@ -210,7 +210,7 @@ def test_groups_of_samples_on_which_both_arms_agree_decide_nothing():
 
 def test_a_few_samples_of_a_whole_test_set_decide_nothing():
     """One sample of 96 is lost in each of four groups, at every seed: as little as four single samples."""
-    groups = torch.full((3, 20), 0.9)
+    groups = torch.full((3, 20), 0.9, dtype=torch.float64)
     lost = groups.clone()
     lost[:, :4] -= 20 / 96
     ours, other = (replace(of_units(each), num_samples=96) for each in (lost, groups))
