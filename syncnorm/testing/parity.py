@@ -79,7 +79,7 @@ def assert_matches_single_process(
     refuse_while_importing()  # before the training in this process, not after it
     if world_size < 1:
         raise InputError(f"world_size must be 1 or more, got {world_size}")
-    pickle_call(build_model, ())  # likewise
+    pickle_call(build_model, ())  # before the training in this process, too
     batches = _batches(inputs, steps)
     rows = [_rows(batch, world_size, splits) for batch in batches]
     with torch.random.fork_rng(devices=[]):

@@ -122,7 +122,7 @@ class Difference:
         level: see `Rule`.
         more_seeds: how many more seeds would decide if mean and spread stay as they are; 0 if it is decided, ``None``
             if no number of seeds would.
-        more_samples: how many more test samples would, with the same seeds; likewise.
+        more_samples: how many more test samples would, with the same seeds; 0 and ``None`` as for the seeds.
     """
 
     by_seed: tuple[float, ...]

@@ -268,5 +268,5 @@ def _in_one_line(arm: str) -> Iterator[None]:
         yield
     except (SyncNormError, dist.DistError):
         raise
-    except Exception as error:
+    except Exception as error:  # from the user's code
         raise InputError(f"arm {arm}: {one_line(error)}") from error

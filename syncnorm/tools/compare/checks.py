@@ -301,7 +301,7 @@ def _training_error(problem: Problem, model: nn.Module, batch: Any, error: Excep
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             what = f"the loss {problem.loss_name} must return a scalar tensor in training"
             return InputError(f"{what}, got {_shape(loss)}")
-    except Exception as again:
+    except Exception as again:  # the same error, now with what raised it
         return InputError(f"{what}: {one_line(again)}")
     return InputError(f"the backward of the loss {problem.loss_name} raised: {one_line(error)}")
 
@@ -379,7 +379,7 @@ def _raising_input_error(prefix: str) -> Iterator[None]:
         yield
     except InputError:  # ours, which says it already
         raise
-    except Exception as error:
+    except Exception as error:  # from the user's code
         raise InputError(f"{prefix} {one_line(error)}") from error
 
 

@@ -118,7 +118,7 @@ class SeedResult:
     Attributes:
         test_metric: the metric of the task on the test samples, of rank 0's model after the last step in eval mode;
             ``None`` if it is not finite.
-        test_loss: mean loss over the test samples, likewise; ``None`` too if a model in eval mode has no loss.
+        test_loss: mean loss over the test samples, of the same model; ``None`` too if it has no loss in eval mode.
         step_seconds: median time of a training step, without warm-up and data loading.
         train_loss: of the global batch, averaged over up to 50 intervals of steps; each is placed at its last step.
         test_metrics: at a few steps including the last.
@@ -354,7 +354,7 @@ class Task:
         norm_layers: names of the model's batch norms, in the order in which the forward calls them.
         num_train: number of training samples.
         num_test: number of test samples, even if each has many labeled pixels.
-        step: name of the function that computes the loss of a batch, empty by default; likewise the next two.
+        step: name of the function that computes the loss of a batch; empty by default, as are the next two.
         collate: of the one that makes a batch of samples.
         optimizer: of the one that builds the optimizer.
     """
@@ -388,7 +388,7 @@ class Decision:
         confidence: of the interval: 0.95, and more for seeds that were added until the results decided.
         more_seeds: how many more seeds would decide if the spread stays as it is; 0 if it is decided, ``None`` if
             seeds alone would not.
-        more_samples: how many more test samples would, with the same seeds; likewise.
+        more_samples: how many more test samples would, with the same seeds; 0 and ``None`` as for the seeds.
     """
 
     arm: str

@@ -51,16 +51,16 @@ class _Panel:
                 yield column, values
 
     def x(self, column: Value, line: Value) -> float:
-        """Where the point is drawn: beside those of the other lines at the same column."""
-        beside = (self.lines.index(line) + 0.5) / len(self.lines) - 0.5
+        """Where the point is drawn: next to those of the other lines at the same column."""
+        offset = (self.lines.index(line) + 0.5) / len(self.lines) - 0.5
         if self.view.scale == "category":
-            return self.across.index(column) + _CATEGORY_WIDTH * beside
+            return self.across.index(column) + _CATEGORY_WIDTH * offset
         numbers = sorted(float(each) for each in self.across)
         neighbors = list(pairwise(numbers))
         if self.view.scale == "log":
             ratio = min((b / a for a, b in neighbors), default=1.0)
-            return float(float(column) * ratio ** (_NUMBER_WIDTH * beside))
-        return float(column) + _NUMBER_WIDTH * beside * min((b - a for a, b in neighbors), default=1.0)
+            return float(float(column) * ratio ** (_NUMBER_WIDTH * offset))
+        return float(column) + _NUMBER_WIDTH * offset * min((b - a for a, b in neighbors), default=1.0)
 
 
 def write_plot(study: Study, path: Path) -> None:
