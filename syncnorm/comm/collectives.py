@@ -19,6 +19,7 @@ from syncnorm.comm.call import Call, Kind
 from syncnorm.comm.exchange import Exchange, failure_flags_of
 from syncnorm.comm.layer_names import ModelNumbers
 from syncnorm.comm.process_groups import alive, check_not_inherited
+from syncnorm.comm.transports import TransportName, checked_transport, default_transport
 from syncnorm.errors import REFUSED, InputError, SyncNormError, is_known_everywhere, known_everywhere
 
 
@@ -33,7 +34,9 @@ class Peers:
         attempt: how often the ranks have connected or tried to.
         closed: earlier exchanges; kept because gloo may still write to their buffers.
         models: numbers models that have layers of the same names.
-        staged: whether tensors of GPUs are exchanged in frames too, so that a rank that has joined can answer.
+        staged: whether all tensors are exchanged in frames, so that a rank that has joined can answer.
+        transport: what :func:`set_transport` set; None for the default.
+        met: whether the ranks have agreed to exchange no frames.
     """
 
     calls: int = 0
@@ -43,6 +46,8 @@ class Peers:
     closed: list[Exchange] = field(default_factory=list)
     models: ModelNumbers = field(default_factory=ModelNumbers)
     staged: bool = False
+    transport: TransportName | None = None
+    met: bool = False
 
     def is_first(self, call: Call) -> bool:
         """Whether the layer makes a call of this kind for the first time."""
@@ -81,10 +86,37 @@ def exchange_of(group: dist.ProcessGroup, device: torch.device) -> Exchange | No
     on_gloo = device.type == "cpu" and "cpu:gloo" in dist.get_backend_config(group)
     if not on_gloo and not peers.staged:
         return None
+    transport = peers.transport or default_transport()
+    if transport == "native" and not peers.staged:
+        return None
     with _creating:
         if peers.exchange is None:
-            peers.exchange = Exchange(group, peers.attempt)
+            frames: TransportName = "auto" if transport == "native" else transport
+            peers.exchange = Exchange(group, peers.attempt, frames, "staged" if transport == "native" else "here")
         return peers.exchange
+
+
+def set_transport(group: dist.ProcessGroup | None, transport: TransportName | None) -> None:
+    """Chooses how the layers of ``group``, None for the default one, exchange their numbers on CPUs.
+
+    Raises:
+        InputError: the ranks have connected in another way; or there is no process group yet.
+    """
+    if transport is None:
+        return
+    group = dist.group.WORLD if group is None and dist.is_initialized() else group
+    if not isinstance(group, dist.ProcessGroup):
+        raise InputError(
+            f"transport={transport!r} belongs to a process group: call torch.distributed.init_process_group first"
+        )
+    peers = peers_of(group)
+    connected = peers.exchange is not None or peers.met
+    if connected and checked_transport(transport) != (peers.transport or default_transport()):
+        raise InputError(
+            f"transport={transport!r}, but the ranks of this group have already connected in another way "
+            f"({peers.transport or default_transport()}). Choose it before the first forward, or create a new group"
+        )
+    peers.transport = checked_transport(transport)
 
 
 def reopen(group: dist.ProcessGroup | None) -> None:

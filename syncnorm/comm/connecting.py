@@ -6,6 +6,7 @@ They meet first because gloo, when a rank has died, silently waits once for each
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,22 +21,18 @@ from syncnorm.errors import SyncNormError
 _POLL_S = 0.3  # between two checks of the other ranks while this one connects
 _CONNECT_S = 60.0  # for connecting, after all ranks have met
 
+T = TypeVar("T")
+
 
 def connect_ranks(
-    connect: Callable[[Store], dist.ProcessGroup],
-    flags: FailureFlags,
-    inspector: StallInspector,
-    call: Call,
-    timeout_s: float,
-) -> dist.ProcessGroup:
-    """Waits for all ranks and returns what ``connect`` returns for the job's store.
+    connect: Callable[[Store], T], flags: FailureFlags, inspector: StallInspector, call: Call, timeout_s: float
+) -> T:
+    """What ``connect`` returns for the job's store; all ranks must have met.
 
     Raises:
-        RuntimeError: after ``timeout_s`` the ranks have not met or not connected, or another rank has failed.
-        SyncNormError: the ranks have different wire formats; raised on all ranks.
+        RuntimeError: the ranks have not connected after ``timeout_s``, or another rank has failed.
         BaseException: what ``connect`` raises.
     """
-    _meet(flags, inspector, call, timeout_s)
     store = flags.store
     # A copy has its own connection: while a call waits for an answer of a TCPStore, it blocks all others on the same.
     with suppress(NotImplementedError, RuntimeError):  # a store that is written in Python cannot be copied
@@ -43,29 +40,51 @@ def connect_ranks(
     return _in_thread(lambda: connect(store), inspector, call, timeout_s)
 
 
-def _meet(flags: FailureFlags, inspector: StallInspector, call: Call, timeout_s: float) -> None:
-    """Waits until all ranks have come to their first exchange, and compares their wire formats."""
-    flags.post("here", protocol())
+def meet(
+    flags: FailureFlags, inspector: StallInspector, call: Call, timeout_s: float, transport: str, name: str = "here"
+) -> None:
+    """Waits until all ranks have come to their first exchange, and compares their transports and wire formats.
+
+    Args:
+        flags: of the ranks.
+        inspector: of the ranks.
+        call: that this rank is about to make.
+        timeout_s: how long to wait.
+        transport: that this rank was told to use.
+        name: of the place where the ranks meet.
+
+    Raises:
+        RuntimeError: after ``timeout_s`` the ranks have not met, or another rank has failed.
+        SyncNormError: they have different transports or wire formats; raised on all ranks.
+    """
+    flags.post(name, f"{transport}\n{protocol()}")
     began = time.perf_counter()
-    while len(protocols := flags.by_rank("here") or {}) < len(flags.ranks):
+    while len(notes := flags.by_rank(name) or {}) < len(flags.ranks):
         seconds = time.perf_counter() - began
         inspector.check(call, 0, seconds)
         if seconds > timeout_s:
             raise RuntimeError(f"not all ranks came to their first synced layer within {seconds:.0f} s")
         time.sleep(min(0.2, 0.002 + seconds / 20))
-    if len(set(protocols.values())) > 1:
-        by_rank = "\n".join(f"  rank {rank}: {text}" for rank, text in protocols.items())
-        raise SyncNormError(
-            f"rank {flags.rank}: the ranks run incompatible versions of syncnorm:\n{by_rank}\n"
-            f"Install the same version on all ranks."
-        )
+    chosen, protocols = ({rank: note.split("\n")[part] for rank, note in notes.items()} for part in (0, 1))
+    _check_equal(
+        flags.rank, chosen, "the ranks were told to use different transports",
+        "Set SYNCNORM_TRANSPORT, or transport= of syncnorm.convert, to the same value on all ranks",
+    )  # fmt: skip
+    _check_equal(
+        flags.rank, protocols, "the ranks run incompatible versions of syncnorm",
+        "Install the same version on all ranks",
+    )  # fmt: skip
 
 
-def _in_thread(
-    connect: Callable[[], dist.ProcessGroup], inspector: StallInspector, call: Call, timeout_s: float
-) -> dist.ProcessGroup:
+def _check_equal(rank: int, by_rank: dict[int, str], problem: str, advice: str) -> None:
+    if len(set(by_rank.values())) > 1:
+        lines = "\n".join(f"  rank {r}: {text}" for r, text in by_rank.items())
+        raise SyncNormError(f"rank {rank}: {problem}:\n{lines}\n{advice}.")
+
+
+def _in_thread(connect: Callable[[], T], inspector: StallInspector, call: Call, timeout_s: float) -> T:
     """Runs ``connect`` in a thread, so that this rank can check the others meanwhile."""
-    results: list[dist.ProcessGroup | BaseException] = []
+    results: list[T | BaseException] = []
 
     def run() -> None:
         try:

@@ -1,7 +1,7 @@
-"""The exchange of frames between the CPUs of a group, over its own gloo connections.
+"""The exchange of frames between the CPUs of a group, over connections or through memory of its own.
 
-Separate connections keep the layer's messages apart from DDP's collectives: ranks that fall out of step then disagree
-here, in frames that say so, and not with a gradient bucket of another size.
+That keeps the layer's messages apart from DDP's collectives: ranks that fall out of step then disagree here, in
+frames that say so, and not with a gradient bucket of another size.
 
 An exchange that one rank leaves before it is complete, by an interrupt or an error, cannot be resumed: the next
 frames of the other ranks might have another size, for which gloo aborts. It is closed, on all ranks, until all of
@@ -10,9 +10,7 @@ them convert their models again.
 
 import atexit
 import ctypes
-import functools
 import math
-import os
 import threading
 import time
 import weakref
@@ -26,8 +24,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 
+from syncnorm.comm import transports
 from syncnorm.comm.call import Call, Kind, explain_disagreement, observers
-from syncnorm.comm.connecting import connect_ranks, timeout_of
+from syncnorm.comm.connecting import connect_ranks, meet, timeout_of
 from syncnorm.comm.failure_flags import FailureFlags
 from syncnorm.comm.frames import (
     INITIAL_FRAME_BYTES,
@@ -38,23 +37,20 @@ from syncnorm.comm.frames import (
     without_fake_mode,
 )
 from syncnorm.comm.stall_inspector import StallInspector, StallWatchdog
+from syncnorm.comm.transports import SLOTS, Transfer, Transport, TransportName
 from syncnorm.errors import SyncNormError, count_exchange, known_everywhere
 
-_POLL = timedelta(seconds=0.3)  # between two checks, by a rank that waits, whether another rank has failed
-# How long a waiting rank spins. A sleeping thread is woken late, on a core that has gone cold; one that yields leaves
-# the core to gloo's own threads and to other processes.
-_SPIN_S = 0.005
+_POLL_S = 0.3  # between two checks, by a rank that waits, whether another rank has failed
 _ABORT_CONNECT_S = 10.0  # how long a rank that reports an error waits for the others to connect
 _EXIT_S = 2.0  # how long the end of the process waits until the others have received such a report
 _MAX_CALLS = 1_000_000  # per attempt, so that no graph of an earlier attempt has a call number of a later one
-_yield = getattr(os, "sched_yield", functools.partial(time.sleep, 0))
 
 
 class Received(NamedTuple):
     """The result of an exchange."""
 
     headers: list[Header]  # in rank order
-    payloads: Tensor  # (W, numbers), zero for a rank that has joined; a view that the next exchange overwrites
+    payloads: Tensor  # (W, numbers), zero for a rank that has joined; to be read before the next exchange begins
 
 
 class PendingExchange(NamedTuple):
@@ -65,7 +61,7 @@ class PendingExchange(NamedTuple):
     vectors: Sequence[Tensor]
     own: Header
     frames: Frames
-    work: dist.Work
+    transfer: Transfer
 
     def __call__(self) -> Received:
         """Waits for all ranks. Raises as the exchange does."""
@@ -91,9 +87,17 @@ class Exchange:
     Args:
         group: a process group of at least two ranks.
         attempt: how many exchanges of this group were closed before this one.
+        transport: how frames are to travel; compared by the ranks when they meet.
+        meeting_point: the name under which they meet.
     """
 
-    def __init__(self, group: dist.ProcessGroup, attempt: int = 0):
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        attempt: int = 0,
+        transport: TransportName = "auto",
+        meeting_point: str = "here",
+    ):
         self.ranks = dist.get_process_group_ranks(group)
         self.rank = dist.get_rank()
         self.calls = attempt * _MAX_CALLS  # the same on all ranks
@@ -102,16 +106,21 @@ class Exchange:
         # frame that ever followed the last call that all of them agreed on.
         self._last_key = 0
         self._next_capacity: dict[int, int] = {}  # by the key of a call
-        self._frames: dict[int, Frames] = {}  # by capacity
         self._flags = failure_flags_of(group, attempt)
         self._inspector = StallInspector(self._flags)
         self._user_group = weakref.ref(group)
-        self._connections: dist.ProcessGroup | None = None
+        self._chosen, self._meeting_point = transport, meeting_point
+        self._transport: Transport | None = None
         self._entering = threading.Lock()
         self._pending: Call | None = None
         self._closed_because = ""
-        self._abort_report: tuple[dist.Work, Frames, str] | None = None
+        self._reports: list[tuple[Transfer, str]] = []  # of errors, with what the store says instead of them
         _exchanges.add(self)
+
+    @property
+    def transport(self) -> str:
+        """How frames travel; empty before the first exchange has connected the ranks."""
+        return "" if self._transport is None else self._transport.description
 
     @property
     def closed(self) -> bool:
@@ -136,8 +145,9 @@ class Exchange:
         """Starts an exchange. No other one may start before it is complete."""
         self._enter(call)
         with self._closed_by_errors(call, completes=False):
-            self._ensure_connected(call)
-            frames = self._frames_of(self._predicted_capacity())
+            transport = self._connected(call)
+            self._wait_for_reports(call)
+            frames = transport.frames(self._predicted_capacity())
             self.calls += 1
             own = frames.write(call, vectors, values)
             return PendingExchange(self, call, vectors, own, frames, self._send(frames))
@@ -149,27 +159,35 @@ class Exchange:
         absence = f"did not take part, because {reason}"
         with self._closed_by_errors(call, absence):
             # This rank has an error to raise. Ranks that come after this time find the reason in the store.
-            self._ensure_connected(call, _ABORT_CONNECT_S)
+            transport = self._connected(call, _ABORT_CONNECT_S)
+            if len(self._reports) == SLOTS - 1 and not self._reports[0][0].arrived(_POLL_S):
+                raise _TransportError(f"{SLOTS} errors of this rank, and another rank has not come to the first one")
+            frames = transport.frames(self._predicted_capacity())
             self.calls += 1
-            # In new buffers, because the next exchange may start before the other ranks have received these.
-            frames = Frames(len(self.ranks), self._predicted_capacity())
             frames.write_text(call, reason)
-            work = self._send(frames)
-            # The other ranks may come late: no further waiting. The buffers must live until they have come.
-            self._abort_report = work, frames, absence
+            transfer = self._send(frames)
+            # The other ranks may come late: no further waiting.
+            self._reports = [*self._reports[-(SLOTS - 2) :], (transfer, absence)]
             with suppress(RuntimeError):
-                _completed(work)
+                if not transfer.arrived(_POLL_S):
+                    transfer.leave()
 
-    def _abort_report_pending(self, deadline: float) -> bool:
-        """Whether other ranks have not received the last report by ``deadline``. It is then left in the store."""
-        if self._abort_report is None:
+    def _wait_for_reports(self, call: Call) -> None:
+        """Waits until the other ranks have come to the errors that this rank has reported."""
+        while self._reports:
+            self._wait(self._reports[0][0], call)
+            del self._reports[0]
+
+    def _report_pending(self, deadline: float) -> bool:
+        """Whether the other ranks depend on this one for the last report at ``deadline``. The store then has it."""
+        if not self._reports:
             return False
-        work, _, reason = self._abort_report
-        while not work.is_completed() and time.monotonic() < deadline:
+        transfer, reason = self._reports[-1]
+        while not transfer.delivered() and time.monotonic() < deadline:
             time.sleep(0.01)
-        if not work.is_completed():
+        if not transfer.delivered():
             self._flags.post_failure(reason)
-        return not work.is_completed()
+        return not transfer.delivered()
 
     def _enter(self, call: Call) -> None:
         """Makes ``call`` the pending one.
@@ -233,24 +251,25 @@ class Exchange:
         return known_everywhere(SyncNormError(f"rank {self.rank}: {message}"))
 
     def _receive(self, pending: PendingExchange) -> Received:
-        _, call, vectors, own, frames, work = pending
+        _, call, vectors, own, frames, transfer = pending
         while True:
-            self._wait(work, call)
+            self._wait(transfer, call)
             headers = frames.headers()
             if any(h[:4] != own[:4] for h in headers):
                 self._check_headers(call, headers, frames)
             size = max(h.size for h in headers)
             if size <= frames.room:
                 break
-            frames = self._frames_of(capacity_for(size))
+            frames = self._connected(call).frames(capacity_for(size))
             frames.write(call, vectors, own.values)
-            work = self._send(frames)
+            transfer = self._send(frames)
         self._next_capacity[self._last_key] = max(capacity_for(size), self._next_capacity.get(self._last_key, 0))
         self._last_key = next((h.key for h in headers if h.kind != Kind.JOINED), 0)
         payloads = frames.payloads(size, vectors[0].dtype if vectors else torch.uint8)
-        for row, header in enumerate(headers):
-            if header.size == 0:
-                payloads[row] = 0  # it holds numbers of an earlier exchange
+        empty = [row for row, header in enumerate(headers) if header.size == 0]
+        if empty and size:
+            payloads = payloads.clone()  # other ranks read the same memory
+            payloads[empty] = 0  # the rows of ranks that have joined hold numbers of an earlier exchange
         return Received(headers, payloads)
 
     def _check_headers(self, call: Call, headers: list[Header], frames: Frames) -> None:
@@ -264,7 +283,7 @@ class Exchange:
                 f"rank {self.rank}: rank {self.ranks[aborted[0]]} did not take part in {call}, because {reason}"
             )
         # All ranks see the same headers, so all of them exchange the names of their calls.
-        names = Frames(len(self.ranks), INITIAL_FRAME_BYTES)
+        names = self._connected(call).frames(INITIAL_FRAME_BYTES)
         names.write_text(call, str(call))
         self._wait(self._send(names), call)
         calls = names.texts(names.headers())
@@ -273,24 +292,18 @@ class Exchange:
     def _predicted_capacity(self) -> int:
         return self._next_capacity.get(self._last_key, INITIAL_FRAME_BYTES)
 
-    def _frames_of(self, capacity: int) -> Frames:
-        if capacity not in self._frames:
-            self._frames[capacity] = Frames(len(self.ranks), capacity)
-        return self._frames[capacity]
-
-    def _send(self, frames: Frames) -> dist.Work:
-        assert self._connections is not None
+    def _send(self, frames: Frames) -> Transfer:
+        assert self._transport is not None
         try:
-            # Each rank sends its frame directly to each other rank; gloo's all_gather passes frames around a ring.
-            return self._connections.alltoall_base(frames.received, frames.sent, [], [])
+            return self._transport.send(frames)
         except RuntimeError as error:  # torch.distributed's own errors are RuntimeErrors
             raise _TransportError(str(error)) from error
 
-    def _wait(self, work: dist.Work, call: Call) -> None:
+    def _wait(self, transfer: Transfer, call: Call) -> None:
         """Returns when the frames of all ranks have arrived."""
         began = time.perf_counter()
         try:
-            while not _completed(work):
+            while not transfer.arrived(_POLL_S):
                 # The rank that we wait for may itself be waiting for one that died.
                 self._inspector.check(call, self.calls, time.perf_counter() - began)
         except RuntimeError as error:
@@ -298,23 +311,25 @@ class Exchange:
         for observer in observers:
             observer(call, time.perf_counter() - began)
 
-    def _ensure_connected(self, call: Call, timeout_s: float = math.inf) -> None:
-        """Connects this rank to all others, if it is not connected, and notices if one of them fails meanwhile."""
-        if self._connections is not None:
-            return
+    def _connected(self, call: Call, timeout_s: float = math.inf) -> Transport:
+        """The transport; connects this rank to all others before, and notices if one of them fails meanwhile."""
+        if self._transport is not None:
+            return self._transport
         group = self._user_group()
         assert group is not None, "the caller holds a reference"
         timeout_s = min(timeout_s, timeout_of(group))
         try:
+            meet(self._flags, self._inspector, call, timeout_s, self._chosen, self._meeting_point)
             # A lambda looks _connect up when it is called, so that tests can replace it.
-            self._connections = connect_ranks(
-                lambda store: _connect(store, group), self._flags, self._inspector, call, timeout_s
+            self._transport = connect_ranks(
+                lambda store: _connect(store, group, self._chosen), self._flags, self._inspector, call, timeout_s
             )
             StallWatchdog(self, FailureFlags(self._flags.store, self.rank, self.ranks)).start()
         except SyncNormError:
             raise
         except RuntimeError as error:  # torch.distributed's own errors are RuntimeErrors
             raise _TransportError(f"could not connect to ranks {self.ranks}: {error}") from error
+        return self._transport
 
 
 def failure_flags_of(group: dist.ProcessGroup, attempt: int) -> FailureFlags:
@@ -325,27 +340,17 @@ def failure_flags_of(group: dist.ProcessGroup, attempt: int) -> FailureFlags:
     return FailureFlags(store, dist.get_rank(), dist.get_process_group_ranks(group))
 
 
-def _completed(work: dist.Work) -> bool:
-    """Waits for ``work``, at most about ``_POLL``; whether it has completed. Raises if it failed."""
-    deadline = time.monotonic() + _SPIN_S
-    while not work.is_completed() and time.monotonic() < deadline:
-        _yield()
-    try:
-        work.wait(_POLL)
-    except RuntimeError:
-        if not work.is_completed():  # it was only the time that ran out
-            return False
-        work.wait()  # raises if it failed, and returns if it completed just now
-    return True
+def _connect(store: Store, group: dist.ProcessGroup, name: TransportName) -> Transport:
+    rank, size, timeout_s = dist.get_rank(group), dist.get_world_size(group), timeout_of(group)
 
+    def gloo(store: Store, rank: int, size: int) -> dist.ProcessGroup:
+        """A group that is not registered with torch.distributed: dist.new_group needs all ranks."""
+        own = dist.ProcessGroup(store, rank, size)
+        backend = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=timeout_s))
+        own._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
+        return own
 
-def _connect(store: Store, group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A gloo group of the same ranks, not registered with torch.distributed: dist.new_group needs all ranks."""
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    own = dist.ProcessGroup(store, rank, size)
-    backend = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=timeout_of(group)))
-    own._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
-    return own
+    return transports.connect(name, store, rank, size, timeout_s, gloo)
 
 
 _exchanges: "weakref.WeakSet[Exchange]" = weakref.WeakSet()
@@ -356,5 +361,5 @@ def _leave_connections_to_the_system() -> None:
     """Prevents the destruction of gloo's connections with unfinished work, which would wait for the other ranks."""
     deadline = time.monotonic() + _EXIT_S
     for exchange in list(_exchanges):
-        if exchange._abort_report_pending(deadline) or exchange._closed_because:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(exchange._connections))
+        if exchange._report_pending(deadline) or exchange._closed_because:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(exchange._transport))

@@ -4,6 +4,7 @@ All frames of one exchange have the same size, so that ranks that disagree still
 raise. With messages of different sizes gloo would abort one process and deliver garbage to the other.
 """
 
+import ctypes
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -39,65 +40,69 @@ class Header(NamedTuple):
 
 
 class Frames:
-    """The buffers of exchanges of one frame size: what this rank sends to each rank, and what it receives from each.
+    """The frames of one exchange: the one that this rank writes, and those of all ranks, which it reads.
 
-    They are host memory that both Python and torch see: writing a header costs one ``struct`` call and no tensor
-    operator.
+    They are memory that both Python and torch see: writing a frame needs no tensor operator.
+
+    Args:
+        own: the memory of this rank's frame.
+        received: memory that begins with the frame of the first rank and has those of the others at equal distances.
+        stride: that distance in bytes, a multiple of 8.
+        world_size: the number of ranks.
     """
 
-    def __init__(self, world_size: int, capacity: int):
-        self.world_size = world_size
-        self.capacity = capacity  # bytes of one frame, a multiple of 8
-        self.room = capacity - _HEADER.size  # bytes for the payload
-        self._out, self._in = bytearray(world_size * capacity), bytearray(world_size * capacity)
-        with _outside_of_modes():
-            self.sent = torch.frombuffer(self._out, dtype=torch.uint8)
-            self.received = torch.frombuffer(self._in, dtype=torch.uint8)
-        self._views: dict[tuple[torch.dtype, int], tuple[Tensor, Tensor]] = {}
+    def __init__(self, own: memoryview, received: memoryview, stride: int, world_size: int):
+        self.capacity = len(own)  # bytes of one frame, a multiple of 8
+        self.room = self.capacity - _HEADER.size  # bytes for the payload
+        self._own, self._received, self._stride = own, received, stride
+        self._starts = range(0, world_size * stride, stride)
+        self._payload_address = ctypes.addressof(ctypes.c_char.from_buffer(own)) + _HEADER.size
+        self._views: dict[tuple[torch.dtype, int], Tensor] = {}
 
     def write(self, call: Call, vectors: Sequence[Tensor], values: int) -> Header:
-        """Writes a header and the concatenated ``vectors``, which have one dtype, into the frame for each rank."""
-        size = sum(v.numel() for v in vectors) * vectors[0].itemsize if vectors else 0
-        header = Header(call.kind, call.key(), call.number, size, values)
-        _HEADER.pack_into(self._out, 0, *header)
-        used = _HEADER.size
-        if 0 < size <= self.room:
-            torch.cat([v.cpu() for v in vectors], out=self._payloads(size, vectors[0].dtype)[0])
-            used += size
-        for start in range(self.capacity, len(self._out), self.capacity):
-            self._out[start : start + used] = self._out[:used]
+        """Writes a header and the concatenated ``vectors``, which have one dtype."""
+        sizes = [v.numel() * v.itemsize for v in vectors]
+        header = Header(call.kind, call.key(), call.number, sum(sizes), values)
+        _HEADER.pack_into(self._own, 0, *header)
+        if header.size <= self.room:
+            address = self._payload_address
+            for vector, size in zip(vectors, sizes, strict=True):
+                source = vector.cpu().contiguous()  # no copies of what is a vector on the CPU
+                ctypes.memmove(address, source.data_ptr(), size)
+                address += size
         return header
 
     def write_text(self, call: Call, text: str) -> None:
-        """Writes a header and ``text``, truncated to the size of the frame, into the frame for each rank."""
-        self.write(call, [torch.frombuffer(bytearray(text.encode()[: self.room] or b" "), dtype=torch.uint8)], 0)
+        """Writes a header and ``text``, truncated to the size of the frame."""
+        encoded = text.encode()[: self.room]
+        _HEADER.pack_into(self._own, 0, *Header(call.kind, call.key(), call.number, len(encoded), 0))
+        self._own[_HEADER.size : _HEADER.size + len(encoded)] = encoded
 
     def headers(self) -> list[Header]:
         """The header of each rank, in rank order."""
-        return [
-            Header._make(_HEADER.unpack_from(self._in, start)) for start in range(0, len(self._in), self.capacity)
-        ]
+        return [Header._make(_HEADER.unpack_from(self._received, start)) for start in self._starts]
 
     def texts(self, headers: Sequence[Header]) -> list[str]:
         """The text of each rank, in rank order, for frames whose payloads are texts."""
-        rows = self.payloads(self.room, torch.uint8)
-        return [bytes(row[: h.size].tolist()).decode(errors="replace") for row, h in zip(rows, headers, strict=True)]
+        begins = [start + _HEADER.size for start in self._starts]
+        return [
+            bytes(self._received[begin : begin + header.size]).decode(errors="replace")
+            for begin, header in zip(begins, headers, strict=True)
+        ]
 
     def payloads(self, size: int, dtype: torch.dtype) -> Tensor:
-        """The numbers of all ranks, (W, size / itemsize): a view that the next exchange overwrites."""
-        return self._payloads(size, dtype)[1]
+        """The numbers of all ranks, (W, size / itemsize): a view that a later exchange overwrites.
 
-    def _payloads(self, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Views of the payload that this rank sends, (size / itemsize), and of those that it receives from all."""
-        if (dtype, size) not in self._views:
-            numbers, step, offset = (n // dtype.itemsize for n in (size, self.capacity, _HEADER.size))
-            with _outside_of_modes():
-                sent, received = self.sent.view(dtype), self.received.view(dtype)
-                self._views[dtype, size] = (
-                    sent[offset : offset + numbers],
-                    received.as_strided((self.world_size, numbers), (step, 1), offset),
-                )
-        return self._views[dtype, size]
+        Other ranks may read the same memory: it must not be written to.
+        """
+        view = self._views.get((dtype, size))
+        if view is None:
+            numbers, step, offset = (n // dtype.itemsize for n in (size, self._stride, _HEADER.size))
+            with outside_of_modes():
+                received = torch.frombuffer(self._received, dtype=dtype)
+                view = received.as_strided((len(self._starts), numbers), (step, 1), offset)
+            self._views[dtype, size] = view
+        return view
 
 
 def headers_agree(headers: Sequence[Header]) -> bool:
@@ -112,7 +117,7 @@ def capacity_for(size: int) -> int:
 
 
 @contextmanager
-def _outside_of_modes() -> Iterator[None]:
+def outside_of_modes() -> Iterator[None]:
     """For buffers that outlive a call: allocated in inference mode, they could not be used in training."""
     with torch.inference_mode(False), torch._C.DisableTorchFunction():
         yield
