@@ -14,8 +14,8 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -65,8 +65,11 @@ class PendingExchange(NamedTuple):
 
     def __call__(self) -> Received:
         """Waits for all ranks. Raises as the exchange does."""
-        with self.exchange._closed_by_errors(self.call):
-            return self.exchange._receive(self)
+        exchange = self.exchange
+        with _ClosedByErrors(exchange, self.call), without_fake_mode():
+            received = exchange._receive(self)
+        exchange._complete()
+        return received
 
     def abandon(self, error: BaseException) -> None:
         """Closes the exchange because of ``error``, unless it is complete."""
@@ -144,10 +147,11 @@ class Exchange:
     def start(self, call: Call, vectors: Sequence[Tensor], values: int = 0) -> PendingExchange:
         """Starts an exchange. No other one may start before it is complete."""
         self._enter(call)
-        with self._closed_by_errors(call, completes=False):
-            transport = self._connected(call)
-            self._wait_for_reports(call)
-            frames = transport.frames(self._predicted_capacity())
+        with _ClosedByErrors(self, call), without_fake_mode():
+            transport = self._transport or self._connect(call)
+            if self._reports:
+                self._wait_for_reports(call)
+            frames = transport.frames(self._next_capacity.get(self._last_key, INITIAL_FRAME_BYTES))
             self.calls += 1
             own = frames.write(call, vectors, values)
             return PendingExchange(self, call, vectors, own, frames, self._send(frames))
@@ -157,12 +161,12 @@ class Exchange:
         call = Call(Kind.ABORTED)
         self._enter(call)
         absence = f"did not take part, because {reason}"
-        with self._closed_by_errors(call, absence):
+        with _ClosedByErrors(self, call, absence), without_fake_mode():
             # This rank has an error to raise. Ranks that come after this time find the reason in the store.
-            transport = self._connected(call, _ABORT_CONNECT_S)
+            transport = self._transport or self._connect(call, _ABORT_CONNECT_S)
             if len(self._reports) == SLOTS - 1 and not self._reports[0][0].arrived(_POLL_S):
                 raise _TransportError(f"{SLOTS} errors of this rank, and another rank has not come to the first one")
-            frames = transport.frames(self._predicted_capacity())
+            frames = transport.frames(self._next_capacity.get(self._last_key, INITIAL_FRAME_BYTES))
             self.calls += 1
             frames.write_text(call, reason)
             transfer = self._send(frames)
@@ -171,6 +175,7 @@ class Exchange:
             with suppress(RuntimeError):
                 if not transfer.arrived(_POLL_S):
                     transfer.leave()
+        self._complete()
 
     def _wait_for_reports(self, call: Call) -> None:
         """Waits until the other ranks have come to the errors that this rank has reported."""
@@ -213,30 +218,9 @@ class Exchange:
                 f"continue, call syncnorm.convert(model) again on all ranks, or restart the job from a checkpoint"
             )
 
-    @contextmanager
-    def _closed_by_errors(self, call: Call, reason: str = "", completes: bool = True) -> Iterator[None]:
-        """Closes the exchange if the block raises an error that the other ranks do not raise.
-
-        Args:
-            call: the pending call.
-            reason: what the other ranks need to know if the transport fails.
-            completes: whether the exchange is complete at the end of the block.
-        """
-        try:
-            with without_fake_mode():
-                yield
-        except BaseException as error:
-            self._pending = None
-            if isinstance(error, _TransportError):
-                message = self._inspector.explain_failure(call, error, reason)
-                self._closed_because = f"{call} failed"
-                raise known_everywhere(SyncNormError(message)) from error.__cause__
-            if not isinstance(known_everywhere(error), SyncNormError):
-                self._close(f"left {call} before it was complete", error)
-            raise
-        if completes:
-            self._pending = None
-            self.idle_since = time.monotonic()
+    def _complete(self) -> None:
+        self._pending = None
+        self.idle_since = time.monotonic()
 
     def _close(self, reason: str, error: BaseException | None = None) -> None:
         """Ends the exchanges of the group: on this rank now, on the other ranks as soon as they check."""
@@ -260,11 +244,10 @@ class Exchange:
             size = max(h.size for h in headers)
             if size <= frames.room:
                 break
-            frames = self._connected(call).frames(capacity_for(size))
+            frames = self._frames(capacity_for(size))
             frames.write(call, vectors, own.values)
             transfer = self._send(frames)
-        self._next_capacity[self._last_key] = max(capacity_for(size), self._next_capacity.get(self._last_key, 0))
-        self._last_key = next((h.key for h in headers if h.kind != Kind.JOINED), 0)
+        self._learn(headers, size)
         payloads = frames.payloads(size, vectors[0].dtype if vectors else torch.uint8)
         empty = [row for row, header in enumerate(headers) if header.size == 0]
         if empty and size:
@@ -283,14 +266,22 @@ class Exchange:
                 f"rank {self.rank}: rank {self.ranks[aborted[0]]} did not take part in {call}, because {reason}"
             )
         # All ranks see the same headers, so all of them exchange the names of their calls.
-        names = self._connected(call).frames(INITIAL_FRAME_BYTES)
+        names = self._frames(INITIAL_FRAME_BYTES)
         names.write_text(call, str(call))
         self._wait(self._send(names), call)
         calls = names.texts(names.headers())
         raise SyncNormError(explain_disagreement(self.rank, dict(zip(self.ranks, calls, strict=True))))
 
-    def _predicted_capacity(self) -> int:
-        return self._next_capacity.get(self._last_key, INITIAL_FRAME_BYTES)
+    def _learn(self, headers: list[Header], size: int) -> None:
+        """Notes the size of the frames that followed the last call, for the prediction of the next ones."""
+        capacity, key = capacity_for(size), self._last_key
+        if self._next_capacity.get(key, 0) < capacity:
+            self._next_capacity[key] = capacity
+        self._last_key = next((h.key for h in headers if h.kind != Kind.JOINED), 0)
+
+    def _frames(self, capacity: int) -> Frames:
+        assert self._transport is not None, "connected at the start of the exchange"
+        return self._transport.frames(capacity)
 
     def _send(self, frames: Frames) -> Transfer:
         assert self._transport is not None
@@ -311,10 +302,8 @@ class Exchange:
         for observer in observers:
             observer(call, time.perf_counter() - began)
 
-    def _connected(self, call: Call, timeout_s: float = math.inf) -> Transport:
-        """The transport; connects this rank to all others before, and notices if one of them fails meanwhile."""
-        if self._transport is not None:
-            return self._transport
+    def _connect(self, call: Call, timeout_s: float = math.inf) -> Transport:
+        """Connects this rank to all others, and notices if one of them fails meanwhile."""
         group = self._user_group()
         assert group is not None, "the caller holds a reference"
         timeout_s = min(timeout_s, timeout_of(group))
@@ -330,6 +319,34 @@ class Exchange:
         except RuntimeError as error:  # torch.distributed's own errors are RuntimeErrors
             raise _TransportError(f"could not connect to ranks {self.ranks}: {error}") from error
         return self._transport
+
+
+class _ClosedByErrors:
+    """A context that closes an exchange if its block raises an error that the other ranks do not raise.
+
+    Args:
+        exchange: to close.
+        call: the pending call.
+        reason: what the other ranks need to know if the transport fails.
+    """
+
+    def __init__(self, exchange: Exchange, call: Call, reason: str = ""):
+        self._exchange, self._call, self._reason = exchange, call, reason
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, traceback: object) -> None:
+        if error is None:
+            return
+        exchange, call = self._exchange, self._call
+        exchange._pending = None
+        if isinstance(error, _TransportError):
+            message = exchange._inspector.explain_failure(call, error, self._reason)
+            exchange._closed_because = f"{call} failed"
+            raise known_everywhere(SyncNormError(message)) from error.__cause__
+        if not isinstance(known_everywhere(error), SyncNormError):
+            exchange._close(f"left {call} before it was complete", error)
 
 
 def failure_flags_of(group: dist.ProcessGroup, attempt: int) -> FailureFlags:

@@ -61,15 +61,15 @@ class Frames:
 
     def write(self, call: Call, vectors: Sequence[Tensor], values: int) -> Header:
         """Writes a header and the concatenated ``vectors``, which have one dtype."""
-        sizes = [v.numel() * v.itemsize for v in vectors]
-        header = Header(call.kind, call.key(), call.number, sum(sizes), values)
+        size = sum([v.nbytes for v in vectors])
+        header = Header(call.kind, call.key(), call.number, size, values)
         _HEADER.pack_into(self._own, 0, *header)
-        if header.size <= self.room:
+        if size <= self.room:
             address = self._payload_address
-            for vector, size in zip(vectors, sizes, strict=True):
-                source = vector.cpu().contiguous()  # no copies of what is a vector on the CPU
-                ctypes.memmove(address, source.data_ptr(), size)
-                address += size
+            for vector in vectors:
+                source = vector.cpu().contiguous()  # the same tensor if it is on the CPU
+                ctypes.memmove(address, source.data_ptr(), vector.nbytes)
+                address += vector.nbytes
         return header
 
     def write_text(self, call: Call, text: str) -> None:
@@ -123,10 +123,13 @@ def outside_of_modes() -> Iterator[None]:
         yield
 
 
+_NO_CONTEXT = nullcontext()
+
+
 def without_fake_mode() -> AbstractContextManager[None]:
     """Disables the mode of fake tensors, under which the operators of an exchange would do nothing."""
     if not torch._C._len_torch_dispatch_stack():
-        return nullcontext()
+        return _NO_CONTEXT
     from torch._subclasses.fake_tensor import unset_fake_temporarily  # slow to import; an active mode has imported it
 
     return cast(AbstractContextManager[None], unset_fake_temporarily())
