@@ -26,7 +26,7 @@ def forward(
     local = kernels.moments_of(x, args.eps, y, args.padding)
     whole, _ = global_moments(local, args.eps, args.sync, args.running, node=node)
     if x.numel() > 0:
-        y = kernels.for_device(input.device).normalize(x, whole.mean, whole.invstd, weight, bias, y)
+        y = kernels.passes_for(x, weight, bias).normalize(x, whole.mean, whole.invstd, weight, bias, y)
     return y, whole
 
 
@@ -52,9 +52,9 @@ def backward(
         bias_dtype: None without a bias.
         needed: which of input, weight and bias need a gradient.
     """
-    passes = kernels.for_device(input.device)
     x = kernels.dense(input, kernels.memory_format(input))
     dy = kernels.dense(dy, kernels.memory_format(x))
+    passes = kernels.passes_for(x, dy, weight)
 
     if x.numel() > 0:
         sum_dy, sum_dy_xmu = passes.reduce_grad(dy, x, mean, invstd)

@@ -61,7 +61,7 @@ def global_moments(
             running = None  # the input is too far from the first one to be recognized, but was counted then
     gathered = comm.gather_moments(mean, invstd, count, eps, sync.group, sync.layer_name)
     check_count(gathered.counts, count)
-    merge = kernels.for_device(mean.device).merge
+    merge = kernels.passes_for(mean).merge
     merged_mean, merged_invstd, var, total = merge(gathered.moments, gathered.counts, eps, running)
     call = ForwardCall(total, sync.group, sync.layer_name, gathered.number)
     record = checkpointing.ForwardStatistics(merged_mean, merged_invstd, var, call)

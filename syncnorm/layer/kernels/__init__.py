@@ -21,8 +21,28 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from syncnorm.layer.kernels import cpu, cuda
+from syncnorm.layer.kernels import cpu, cuda, native
 from syncnorm.layer.moments import Count, statistics_dtype
+from syncnorm.native import library
+
+_ONE_THREAD_VALUES = 2**16  # up to here one thread in C takes less time than several in ATen
+
+
+def passes_for(x: Tensor, *others: Tensor | None) -> ModuleType:
+    """The passes for x: in C if they can read all of these tensors and one thread is enough, else as of the device.
+
+    Args:
+        x: dense, and the tensor with the most values.
+        others: that the pass reads.
+    """
+    if (
+        library is not None
+        and (x.dtype == torch.float32 or x.dtype == torch.bfloat16)
+        and (torch.get_num_threads() == 1 or x.numel() <= _ONE_THREAD_VALUES)
+        and native.supports(x, *others)
+    ):
+        return native
+    return for_device(x.device)
 
 
 def for_device(device: torch.device) -> ModuleType:
@@ -55,7 +75,7 @@ def moments_of(x: Tensor, eps: float, scratch: Tensor, padding: Tensor | None) -
         return mean, torch.ones_like(mean), 0
     if padding is not None:
         return cpu.masked_moments(x, eps, padding)
-    return *for_device(x.device).local_moments(x, eps, scratch), x.numel() // x.size(1)
+    return *passes_for(x).local_moments(x, eps, scratch), x.numel() // x.size(1)
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
