@@ -14,9 +14,11 @@ from syncnorm.comm.collectives import (
     aborting_peers,
     exchange_of,
     gather_moments,
+    gather_sums,
     peers_of,
     reduce_sums,
     reopen,
+    set_transport,
 )
 from syncnorm.comm.exchange import Exchange
 from syncnorm.comm.native import set_debug
@@ -32,8 +34,10 @@ __all__ = [
     "aborting_peers",
     "exchange_of",
     "gather_moments",
+    "gather_sums",
     "peers_of",
     "reduce_sums",
     "reopen",
     "set_debug",
+    "set_transport",
 ]

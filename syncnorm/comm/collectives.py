@@ -140,13 +140,12 @@ def reopen(group: dist.ProcessGroup | None) -> None:
 
 
 def gather_moments(
-    mean: Tensor, invstd: Tensor, count: int | Tensor, eps: float, group: dist.ProcessGroup | None, layer_name: str
+    moments: Sequence[Tensor], count: int | Tensor, eps: float, group: dist.ProcessGroup | None, layer_name: str
 ) -> Gathered:
     """Gathers the moments of every rank, packed as ``[mean (C), invstd (C), count (1)]``.
 
     Args:
-        mean: (C), of this rank.
-        invstd: (C), of this rank, of the same dtype.
+        moments: of this rank and of one dtype: mean (C) and invstd (C), or both in one tensor (2, C).
         count: values per channel on this rank; may be 0 and may differ between ranks; a tensor () if a mask on the
             device determines it.
         eps: the eps inside ``invstd``; ranks compare it.
@@ -161,26 +160,43 @@ def gather_moments(
 
     Collective: all ranks of ``group`` must call; one gather.
     """
-    channels = mean.numel()
+    first = moments[0]
     if group is None:
         counts = count.view(1, 1) if isinstance(count, Tensor) else [count]
-        return Gathered(torch.cat([mean, invstd]).unsqueeze(0), counts, 0)
+        return Gathered(torch.cat([m.view(-1) for m in moments]).unsqueeze(0), counts, 0)
+    channels = first.size(-1)
     peers = peers_of(group)
-    exchange = exchange_of(group, mean.device)
+    exchange = exchange_of(group, first.device)
     number = 1 + (peers.calls if exchange is None else exchange.calls)
-    call = Call(Kind.FORWARD, layer_name, number, channels, mean.dtype, eps, peers.models.built(layer_name))
+    call = Call(Kind.FORWARD, layer_name, number, channels, first.dtype, eps, peers.models.built(layer_name))
     if exchange is None:
         peers.calls += 1
         # full() and not tensor(): a fill is a kernel, while a copy of host memory would synchronize with a GPU.
-        packed = count.view(1).to(mean.dtype) if isinstance(count, Tensor) else mean.new_full((1,), count)
-        gathered = native.gather([mean, invstd, packed], group, call, peers.is_first(call))
-        return Gathered(gathered[:, :-1], gathered[:, -1:], call.number)
-    _check_has_data(mean)
-    headers, received = exchange(call, (mean, invstd), int(count))
+        packed = count.view(1).to(first.dtype) if isinstance(count, Tensor) else first.new_full((1,), count)
+        gathered = native.gather([*(m.view(-1) for m in moments), packed], group, call, peers.is_first(call))
+        return Gathered(gathered[:, :-1], gathered[:, -1:], number)
+    _check_has_data(first)
+    headers, received = exchange(call, moments, int(count))
     for row, header in enumerate(headers):
         if header.kind == Kind.JOINED:
             received[row, channels:] = 1  # the invstd of an empty rank must be finite
-    return Gathered(received.to(mean.device), [h.values for h in headers], call.number)
+    if first.device.type != "cpu":
+        received = received.to(first.device)
+    return Gathered(received, [h.values for h in headers], number)
+
+
+def gather_sums(sums: Tensor, group: dist.ProcessGroup, layer_name: str, number: int) -> Tensor:
+    """The sums of a backward of each rank: (W, 2C), for a caller that adds them up; else as :func:`reduce_sums`.
+
+    Args:
+        sums: (2, C), on the CPU; ``[sum_dy, sum_dy_xmu]``.
+        group: a group that exchanges frames.
+        layer_name: as for :func:`gather_moments`.
+        number: the number that :func:`gather_moments` returned in the forward.
+    """
+    exchange, built = exchange_of(group, sums.device), peers_of(group).models.built(layer_name)
+    assert exchange is not None, "as in the forward"
+    return exchange(Call(Kind.BACKWARD, layer_name, number, sums.size(1), sums.dtype, 0.0, built), (sums,)).payloads
 
 
 @contextmanager

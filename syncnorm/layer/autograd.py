@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from syncnorm import comm
-from syncnorm.layer import checkpointing, kernels
+from syncnorm.layer import checkpointing, kernels, native_step
 from syncnorm.layer.arguments import ForwardCall, NoGradArgs
 from syncnorm.layer.double_backward import double_backward
 from syncnorm.layer.global_moments import global_moments
@@ -83,10 +83,14 @@ class SyncBatchNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, args: NoGradArgs) -> Tensor:
         """The output. Collective: one gather."""
-        y, whole = forward(input, weight, bias, args, ctx)
+        ctx.in_c = native_step.applies(input, weight, bias, args)
+        if ctx.in_c:
+            y, mean, invstd, ctx.call = native_step.forward(input, weight, bias, args)
+        else:
+            y, whole = forward(input, weight, bias, args, ctx)
+            mean, invstd, ctx.call = whole.mean, whole.invstd, whole.call
         # The input and not the dense copy: the double backward needs its place in the graph.
-        ctx.save_for_backward(input, weight, whole.mean, whole.invstd)
-        ctx.call = whole.call
+        ctx.save_for_backward(input, weight, mean, invstd)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
@@ -95,11 +99,18 @@ class SyncBatchNormFunction(torch.autograd.Function):
         """Gradients of input, weight and bias. Collective: one sum."""
         checkpointing.backward_begins()
         dy = plain_tensor(dy)
-        with comm.aborting_peers(ctx.call.group, dy.device):
+        try:
             args = *ctx.saved_tensors, ctx.call, ctx.bias_dtype, ctx.needs_input_grad
-            # With create_graph=True the backward needs a derivative in turn.
-            compute = _Backward.apply if torch.is_grad_enabled() else backward
+            if torch.is_grad_enabled():  # with create_graph=True the backward needs a derivative in turn
+                compute: Any = _Backward.apply
+            elif ctx.in_c and kernels.passes_for(dy) is kernels.native:
+                compute = native_step.backward
+            else:
+                compute = backward
             return *compute(dy, *args)[:3], None
+        except BaseException as error:
+            comm.abort_peers_with(error, ctx.call.group, dy.device)
+            raise
 
 
 class _Backward(torch.autograd.Function):

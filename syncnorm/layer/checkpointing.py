@@ -145,6 +145,11 @@ def recording(records: list[ForwardStatistics]) -> Iterator[None]:
         _recorder.records = before
 
 
+def is_recording() -> bool:
+    """Whether a forward in this thread has to leave a record in any case."""
+    return isinstance(_recorder.records, list)
+
+
 def known(layer_name: str) -> bool:
     """Whether any first run of the layer is remembered."""
     return bool(_remembered[layer_name])

@@ -59,7 +59,7 @@ def global_moments(
             return first, moves_left
         if sync.group is None and checkpointing.known(sync.layer_name):
             running = None  # the input is too far from the first one to be recognized, but was counted then
-    gathered = comm.gather_moments(mean, invstd, count, eps, sync.group, sync.layer_name)
+    gathered = comm.gather_moments((mean, invstd), count, eps, sync.group, sync.layer_name)
     check_count(gathered.counts, count)
     merge = kernels.passes_for(mean).merge
     merged_mean, merged_invstd, var, total = merge(gathered.moments, gathered.counts, eps, running)

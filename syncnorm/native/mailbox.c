@@ -26,14 +26,14 @@ static void relax(void) {
 }
 
 /* Whatever this rank wrote before is visible to a rank that sees ``number``. */
-void syncnorm_publish(_Atomic int64_t *sent, int64_t number) {
+void publish(_Atomic int64_t *sent, int64_t number) {
   atomic_store_explicit(sent, number, memory_order_release);
 }
 
 /* Waits until each of the numbers at ``base + offsets[i]``, i < ``ranks``, is at least ``number``; at most ``max_ns``.
    Returns the index of the first one that is not, or ``ranks``. ``waited_ns`` is how long the caller has waited before:
    it spins at first, then yields, then sleeps, each time for a tenth of its whole wait. */
-int64_t syncnorm_wait(const char *base, const int64_t *offsets, int64_t ranks, int64_t number, int64_t waited_ns,
+int64_t wait_for(const char *base, const int64_t *offsets, int64_t ranks, int64_t number, int64_t waited_ns,
                       int64_t max_ns) {
   int64_t began = 0, missing = 0;
   for (;;) {

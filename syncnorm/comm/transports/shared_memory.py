@@ -45,7 +45,9 @@ class Rows:
         self._offsets = [_COUNT_BYTES + row * ROW_BYTES for row in range(world_size)]
         self._all = self._counts(range(world_size))
         self._local = self._counts(here)
-        self._publish, self._wait = native.library.syncnorm_publish, native.library.syncnorm_wait
+        self._publish, self._wait = native.library.publish, native.library.wait_for
+        self._publish.argtypes, self._publish.restype = [ctypes.c_void_p, ctypes.c_int64], None
+        self._wait.argtypes, self._wait.restype = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 4, ctypes.c_int64
 
     def frame(self, row: int, number: int, capacity: int) -> memoryview:
         """The memory of a rank's frame."""

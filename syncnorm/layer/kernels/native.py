@@ -5,7 +5,7 @@ parameters. Results differ from those of ``cpu`` by rounding; statistics are clo
 """
 
 from collections.abc import Callable, Sequence
-from ctypes import c_double, c_int, c_int64, c_void_p
+from ctypes import Structure, byref, c_double, c_int, c_int64, c_void_p
 from typing import Any
 
 import torch
@@ -39,8 +39,8 @@ _moments = _pass("moments", c_void_p, c_int, *_EXTENTS, c_double, c_void_p, c_vo
 _normalize = _pass("normalize", c_void_p, c_void_p, c_int, *_EXTENTS, *(c_void_p,) * 4)
 _reduce = _pass("reduce", c_void_p, c_void_p, c_int, *_EXTENTS, *(c_void_p,) * 3)
 _finish = _pass("finish", *(c_void_p,) * 3, c_int, *_EXTENTS, *(c_void_p,) * 5, c_double)
-_merge = _function("merge", c_void_p, c_void_p, c_int64, c_int64, c_double, *(c_void_p,) * 3)
-_blend = _function("blend", c_void_p, c_int, c_void_p, c_int64, c_double, c_double)
+_merge = _function("merge", c_void_p, c_int64, c_void_p, c_int64, c_int64, c_double, *(c_void_p,) * 4)
+_sum_rows = _function("sum_rows", c_void_p, c_int64, c_int64, c_int64, c_void_p)
 
 
 def supports(*tensors: Tensor | None) -> bool:
@@ -52,13 +52,14 @@ def supports(*tensors: Tensor | None) -> bool:
 
 def local_moments(x: Tensor, eps: float, scratch: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and invstd, each (C) in fp32, of one rank's values: two passes' accuracy, nearly all of x read once."""
-    samples, channels, places = _extents(x)
-    mean = torch.empty(channels, dtype=torch.float32, device=_CPU)  # whatever the defaults are
-    invstd = torch.empty_like(mean)
-    _moments(
-        x.data_ptr(), x.dtype == torch.bfloat16, samples, channels, places, eps, mean.data_ptr(), invstd.data_ptr()
-    )
+    mean, invstd = torch.empty((2, x.size(1)), dtype=torch.float32, device=_CPU).unbind(0)
+    moments_into(mean.data_ptr(), invstd.data_ptr(), x, eps)
     return mean, invstd
+
+
+def moments_into(mean: int, invstd: int, x: Tensor, eps: float) -> None:
+    """:func:`local_moments` with results at addresses."""
+    _moments(x.data_ptr(), x.dtype == torch.bfloat16, *_extents(x), eps, mean, invstd)
 
 
 def normalize(
@@ -75,14 +76,14 @@ def normalize(
 
 def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
     """``sum(dy)`` and ``sum(dy * (x - mean))``, each (C) in fp32, in one pass."""
-    samples, channels, places = _extents(x)
-    sum_dy = torch.empty_like(mean)
-    sum_dy_xmu = torch.empty_like(mean)
-    _reduce(
-        dy.data_ptr(), x.data_ptr(), x.dtype == torch.bfloat16, samples, channels, places, mean.data_ptr(),
-        sum_dy.data_ptr(), sum_dy_xmu.data_ptr(),
-    )  # fmt: skip
+    sum_dy, sum_dy_xmu = torch.empty((2, mean.size(0)), dtype=torch.float32, device=_CPU).unbind(0)
+    reduce_into(sum_dy.data_ptr(), sum_dy_xmu.data_ptr(), dy, x, mean)
     return sum_dy, sum_dy_xmu
+
+
+def reduce_into(sum_dy: int, sum_dy_xmu: int, dy: Tensor, x: Tensor, mean: Tensor) -> None:
+    """:func:`reduce_grad` with results at addresses."""
+    _reduce(dy.data_ptr(), x.data_ptr(), x.dtype == torch.bfloat16, *_extents(x), mean.data_ptr(), sum_dy, sum_dy_xmu)
 
 
 def begin_grad(dy: Tensor, invstd: Tensor, weight: Tensor | None) -> Tensor:
@@ -111,51 +112,85 @@ def finish_grad(
     return dx
 
 
+class _RunningStatistics(Structure):
+    """``running_statistics`` of merge.c."""
+
+    _fields_ = (
+        ("mean", c_void_p),
+        ("var", c_void_p),
+        ("wide_mean", c_int64),
+        ("wide_var", c_int64),
+        ("tracked", c_void_p),
+        ("momentum", c_double),
+    )
+
+
 def merge(
     moments_W2C: Tensor, counts: Sequence[int] | Tensor, eps: float, running: Running | None
 ) -> tuple[Tensor, Tensor, Tensor, Count]:
-    """``cpu.merge`` in one call, and one for each running statistic.
+    """``cpu.merge`` in one call.
 
     Mean, invstd and variance have the bits of ``cpu.merge``, on every CPU, but for sums of more than two ranks, whose
     order may differ: they differ by a unit in the last place. So do running statistics, which are rounded once.
     """
     if isinstance(counts, Tensor) or moments_W2C.dtype != torch.float32:
         return cpu.merge(moments_W2C, counts, eps, running)
-    ranks, channels = len(counts), moments_W2C.size(1) // 2
-    moments_W2C = moments_W2C.contiguous()
-    mean = torch.empty(channels, dtype=torch.float32, device=_CPU)
-    invstd = torch.empty_like(mean)
-    var = torch.empty_like(mean)
+    mean, invstd, var = torch.empty((3, moments_W2C.size(1) // 2), dtype=torch.float32, device=_CPU).unbind(0)
+    tracked = running if running is not None and can_track(running) else None
+    merge_into((mean, invstd, var), moments_W2C, counts, eps, tracked)
+    if running is not tracked and running is not None:
+        moments.update_running_(running, mean, var, sum(counts))
+    return mean, invstd, var, sum(counts)
+
+
+def merge_into(
+    results: tuple[Tensor, Tensor, Tensor | None],
+    moments_W2C: Tensor,
+    counts: Sequence[int],
+    eps: float,
+    running: Running | None,
+) -> None:
+    """:func:`merge` into mean, invstd and, unless it is None, var; for running statistics that C can write to."""
+    mean, invstd, var = results
+    ranks, channels = len(counts), mean.size(0)
+    known = None if running is None else byref(_running_statistics(running))
     _merge(
-        moments_W2C.data_ptr(), (c_int64 * ranks)(*counts), ranks, channels, eps,
-        mean.data_ptr(), invstd.data_ptr(), var.data_ptr(),
+        moments_W2C.data_ptr(), moments_W2C.stride(0), (c_int64 * ranks)(*counts), ranks, channels, eps,
+        mean.data_ptr(), invstd.data_ptr(), None if var is None else var.data_ptr(),
+        known,
     )  # fmt: skip
-    count = sum(counts)
     if running is not None:
-        update_running_(running, mean, var, count)
-    return mean, invstd, var, count
+        # Autograd then knows, as after any change in place, that these are not the values it may have saved.
+        torch.autograd.graph.increment_version([v for v in running[:3] if v is not None])
 
 
-def update_running_(running: Running, mean: Tensor, var: Tensor, count: int) -> None:
-    """``moments.update_running_``, where C can write to the running statistics; else that."""
-    buffers = running.mean, running.var
-    if not all(v.is_contiguous() and v.dtype in _BLENDED for v in buffers) or not supports(*running[:3]):
-        moments.update_running_(running, mean, var, count)
-        return
-    if count == 0:
-        return
-    factor = running.momentum
-    changed: list[Tensor] = []
-    if running.num_batches_tracked is not None:
-        tracked = c_int64.from_address(running.num_batches_tracked.data_ptr())
-        tracked.value += 1
-        changed.append(running.num_batches_tracked)
-        factor = 1 / max(tracked.value, 1) if factor is None else factor
-    assert factor is not None
-    for buffer, value, scale in zip(buffers, (mean, var), (1.0, count / max(count - 1, 1)), strict=True):
-        _blend(buffer.data_ptr(), buffer.dtype == torch.float64, value.data_ptr(), mean.size(0), scale, factor)
-    # Autograd then knows, as after any change in place, that these are not the values it may have saved.
-    torch.autograd.graph.increment_version([*changed, *buffers])
+def _running_statistics(running: Running) -> _RunningStatistics:
+    mean, var, tracked, momentum = running
+    return _RunningStatistics(
+        mean.data_ptr(),
+        var.data_ptr(),
+        mean.dtype == torch.float64,
+        var.dtype == torch.float64,
+        None if tracked is None else tracked.data_ptr(),
+        -1.0 if momentum is None else momentum,
+    )
+
+
+def can_track(running: Running) -> bool:
+    """Whether C can write to the running statistics."""
+    mean, var, tracked, momentum = running
+    if momentum is not None and momentum < 0:
+        return False
+    if tracked is not None and (tracked.dtype != torch.int64 or tracked.is_inference()):
+        return False
+    return supports(mean, var, tracked) and all(
+        v.dtype in _BLENDED and v.is_contiguous() and not v.is_inference() for v in (mean, var)
+    )
+
+
+def sum_rows_into(sums: int, rows_Wn: Tensor) -> None:
+    """The sum of the rows, in rank order, at an address."""
+    _sum_rows(rows_Wn.data_ptr(), rows_Wn.stride(0), rows_Wn.size(0), rows_Wn.size(1), sums)
 
 
 def _extents(x: Tensor) -> tuple[int, int, int]:
