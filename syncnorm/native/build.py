@@ -33,9 +33,9 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 
 def sources_hash(folder: Path = FOLDER) -> str:
-    """A hash of the C files, which the library contains: a library of other sources is not used."""
+    """A hash of the C files and of this one, which the library contains: a library of other sources is not used."""
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.c")):
+    for file in [Path(__file__), *sorted(folder.glob("*.c"))]:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
 
