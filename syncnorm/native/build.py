@@ -12,13 +12,12 @@ import platform
 import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
 LIBRARY = FOLDER / "libsyncnorm.so"
-COMMAND = "python -m syncnorm.native.build"
+COMMAND = "python -m syncnorm.native"
 
 _COMMON = ["-std=gnu11", "-O3", "-fPIC", "-fvisibility=default"]
 # NaN and infinity keep their meaning; only floating-point exceptions and errno, which nobody reads, are given up.
@@ -33,9 +32,9 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 
 def sources_hash(folder: Path = FOLDER) -> str:
-    """A hash of the C files, which the library contains: a library of other sources is not used."""
+    """A hash of the C files and of this one, which the library contains: a library of other sources is not used."""
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.c")):
+    for file in [Path(__file__), *sorted(folder.glob("*.c"))]:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -53,10 +52,9 @@ def build(folder: Path = FOLDER) -> str | None:
     """Compiles the library into ``folder``, in place of the old one.
 
     Returns:
-        None, or why there is no library now; an old one is removed.
+        None, or why there is no new library.
     """
     library = folder / LIBRARY.name
-    library.unlink(missing_ok=True)
     command = compiler()
     if os.name != "posix" or command is None:
         return f"no C compiler ({os.environ.get('CC') or 'cc, gcc or clang'}) was found"
@@ -95,7 +93,3 @@ def _compile(command: list[str], source: Path, folder: Path, hashed: str) -> lis
 
 def _run(command: list[str]) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True)
-
-
-if __name__ == "__main__":
-    sys.exit(build())

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 import syncnorm
+from syncnorm import native
 from syncnorm.tools.common.provenance import cpu_count, cpu_name
 from syncnorm.tools.common.records import Record
 
@@ -41,6 +42,8 @@ class Environment(Record):
         launcher: the launcher that started this process, according to its variables.
         variables: environment variables that affect distributed training, without secrets, and with ``~`` for the
             home directory.
+        native: whether the layer's code in C is used, for which instruction set, or why not; empty in records of
+            versions without it.
     """
 
     schema: ClassVar[str] = "syncnorm.env"
@@ -59,6 +62,7 @@ class Environment(Record):
     backends: list[str]
     launcher: str | None
     variables: dict[str, str]
+    native: str = ""
 
     def __str__(self) -> str:
         """Lines of ``name: value``, to paste into a bug report."""
@@ -66,6 +70,7 @@ class Environment(Record):
 
     def _lines(self) -> Iterator[tuple[str, str]]:
         yield "syncnorm", self.syncnorm
+        yield "native code", self.native
         yield "torch", self.torch
         for name, version in self.build.items():
             yield f"  {name}", version or "no"
@@ -105,6 +110,7 @@ def environment() -> Environment:
         backends=_backends(),
         launcher=launcher(os.environ),
         variables=variables(os.environ),
+        native=f"no: {native.absent}" if native.library is None else f"yes, {native.instruction_set}",
     )
 
 

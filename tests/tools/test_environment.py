@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from syncnorm import native
 from syncnorm.__main__ import main
 from syncnorm.tools.env import environment, launcher, variables
 
@@ -57,6 +58,16 @@ def test_text_and_json(monkeypatch, capsys):
     text, data = outputs[0], json.loads(outputs[1])
     assert f"torch: {torch.__version__}" in text.splitlines()
     assert "  GLOO_SOCKET_IFNAME: lo" in text.splitlines()
+    assert f"native code: {data['native']}" in text.splitlines()
     assert data["torch"] == torch.__version__ == environment().torch
     assert "gloo" in data["backends"]
     assert str(Path.home()) not in "".join(outputs)
+
+
+def test_native_code_is_named_or_the_reason_why_there_is_none(monkeypatch):
+    monkeypatch.setattr(native, "library", object())
+    monkeypatch.setattr(native, "instruction_set", "v3")
+    assert environment().native == "yes, v3"
+    monkeypatch.setattr(native, "library", None)
+    monkeypatch.setattr(native, "absent", "turned off by SYNCNORM_NATIVE=0")
+    assert environment().native == "no: turned off by SYNCNORM_NATIVE=0"
