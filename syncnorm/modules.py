@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 import warnings
-import weakref
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ class Synced:
     # Defaults on the class, because convert changes the class of an instance without calling a constructor.
     _sync_group = process_groups.GroupHandle(None)
     _sync_name: LayerName | None = None  # set by convert, and at the end of the constructor
+    _sync_seen_outside_data_parallel = False  # whether a forward has run that is not one of nn.DataParallel
     # None before the first forward in training, "" if all of them were synced, otherwise why one was not.
     _sync_seen: str | None = None
     # Synced layers inside a layer with its own forward, which may use their statistics without calling them.
@@ -266,19 +266,16 @@ class SyncBatchNorm3d(SyncBatchNorm, nn.BatchNorm3d):
     _check_input_dim = nn.BatchNorm3d._check_input_dim
 
 
-_seen_outside_data_parallel: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
 def warn_under_data_parallel(module: nn.Module) -> bool:
     """Warns at a layer's first forward inside ``nn.DataParallel``; True in one of its replicas.
 
     Replicas are threads of one process, which torch.distributed does not distinguish: their collectives would get
     mixed up in a distributed run.
     """
-    in_replica = bool(getattr(module, "_is_replica", False))
-    if torch.compiler.is_compiling() or (not in_replica and module in _seen_outside_data_parallel):
+    in_replica = bool(module.__dict__.get("_is_replica", False))
+    if torch.compiler.is_compiling() or (not in_replica and module._sync_seen_outside_data_parallel):
         return in_replica
-    _seen_outside_data_parallel.add(module)
+    module.__dict__["_sync_seen_outside_data_parallel"] = True
     if in_replica or _called_by_data_parallel():
         warnings.warn(
             "a syncnorm layer runs inside nn.DataParallel, whose replicas, one per GPU, cannot be synchronized: each "

@@ -62,6 +62,8 @@ class PendingExchange(NamedTuple):
     own: Header
     frames: Frames
     transfer: Transfer
+    values: list[int] | None = None  # as of ``Swapped``
+    began: float = 0.0  # when this rank began to wait, by time.perf_counter; 0 if it does not wait yet
 
     def __call__(self) -> Received:
         """Waits for all ranks. Raises as the exchange does."""
@@ -142,19 +144,34 @@ class Exchange:
             SyncNormError: the ranks made different calls, or one of them reported an error, both on all ranks; or the
                 exchange failed or is closed.
         """
-        return self.start(call, vectors, values)()
+        self._enter(call)
+        with _ClosedByErrors(self, call), without_fake_mode():
+            received = self._receive(self._begin(call, vectors, values, waits=True))
+        self._complete()
+        return received
 
-    def start(self, call: Call, vectors: Sequence[Tensor], values: int = 0) -> PendingExchange:
+    def start(self, call: Call, vectors: Sequence[Tensor]) -> PendingExchange:
         """Starts an exchange. No other one may start before it is complete."""
         self._enter(call)
         with _ClosedByErrors(self, call), without_fake_mode():
-            transport = self._transport or self._connect(call)
-            if self._reports:
-                self._wait_for_reports(call)
-            frames = transport.frames(self._next_capacity.get(self._last_key, INITIAL_FRAME_BYTES))
-            self.calls += 1
-            own = frames.write(call, vectors, values)
-            return PendingExchange(self, call, vectors, own, frames, self._send(frames))
+            return self._begin(call, vectors, 0, waits=False)
+
+    def _begin(self, call: Call, vectors: Sequence[Tensor], values: int, waits: bool) -> PendingExchange:
+        """Sends a frame. If this rank ``waits`` for the others at once, that may take less work."""
+        transport = self._transport or self._connect(call)
+        if self._reports:
+            self._wait_for_reports(call)
+        self.calls += 1
+        size = sum([v.nbytes for v in vectors])
+        own = Header(call.kind, call.key(), call.number, size, values)
+        if waits and len(vectors) == 1:
+            began = time.perf_counter()
+            swapped = transport.swap(own, vectors[0])
+            if swapped is not None:
+                return PendingExchange(self, call, vectors, own, *swapped, began)
+        frames = transport.frames(self._next_capacity.get(self._last_key, INITIAL_FRAME_BYTES))
+        frames.write(own, vectors)
+        return PendingExchange(self, call, vectors, own, frames, self._send(frames))
 
     def abort_peers(self, reason: str) -> None:
         """Makes the other ranks raise at the next exchange, now or later: this rank does not take part in it."""
@@ -235,9 +252,13 @@ class Exchange:
         return known_everywhere(SyncNormError(f"rank {self.rank}: {message}"))
 
     def _receive(self, pending: PendingExchange) -> Received:
-        _, call, vectors, own, frames, transfer = pending
-        while True:
-            self._wait(transfer, call)
+        _, call, vectors, own, frames, transfer, values, began = pending
+        if values is not None:
+            if observers:
+                self._observe(call, began)
+            headers, size = [own._replace(values=v) for v in values], own.size
+        while values is None:
+            self._wait(transfer, call, began)
             headers = frames.headers()
             if any(h[:4] != own[:4] for h in headers):
                 self._check_headers(call, headers, frames)
@@ -245,8 +266,8 @@ class Exchange:
             if size <= frames.room:
                 break
             frames = self._frames(capacity_for(size))
-            frames.write(call, vectors, own.values)
-            transfer = self._send(frames)
+            frames.write(own, vectors)
+            transfer, began = self._send(frames), 0.0
         self._learn(headers, size)
         payloads = frames.payloads(size, vectors[0].dtype if vectors else torch.uint8)
         empty = [row for row, header in enumerate(headers) if header.size == 0]
@@ -290,15 +311,18 @@ class Exchange:
         except RuntimeError as error:  # torch.distributed's own errors are RuntimeErrors
             raise _TransportError(str(error)) from error
 
-    def _wait(self, transfer: Transfer, call: Call) -> None:
+    def _wait(self, transfer: Transfer, call: Call, began: float = 0.0) -> None:
         """Returns when the frames of all ranks have arrived."""
-        began = time.perf_counter()
+        began = began or time.perf_counter()
         try:
             while not transfer.arrived(_POLL_S):
                 # The rank that we wait for may itself be waiting for one that died.
                 self._inspector.check(call, self.calls, time.perf_counter() - began)
         except RuntimeError as error:
             raise _TransportError(str(error)) from error
+        self._observe(call, began)
+
+    def _observe(self, call: Call, began: float) -> None:
         for observer in observers:
             observer(call, time.perf_counter() - began)
 

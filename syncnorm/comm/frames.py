@@ -59,18 +59,15 @@ class Frames:
         self._payload_address = ctypes.addressof(ctypes.c_char.from_buffer(own)) + _HEADER.size
         self._views: dict[tuple[torch.dtype, int], Tensor] = {}
 
-    def write(self, call: Call, vectors: Sequence[Tensor], values: int) -> Header:
-        """Writes a header and the concatenated ``vectors``, which have one dtype."""
-        size = sum([v.nbytes for v in vectors])
-        header = Header(call.kind, call.key(), call.number, size, values)
+    def write(self, header: Header, vectors: Sequence[Tensor]) -> None:
+        """Writes a header and, if there is room for them, the concatenated ``vectors``, which have one dtype."""
         _HEADER.pack_into(self._own, 0, *header)
-        if size <= self.room:
+        if header.size <= self.room:
             address = self._payload_address
             for vector in vectors:
                 source = vector.cpu().contiguous()  # the same tensor if it is on the CPU
                 ctypes.memmove(address, source.data_ptr(), vector.nbytes)
                 address += vector.nbytes
-        return header
 
     def write_text(self, call: Call, text: str) -> None:
         """Writes a header and ``text``, truncated to the size of the frame."""

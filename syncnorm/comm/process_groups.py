@@ -131,19 +131,19 @@ def synced_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     """
     if not syncing():
         return None
-    if not dist.is_initialized():
+    world = dist.group.WORLD
+    if world is None:  # torch.distributed is not initialized
         if not torch.compiler.is_compiling():
             _warn_under_a_launcher()
         return None
     if group is None:
-        group = dist.group.WORLD
-    assert group is not None, "torch.distributed is initialized"
-    if _is_non_member(group):
+        group = world
+    elif _is_non_member(group):
         raise InputError(
             f"rank {dist.get_rank()} is not a member of the process group that this layer synchronizes over. "
             f"Give each rank a group that contains it, as syncnorm.convert(model, group_size=...) does."
         )
-    if not alive(group):
+    if group is not world and not alive(group):
         raise SyncNormError(
             f"rank {dist.get_rank()}: the process group of this layer was destroyed. Bind it to another group: {BIND}"
         )
@@ -204,6 +204,8 @@ def _is_non_member(group: object) -> bool:
 
 def alive(group: dist.ProcessGroup) -> bool:
     """Whether ``group`` exists: it does not if its default group was destroyed."""
+    if not torch.compiler.is_compiling():
+        return group in dist.distributed_c10d._world.pg_group_ranks  # without a list of its ranks
     try:
         dist.get_process_group_ranks(group)
     except (KeyError, ValueError):

@@ -49,19 +49,19 @@ def check_vectors(input: Tensor, **vectors: Tensor | None) -> None:
     Raises:
         InputError: with the name of the first such vector.
     """
+    shape_C, device = input.shape[1:2], input.device
     for name, vector in vectors.items():
-        if vector is None:
+        if vector is None or (vector.shape == shape_C and vector.dtype in _DTYPES and vector.device == device):
             continue
-        if vector.shape != (input.size(1),):
+        if vector.shape != shape_C:
             raise InputError(
                 f"{where()}expected {name} to have one value for each of {input.size(1)} channels "
                 f"(input of {shape(input)}), got {shape(vector)}"
             )
-        if vector.device != input.device or vector.dtype not in _DTYPES:
-            raise InputError(
-                f"{where()}expected {name} to be floating and on {input.device}, as the input is, "
-                f"got {vector.dtype} on {vector.device}"
-            )
+        raise InputError(
+            f"{where()}expected {name} to be floating and on {input.device}, as the input is, "
+            f"got {vector.dtype} on {vector.device}"
+        )
 
 
 def check_mask(input: Tensor, mask: Tensor | None) -> None:
@@ -139,19 +139,20 @@ def _check_dense(input: Tensor) -> None:
     if input.is_nested or input.layout != torch.strided:
         kind = "nested tensor" if input.is_nested else f"layout {input.layout}"
         raise InputError(f"{where()}expected a dense tensor, got a {kind}; convert it first")
-    if input.device.type == "meta":
+    if input.is_meta:
         raise InputError(f"{where()}expected an input with data, got one on the meta device")
 
 
 def _check_no_inference_tensors(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running | None
 ) -> None:
-    differentiated = {"input": input, "weight": weight, "bias": bias}
-    updated = {} if running is None else {"running_mean": running.mean, "running_var": running.var}
-    if not (torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in differentiated.values())):
-        differentiated = {}
-    for name, tensor in {**updated, **differentiated}.items():
-        if tensor is not None and tensor.is_inference():
+    differentiated = ("input", input), ("weight", weight), ("bias", bias)
+    updated = () if running is None else (("running_mean", running.mean), ("running_var", running.var))
+    for name, tensor in (*updated, *differentiated):
+        if tensor is None or not tensor.is_inference():
+            continue
+        needs_grad = torch.is_grad_enabled() and any(v is not None and v.requires_grad for _, v in differentiated)
+        if needs_grad or name.startswith("running"):
             raise InputError(
                 f"{where()}expected {name} to be an ordinary tensor, got one that was made in torch.inference_mode, "
                 f"which autograd cannot use; clone it outside of that mode"

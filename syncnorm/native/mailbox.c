@@ -5,6 +5,7 @@
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
+#include <string.h>
 #include <time.h>
 
 #define SPIN_NS 20000          /* a peer that is in step comes within that time */
@@ -54,4 +55,24 @@ int64_t wait_for(const char *base, const int64_t *offsets, int64_t ranks, int64_
       nanosleep(&(struct timespec){.tv_nsec = pause}, 0);
     }
   }
+}
+
+enum { KIND, KEY, NUMBER, SIZE, VALUES, HEADER }; /* the fields of a header, see frames.py */
+
+/* The whole of a usual exchange. Writes the header and the payload of rank `own` into its slot, which is `slot` bytes
+   after its number, and publishes it as frame `number`; then waits for the other ranks, at most `max_ns`. Returns 1 if
+   all frames are there and belong to the same call as this one; `values` then has the last field of each header. */
+int swap(char *base, const int64_t *offsets, int64_t ranks, int64_t own, int64_t slot, int64_t number, int64_t max_ns,
+         const int64_t *header, const void *payload, int64_t *values) {
+  char *frame = base + offsets[own] + slot;
+  memcpy(frame, header, HEADER * sizeof *header);
+  memcpy(frame + HEADER * sizeof *header, payload, header[SIZE]);
+  publish((_Atomic int64_t *)(base + offsets[own]), number);
+  if (wait_for(base, offsets, ranks, number, 0, max_ns) < ranks) return 0;
+  for (int64_t rank = 0; rank < ranks; rank++) {
+    const int64_t *other = (const int64_t *)(base + offsets[rank] + slot);
+    if (memcmp(other, header, VALUES * sizeof *header)) return 0;
+    values[rank] = other[VALUES];
+  }
+  return 1;
 }

@@ -12,11 +12,11 @@ from syncnorm.comm.exchange import Exchange
 def recorded_exchanges() -> Iterator[list[str]]:
     """Yields a list to which each exchange adds its kind: ``"FORWARD"`` or ``"BACKWARD"``."""
     kinds: list[str] = []
-    original = Exchange.start
+    original = Exchange._begin
 
-    def start(self: Any, call: Any, *args: Any) -> Any:
+    def begin(self: Any, call: Any, *args: Any, **options: Any) -> Any:
         kinds.append(call.kind.name)
-        return original(self, call, *args)
+        return original(self, call, *args, **options)
 
-    with mock.patch.object(Exchange, "start", start):
+    with mock.patch.object(Exchange, "_begin", begin):
         yield kinds

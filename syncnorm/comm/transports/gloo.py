@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncnorm.comm.frames import Frames, outside_of_modes
+from syncnorm.comm.frames import Frames, Header, outside_of_modes
 from syncnorm.comm.transports.transfer import SLOTS
 
 # How long a waiting rank spins. A sleeping thread is woken late, on a core that has gone cold; one that yields leaves
@@ -88,3 +88,6 @@ class GlooTransport:
         frames.sent.view(self._world_size, -1)[1:] = frames.sent[: frames.capacity]
         work = self._connections.alltoall_base(frames.received, frames.sent, [], [])
         return GlooTransfer(work, frames.sent, frames.received)
+
+    def swap(self, header: Header, vector: Tensor) -> None:
+        """As ``Transport.swap``."""

@@ -9,16 +9,21 @@ import ctypes
 import time
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from syncnorm import native
-from syncnorm.comm.frames import Frames
+from syncnorm.comm.frames import Frames, Header
 from syncnorm.comm.transports.discovery import SharedFile
 from syncnorm.comm.transports.gloo import GlooFrames, GlooTransport
-from syncnorm.comm.transports.transfer import SLOTS, Transfer
+from syncnorm.comm.transports.transfer import SLOTS, Swapped, Transfer
 
 SLOT_BYTES = 2**16  # larger frames, of more than 8,000 channels in fp32, travel over gloo
 _COUNT_BYTES = 128  # a number of its own pair of cache lines, which processors may fetch together
 ROW_BYTES = _COUNT_BYTES + SLOTS * SLOT_BYTES
 _CHECK_S = 0.02  # between two checks, by a rank that waits, whether another one has ended
+_CHECK_NS = 20_000_000
+
+_Fields = ctypes.c_int64 * len(Header._fields)
 
 
 def bytes_for(world_size: int) -> int:
@@ -45,9 +50,12 @@ class Rows:
         self._offsets = [_COUNT_BYTES + row * ROW_BYTES for row in range(world_size)]
         self._all = self._counts(range(world_size))
         self._local = self._counts(here)
-        self._publish, self._wait = native.library.publish, native.library.wait_for
+        self._publish, self._wait, self._swap = (getattr(native.library, n) for n in ("publish", "wait_for", "swap"))
         self._publish.argtypes, self._publish.restype = [ctypes.c_void_p, ctypes.c_int64], None
         self._wait.argtypes, self._wait.restype = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 4, ctypes.c_int64
+        self._swap.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 5 + [ctypes.c_void_p] * 3
+        self._swap.restype = ctypes.c_int
+        self._values = (ctypes.c_int64 * world_size)()
 
     def frame(self, row: int, number: int, capacity: int) -> memoryview:
         """The memory of a rank's frame."""
@@ -62,6 +70,19 @@ class Rows:
     def publish(self, row: int, number: int) -> None:
         """Counts the frame of ``row`` as sent."""
         self._publish(self._base + self._offsets[row], number)
+
+    def swap(self, number: int, header: Header, vector: Tensor) -> list[int] | None:
+        """Writes this rank's frame, publishes it and waits a moment for the others.
+
+        Returns:
+            The last field of each rank's header, if all frames are there and belong to the same call; else None.
+        """
+        slot = _COUNT_BYTES + number % SLOTS * SLOT_BYTES
+        complete = self._swap(
+            self._base, self._all, self.world_size, self.own, slot, number, _CHECK_NS, _Fields(*header),
+            vector.data_ptr(), self._values,
+        )  # fmt: skip
+        return self._values[:] if complete else None
 
     def arrived(self, number: int, waiting_since: float, seconds: float, local: bool = False) -> bool:
         """Waits for the frames with that number, at most ``seconds``; whether they are all there.
@@ -135,12 +156,21 @@ class SharedMemoryTransport:
         self._rows, self._flat = rows, flat
         self._sent = 0
         self._frames = [rows.frames(slot, SLOT_BYTES) for slot in range(SLOTS)]
+        self._room = self._frames[0].room
 
     def frames(self, capacity: int) -> Frames:
         """As ``Transport.frames``."""
         if capacity > SLOT_BYTES:
             return self._flat.frames(capacity)
         return self._frames[(self._sent + 1) % SLOTS]
+
+    def swap(self, header: Header, vector: Tensor) -> Swapped | None:
+        """As ``Transport.swap``."""
+        if header.size > self._room or not (vector.is_cpu and vector.is_contiguous()):
+            return None
+        self._sent += 1
+        values = self._rows.swap(self._sent, header, vector)
+        return Swapped(self._frames[self._sent % SLOTS], SharedMemoryTransfer(self._rows, self._sent), values)
 
     def send(self, frames: Frames) -> Transfer:
         """As ``Transport.send``."""

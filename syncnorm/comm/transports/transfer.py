@@ -1,8 +1,10 @@
 """What every transport offers: frames to write, a way to send them, and a way to wait for those of the others."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from syncnorm.comm.frames import Frames
+from torch import Tensor
+
+from syncnorm.comm.frames import Frames, Header
 
 SLOTS = (
     4  # buffers of a transport for frames of one size: so many transfers may not have arrived, the newest included
@@ -26,6 +28,21 @@ class Transfer(Protocol):
         """Sees to it that the other ranks receive this rank's frame although it does not wait for theirs now."""
 
 
+class Swapped(NamedTuple):
+    """A transfer that has been sent and, usually, received.
+
+    Attributes:
+        frames: of the transfer.
+        transfer: the transfer.
+        values: the last field of each rank's header, if all frames have arrived and belong to the same call; None if
+            that is still to be waited for and checked.
+    """
+
+    frames: Frames
+    transfer: Transfer
+    values: list[int] | None
+
+
 class Transport(Protocol):
     """The connections of one rank of a group. All ranks must send frames of the same capacity, in the same order."""
 
@@ -41,3 +58,14 @@ class Transport(Protocol):
 
     def send(self, frames: Frames) -> Transfer:
         """Sends the frame that this rank has written. Raises a RuntimeError if the transport failed."""
+
+    def swap(self, header: Header, vector: Tensor) -> Swapped | None:
+        """Sends a frame and waits a moment for those of the others, with less work for the host than in steps.
+
+        Args:
+            header: of this rank's frame.
+            vector: its payload, on the CPU, without gaps.
+
+        Returns:
+            None, and nothing has been sent, if the transport has no such way for this frame.
+        """

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from syncnorm.comm.failure_flags import start_thread
-from syncnorm.comm.frames import Frames
+from syncnorm.comm.frames import Frames, Header
 from syncnorm.comm.transports.gloo import GlooFrames, GlooTransfer, GlooTransport
 from syncnorm.comm.transports.shared_memory import SLOT_BYTES, Rows, SharedMemoryTransfer
 from syncnorm.comm.transports.transfer import SLOTS, Transfer
@@ -134,3 +135,6 @@ class TwoLevelTransport:
         if self._leaders is None:
             return SharedMemoryTransfer(self._rows, self._sent)
         return LeaderTransfer(self._rows, self._sent, frames.capacity, self._leaders)
+
+    def swap(self, header: Header, vector: Tensor) -> None:
+        """As ``Transport.swap``."""

@@ -47,7 +47,10 @@ def supports(*tensors: Tensor | None) -> bool:
     """Whether C can read and write these tensors: no subclasses, wrappers or lazy negations, and not under a mode."""
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return all(t is None or (type(t) in _PLAIN and t.is_cpu and not t.is_neg()) for t in tensors)
+    for t in tensors:  # noqa: SIM110  # a generator takes longer than its tests
+        if t is not None and (type(t) not in _PLAIN or not t.is_cpu or t.is_neg()):
+            return False
+    return True
 
 
 def local_moments(x: Tensor, eps: float, scratch: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,9 +186,10 @@ def can_track(running: Running) -> bool:
         return False
     if tracked is not None and (tracked.dtype != torch.int64 or tracked.is_inference()):
         return False
-    return supports(mean, var, tracked) and all(
-        v.dtype in _BLENDED and v.is_contiguous() and not v.is_inference() for v in (mean, var)
-    )
+    for v in (mean, var):
+        if v.dtype not in _BLENDED or not v.is_contiguous() or v.is_inference():
+            return False
+    return supports(mean, var, tracked)
 
 
 def sum_rows_into(sums: int, rows_Wn: Tensor) -> None:
