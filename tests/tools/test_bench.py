@@ -244,7 +244,7 @@ def test_the_table_fits_and_says_which_targets_are_met():
     assert "last rank arrived 150 us after the first, in the median" in " ".join(lines)
     assert "after other work 20.0 80.0" in lines
     assert "exchange after other work, us, 90 % 80 <= 100 met, shm" in lines
-    assert "61 s, load average 0.2 before, 2.0 after." in text
+    assert "Load average: 0.2 before, 2.0 after, ranks included." in lines
     assert "0 10.00 5.00 1.50 0.75 2.75" in lines
     assert "stages.1.norm1 0.50 0.25 0.50 0.25 0.50 0.25" in lines
     assert f"Not run: {NOT_ON_CPU}" in text

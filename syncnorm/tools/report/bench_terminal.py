@@ -83,14 +83,14 @@ def _headline(benchmark: Benchmark) -> Text:
         f"{hardware.device_name}, {hardware.cpu_count} cores, {hardware.threads_per_rank} thread(s) per rank, "
         f"{hardware.backend}.\n"
         f"torch {benchmark.torch_version}, syncnorm {benchmark.syncnorm_version}, {benchmark.date}, "
-        f"{benchmark.wall_seconds:.0f} s{_load(benchmark)}."
+        f"{benchmark.wall_seconds:.0f} s.{_load(benchmark)}"
     )
 
 
 def _load(benchmark: Benchmark) -> str:
     if benchmark.load_before is None or benchmark.load_after is None:
         return ""
-    return f", load average {benchmark.load_before:.1f} before, {benchmark.load_after:.1f} after"
+    return f"\nLoad average: {benchmark.load_before:.1f} before, {benchmark.load_after:.1f} after, ranks included."
 
 
 def _ranks(settings: BenchSettings) -> str:
