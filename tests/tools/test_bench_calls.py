@@ -1,5 +1,6 @@
 """How the layer benchmark times single calls: from the arrival of the last rank until all ranks are done."""
 
+import itertools
 import time
 from types import SimpleNamespace
 
@@ -125,16 +126,20 @@ def test_an_exchange_in_three_situations():
     assert found[AFTER_WORK] is found.situations[1]
 
 
-def test_the_late_rank_is_another_one_at_each_call():
-    def late_calls(rank):
-        before, durations = exchange_latency._OneRankLate(rank, 3), []
-        for _ in range(6):
-            started = time.perf_counter()
-            before()
-            durations.append(time.perf_counter() - started)
-        return [call for call, seconds in enumerate(durations) if seconds >= exchange_latency.LATE_SECONDS]
+def test_the_late_rank_is_another_one_at_each_call(monkeypatch):
+    reads = itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: next(reads) * 1e-4)
+    monkeypatch.setattr(exchange_latency, "time", clock)
 
-    assert sorted(call for rank in range(3) for call in late_calls(rank)) == list(range(6))
+    def late_calls(rank):
+        before, late = exchange_latency._OneRankLate(rank, 3), []
+        for call in range(6):
+            started = clock.perf_counter()
+            before()
+            late += [call] * (clock.perf_counter() - started > exchange_latency.LATE_SECONDS)
+        return late
+
+    assert [late_calls(rank) for rank in range(3)] == [[2, 5], [0, 3], [1, 4]]
 
 
 def test_the_transport_is_that_of_the_layer(monkeypatch):
