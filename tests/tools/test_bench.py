@@ -1,4 +1,5 @@
 import io
+import json
 from contextlib import suppress
 
 import pytest
@@ -9,12 +10,23 @@ from rich.console import Console
 
 from syncnorm.comm.call import observers
 from syncnorm.testing import assert_close, batch_norm_oracle, run_ranks
-from syncnorm.tools.bench import Benchmark, BenchSettings, LayerRow, LayerWait, MemorySpeed, ModelResult, RankProfile
+from syncnorm.tools.bench import (
+    Benchmark,
+    BenchSettings,
+    ExchangeLatency,
+    ExchangeSituation,
+    LayerRow,
+    LayerWait,
+    MemorySpeed,
+    ModelResult,
+    RankProfile,
+)
 from syncnorm.tools.bench.contenders import BASELINES, CONTENDERS, MEAN_OF_SQUARES, SYNCNORM
+from syncnorm.tools.bench.exchange_latency import AFTER_WORK, BACK_TO_BACK
 from syncnorm.tools.bench.layers import LayerStep
 from syncnorm.tools.bench.measure import block_length, rotated, timings
 from syncnorm.tools.bench.shapes import CUDA_SHAPES, DTYPES, MAX_BYTES, TABLES, parse_shapes, rows
-from syncnorm.tools.bench.summary import gpu_summary, summary
+from syncnorm.tools.bench.summary import exchange_summary, gpu_summary, summary
 from syncnorm.tools.common.nets import build_resnet18
 from syncnorm.tools.common.provenance import Hardware
 from syncnorm.tools.common.stats import median_ratio, quartiles
@@ -110,22 +122,31 @@ def made_up_row(shape, memory_format, dtype, ratio, device="cpu"):
         "local": [base] * 4,
         "floor": [base + 3e-4] * 4,
         "E[x^2]": [4 * base + 8e-4] * 4,
-        "syncnorm": [f * ratio * (base + 3e-4) for f in (0.9, 1, 1, 1.2)],
+        "syncnorm": [f * ratio * base for f in (0.9, 1, 1, 1.2)],
     }
     not_run = {"torch": NOT_ON_CPU}
     if device == "cuda":
         seconds, not_run = {name: [t / 40 for t in times] for name, times in seconds.items()}, {}
-        seconds["torch"] = seconds["floor"]
+        seconds["torch"] = seconds["local"]
     num_bytes = torch.Size(shape).numel() * DTYPES[dtype].itemsize
-    return LayerRow(
-        shape, memory_format, dtype, num_bytes, 9, timings(seconds, BASELINES, not_run), 3, {"syncnorm": 0.8}
-    )
+    by_call = {}
+    if device == "cpu":
+        in_blocks = {name: [t / 2 for t in times] if name == "syncnorm" else times for name, times in seconds.items()}
+        by_call = {"calls": 4, "lateness": 1.5e-4, "blocks": timings(in_blocks, BASELINES, not_run)}
+    timed = timings(seconds, BASELINES, not_run)
+    return LayerRow(shape, memory_format, dtype, num_bytes, 9, timed, 3, {"syncnorm": 0.8}, **by_call)
 
 
-def made_up(ratio=1.0, model_ratio=1.05, device="cpu"):
+def made_up_exchange(median=2e-5):
+    situations = [ExchangeSituation(name, (median,), median, 4 * median) for name in (BACK_TO_BACK, AFTER_WORK)]
+    return ExchangeLatency(4096, "shm", tuple(situations))
+
+
+def made_up(ratio=0.6, model_ratio=1.02, device="cpu"):
     measured = [made_up_row(*row, dtype, ratio, device) for dtype in DTYPES for row in rows(device, None)]
     memory = MemorySpeed(4e12, 50 * 2**20) if device == "cuda" else MemorySpeed(2e10, None)
     arms = timings({"ddp": [1.0, 1.0], "ddp+syncnorm": [model_ratio] * 2}, ["ddp"], {})
+    exchange = made_up_exchange() if device == "cpu" else None
     waits = tuple(LayerWait(f"stages.{i}.norm1", 0.5, 0.25) for i in range(3))
     profile = tuple(RankProfile(rank, 3, 10.0, 2.25, 5.0, 2.75, waits) for rank in range(4))
     model = ModelResult("a network", 11_000_000, 20, (8, 3, 64, 64), 2, arms, profile)
@@ -139,23 +160,66 @@ def made_up(ratio=1.0, model_ratio=1.05, device="cpu"):
         command="syncnorm bench",
         rows=tuple(measured),
         model=model,
-        summary=(*summary(measured, model, device), *gpu_summary(measured, memory, device)),
+        summary=(
+            *summary(measured, model, device),
+            *gpu_summary(measured, memory, device),
+            *exchange_summary(exchange),
+        ),
         memory=memory,
+        exchange=exchange,
+        load_before=0.25,
+        load_after=2.0,
         wall_seconds=61.0,
     )
 
 
 def test_the_summary_has_the_geometric_mean_and_the_maximum():
-    measured = [made_up_row((4, 8), "contiguous", "fp32", r) for r in (0.5, 2.0)]
-    measured.append(made_up_row((4, 8), "contiguous", "bf16", 3.0))
+    measured = [made_up_row((4, 8), "contiguous", "fp32", r) for r in (0.5, 2.5)]
+    measured.append(made_up_row((64, 64, 8, 8), "contiguous", "fp32", 0.8))  # exactly 1 MiB
+    measured.append(made_up_row((64, 64, 8, 8), "contiguous", "bf16", 3.0))  # half of that
     found = {line.what: line for line in summary(measured, None, "cpu")}
-    mean = found["syncnorm / (local + collectives), fp32, mean"]
-    largest = found["syncnorm / (local + collectives), fp32, max"]
-    assert mean.value == pytest.approx(1.0)
-    assert (largest.value, largest.where, largest.met) == (pytest.approx(2.0), "4x8 contiguous fp32", False)
-    assert found["syncnorm / (local + collectives), bf16, mean"].value == pytest.approx(3.0)
+    mean, largest = (found[f"syncnorm / local, fp32, {which}"] for which in ("mean", "max"))
+    large = found["syncnorm / local, fp32, 1 MiB and more, mean"]
+    assert (mean.value, mean.met) == (pytest.approx(1.0), False)
+    assert (largest.value, largest.where, largest.met) == (pytest.approx(2.5), "4x8 contiguous fp32", False)
+    assert (large.value, large.where, large.limit) == (pytest.approx(0.8), "1 row", 0.7)
+    assert found["syncnorm / local, bf16, mean"].value == pytest.approx(3.0)
+    assert "syncnorm / local, bf16, 1 MiB and more, mean" not in found
     assert found["syncnorm / E[x^2], fp32, max"].met is None
     assert not any("torch" in what for what in found)
+    assert next(line.what for line in summary(measured, None, "cpu")) == mean.what  # local comes first
+
+
+def test_targets_of_an_exchange_are_those_of_a_model():
+    median, p90 = exchange_summary(made_up_exchange(28e-6))
+    assert (median.value, median.limit, median.met, median.where) == (pytest.approx(28), 30, True, "shm")
+    assert (p90.value, p90.limit, p90.met) == (pytest.approx(112), 100, False)
+    assert exchange_summary(None) == []
+
+
+# --- files
+
+
+def test_a_record_survives_json():
+    benchmark = made_up()
+    found = Benchmark.from_dict(json.loads(json.dumps(benchmark.to_dict())))
+    assert found == benchmark
+    assert found.rows[0].in_blocks("syncnorm").ratio("local") == pytest.approx(0.3)
+
+
+def test_files_of_version_1_say_that_they_timed_blocks_alone():
+    data = json.loads(json.dumps(made_up().to_dict())) | {"schema_version": 1}
+    for name in ("exchange", "load_before", "load_after"):
+        del data[name]
+    for row in data["rows"]:
+        for name in ("calls", "lateness", "blocks"):
+            del row[name]
+    found = Benchmark.from_dict(data)
+    assert (found.rows[0].calls, found.rows[0].in_blocks("syncnorm"), found.exchange) == (0, None, None)
+    assert found.rows[0]["syncnorm"].ratio("local") == pytest.approx(0.6)
+    assert "Timed in blocks of the same call" in printed(found)
+    with pytest.raises(ValueError, match=r"expected schema syncnorm\.bench version 2, got syncnorm\.bench 3"):
+        Benchmark.from_dict(data | {"schema_version": 3})
 
 
 # --- what is shown
@@ -172,15 +236,21 @@ def test_the_table_fits_and_says_which_targets_are_met():
     assert max(len(line) for line in text.splitlines()) <= 100
     assert "…" not in text
     lines = [" ".join(line.split()) for line in text.splitlines()]
-    assert "4x512x7x7 NCHW fp32 392 150 450 1,401 450 439-473 1.00 0.32 0.80" in lines
-    assert "model, ddp+syncnorm / ddp 1.05 <= 1.10 met" in lines
-    assert "ddp+syncnorm 1,050.0 1,050.0-1,050.0 1.05" in lines
+    # In blocks syncnorm takes half the time that it takes call by call.
+    assert "4x512x7x7 NCHW 392 150 450 1,401 90 88-95 0.60 0.20 0.06 0.30" in lines
+    assert "syncnorm / local, fp32, max 0.60 <= 2.00 met, 8x64x56x56 contiguous fp32" in lines
+    assert "model, ddp+syncnorm / ddp 1.02 <= 1.03 met" in lines
+    assert "ddp+syncnorm 1,020.0 1,020.0-1,020.0 1.02" in lines
+    assert "last rank arrived 150 us after the first, in the median" in " ".join(lines)
+    assert "after other work 20.0 80.0" in lines
+    assert "exchange after other work, us, 90 % 80 <= 100 met, shm" in lines
+    assert "Load average: 0.2 before, 2.0 after, ranks included." in lines
     assert "0 10.00 5.00 1.50 0.75 2.75" in lines
     assert "stages.1.norm1 0.50 0.25 0.50 0.25 0.50 0.25" in lines
     assert f"Not run: {NOT_ON_CPU}" in text
     assert "not met" not in text
-    # In fp32: mean and maximum for local + collectives, mean for E[x^2]; and the model.
-    assert printed(made_up(1.6, 1.2)).count("not met") == 4
+    # In fp32: means for local, also of large rows, and E[x^2]; in bf16: the mean for local; and the model.
+    assert printed(made_up(1.6, 1.2)).count("not met") == 5
 
 
 def test_on_a_gpu_torchs_layer_has_columns_and_the_target():
@@ -188,7 +258,7 @@ def test_on_a_gpu_torchs_layer_has_columns_and_the_target():
     assert max(len(line) for line in text.splitlines()) <= 100
     assert "…" not in text
     lines = [" ".join(line.split()) for line in text.splitlines()]
-    assert "256x64x112x112 NCHW fp32 802,816 5,139 5,147 5,147 7,720 7,527-8,106 1.50 1.50 0.80" in lines
+    assert "256x64x112x112 NCHW 802,816 5,139 5,147 5,139 7,709 7,516-8,094 1.50 1.50 1.50 0.80" in lines
     assert "4,000.0 GB/s" in text
     assert "share of copy bandwidth past the cache, mean 0.80 >= 0.85 not met, 16 rows, lowest 0.80" in lines
     assert "share of rows slower than torch's layer 1.00 <= 0.00 not met, 56 of 56" in lines

@@ -150,17 +150,22 @@ def test_a_quick_run_of_both_writes_what_it_measured(call, monkeypatch, tmp_path
     )  # fmt: skip
     assert code == 0
     assert err == ""  # rank 0 reports the progress in its own process
-    assert "4x8x5x5 NHWC   bf16" in out
+    assert out.count("\n4x8x5x5 NHWC ") == 2
+    assert "Forward and backward of a layer, bf16, microseconds" in out
     assert "1 thread(s) per rank, gloo.\ntorch" in out
     found = json.loads(files["json"].read_text())
-    assert (found["schema"], found["schema_version"]) == ("syncnorm.bench", 1)
+    assert (found["schema"], found["schema_version"]) == ("syncnorm.bench", 2)
     assert (found["settings"]["what"], found["hardware"]["threads_per_rank"]) == ("all", 1)
     assert [(row["memory_format"], row["dtype"]) for row in found["rows"]] == [
         (layout, dtype) for dtype in ("fp32", "bf16") for layout in ("contiguous", "channels_last")
     ]
     for row in found["rows"]:
         assert [peer["name"] for peer in row["peers"]] == CONTENDERS
-        assert all(len(peer["seconds"]) == 2 and min(peer["seconds"]) > 0 for peer in row["peers"][:4])
+        assert [peer["name"] for peer in row["blocks"]] == CONTENDERS
+        assert row["calls"] >= 2
+        for timed, count in ((row["peers"], row["calls"]), (row["blocks"], 2)):
+            assert all(len(peer["seconds"]) == count and min(peer["seconds"]) > 0 for peer in timed[:4])
+        assert 0 < row["lateness"] < 1
         ours = row["peers"][3]["median"]
         share = 8 * row["num_bytes"] / ours / found["memory"]["copy_bandwidth"]
         assert row["bandwidth_shares"]["syncnorm"] == pytest.approx(share)
@@ -168,7 +173,10 @@ def test_a_quick_run_of_both_writes_what_it_measured(call, monkeypatch, tmp_path
         assert row["input_sets"] == 1
         assert row["peers"][4]["not_run"].startswith(NOT_ON_CPU)
     assert [arm["name"] for arm in found["model"]["arms"]] == ["ddp", "ddp+floor", "ddp+syncnorm"]
-    assert len(found["summary"]) == 14
+    assert len(found["summary"]) == 20
+    assert found["exchange"]["transport"] in ("shm", "gloo", "native")
+    assert [len(situation["seconds"]) for situation in found["exchange"]["situations"]] == [40, 40, 40]
+    assert found["load_before"] >= 0 <= found["load_after"]
     assert found["memory"]["copy_bandwidth"] > 1e8
     assert all("met" in figure for figure in found["summary"])
     lines = list(csv.DictReader(files["csv"].read_text().splitlines()))
@@ -176,6 +184,11 @@ def test_a_quick_run_of_both_writes_what_it_measured(call, monkeypatch, tmp_path
     ours = next(line for line in lines if line["peer"] == "syncnorm")
     assert ours["shape"] == "4x8x5x5"
     assert float(ours["median_us"]) == pytest.approx(found["rows"][0]["peers"][3]["median"] * 1e6, abs=0.01)
+    in_blocks = found["rows"][0]["blocks"][3]
+    assert float(ours["blocks_median_us"]) == pytest.approx(in_blocks["median"] * 1e6, abs=0.01)
+    assert float(ours["blocks_ratio_to_local"]) == pytest.approx(in_blocks["ratio_to"]["local"], abs=1e-4)
+    assert float(ours["ratio_to_local"]) == pytest.approx(found["rows"][0]["peers"][3]["ratio_to"]["local"], abs=1e-4)
+    assert int(ours["calls"]) == found["rows"][0]["calls"]
     assert ours["torch"] == torch.__version__
     assert files["png"].read_bytes().startswith(b"\x89PNG")
 

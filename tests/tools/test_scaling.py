@@ -10,9 +10,10 @@ from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncnorm
+from syncnorm.comm import exchange_of
 from syncnorm.comm.frames import capacity_for
 from syncnorm.testing import run_ranks
-from syncnorm.tools.bench import Benchmark, BenchSettings, Parameters
+from syncnorm.tools.bench import Benchmark, BenchSettings, Parameters, scaling
 from syncnorm.tools.bench.cost_model import (
     Host,
     Network,
@@ -263,6 +264,20 @@ def test_the_models_bytes_are_those_that_travel(channels):
         assert sizes == [("alltoall_base_", 2 * frame_bytes(channels))] * 2
         # Of what is handed in, a rank's own part does not travel.
         assert sum(size for _, size in sizes) // 2 == bytes_received(2, channels)
+
+
+def _rank_native_exchange():
+    scaling.exchange_of = lambda group, device: None
+    try:
+        with Sent() as sent:
+            scaling._ExchangeStep(dist.group.WORLD, 512)()
+    finally:
+        scaling.exchange_of = exchange_of
+    return sent.sizes
+
+
+def test_where_the_layer_exchanges_no_frames_a_native_gather_is_timed():
+    assert [[size for _, size in sizes] for sizes in run_ranks(_rank_native_exchange, 2)] == [[128], [128]]
 
 
 def test_the_host_is_measured_in_fake_worlds_and_leaves_no_group_behind():

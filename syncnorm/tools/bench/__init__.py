@@ -3,6 +3,8 @@
 from syncnorm.tools.bench.records import (
     Benchmark,
     BenchSettings,
+    ExchangeLatency,
+    ExchangeSituation,
     LayerRow,
     LayerWait,
     MemorySpeed,
@@ -19,6 +21,8 @@ from syncnorm.tools.bench.simulation import Parameters
 __all__ = [
     "BenchSettings",
     "Benchmark",
+    "ExchangeLatency",
+    "ExchangeSituation",
     "LayerRow",
     "LayerWait",
     "MemorySpeed",

@@ -1,21 +1,25 @@
 """The layer benchmark: a forward and a backward of each contender, on each row of the shape table.
 
+On CPUs contenders are timed call by call, as in a model (see `calls`), and in blocks of the same call beside that. On
+a GPU there are only blocks: inputs that take turns keep its caches cold, and the host launches ahead of it.
+
 Times are also related to the bandwidth of the memory: how fast it is, and how much of it a cache hides.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 
 import torch
 from torch import Tensor, nn
 
+from syncnorm.tools.bench.calls import CallTimes, OtherWork, call_by_call, turns_to_fill
 from syncnorm.tools.bench.contenders import BASELINES, CONTENDERS, LOCAL, Contender
-from syncnorm.tools.bench.measure import WARM_UP, block_length, interleaved, timings, warm_up
+from syncnorm.tools.bench.measure import WARM_UP, Step, block_length, interleaved, timings, warm_up
 from syncnorm.tools.bench.records import BenchSettings, LayerRow, MemorySpeed
 from syncnorm.tools.bench.shapes import DTYPES, FORMATS, Shape
 from syncnorm.tools.common.ranks import Ranks
@@ -87,16 +91,40 @@ def measure_row(
     inputs = make_inputs(shape, memory_format, dtype, ranks.device, seed=ranks.rank)
     steps, not_run = _build(CONTENDERS, shape, inputs, ranks.device)
     warm_up(steps)
+    count, in_blocks = _timed_in_blocks(steps, settings, ranks)
+    num_bytes = math.prod(shape) * DTYPES[dtype].itemsize
+    blocks = timings(in_blocks, BASELINES, not_run)
+    row = LayerRow(shape, memory_format, dtype, num_bytes, count, blocks, len(inputs))
+    if ranks.device.type == "cpu":
+        calls = _timed_by_call(steps, in_blocks, settings, ranks)
+        peers = timings(calls.seconds, BASELINES, not_run)
+        row = replace(row, peers=peers, blocks=blocks, calls=len(calls.seconds[LOCAL.name]), lateness=calls.lateness)
+    copied_bytes = PASSES * num_bytes
+    shares = {t.name: copied_bytes / t.median / memory.copy_bandwidth for t in row.peers if t.median is not None}
+    return replace(row, bandwidth_shares=shares)
+
+
+def _timed_in_blocks(
+    steps: Mapping[str, Step], settings: BenchSettings, ranks: Ranks
+) -> tuple[int, dict[str, tuple[float, ...]]]:
+    """Steps per block, and the seconds per step of each contender by repetition."""
     # Without the local layer, which may be far faster than those that wait for each other.
     rough = interleaved({name: step for name, step in steps.items() if name != LOCAL.name}, ranks, 1, WARM_UP)
     slowest = max(times[0] for times in rough.values())
     count = ranks.share(block_length(slowest, settings.block_seconds))
-    seconds = interleaved(steps, ranks, settings.repetitions, count, before=steps)
-    num_bytes = math.prod(shape) * DTYPES[dtype].itemsize
-    timed = timings(seconds, BASELINES, not_run)
-    copied_bytes = PASSES * num_bytes
-    shares = {t.name: copied_bytes / t.median / memory.copy_bandwidth for t in timed if t.median is not None}
-    return LayerRow(shape, memory_format, dtype, num_bytes, count, timed, len(inputs), shares)
+    return count, interleaved(steps, ranks, settings.repetitions, count, before=steps)
+
+
+def _timed_by_call(
+    steps: Mapping[str, Step], in_blocks: Mapping[str, Sequence[float]], settings: BenchSettings, ranks: Ranks
+) -> CallTimes:
+    """As many calls as fill the time of the blocks, at least one per repetition."""
+    work = OtherWork(ranks.rank)
+    work_seconds = interleaved({"work": work}, ranks, 1, WARM_UP)["work"][0]
+    turn_seconds = sum(median(times) + work_seconds for times in in_blocks.values())
+    row_seconds = len(steps) * settings.repetitions * settings.block_seconds
+    turns = ranks.share(turns_to_fill(row_seconds, turn_seconds, settings.repetitions))
+    return call_by_call(steps, ranks, turns, work)
 
 
 def _build(

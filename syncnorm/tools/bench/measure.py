@@ -48,7 +48,7 @@ def interleaved(
     Collective: all ranks; a barrier before each block, one all_reduce at the end.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    with _without_garbage_collection():
+    with without_garbage_collection():
         for repetition in range(repetitions):
             for name in rotated(list(steps), repetition):
                 if before is not None:
@@ -154,7 +154,9 @@ def _block_on_gpu(step: Step, count: int) -> float:
 
 
 @contextmanager
-def _without_garbage_collection() -> Iterator[None]:
+def without_garbage_collection() -> Iterator[None]:
+    """Collects garbage at once, and not while the block runs."""
+    """Collects garbage at once, and not while the block runs."""
     was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()

@@ -11,6 +11,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
+from syncnorm.tools.bench.old_records import from_version_1
 from syncnorm.tools.bench.scaling_records import Scaling, Simulation
 from syncnorm.tools.bench.shapes import DTYPES, Shape
 from syncnorm.tools.common.nets import RESNET_WIDTH
@@ -32,7 +33,7 @@ class BenchSettings:
         world_size: number of ranks. For growth, the largest measured world, and 0 if none is measured.
         device: cpu or cuda.
         dtypes: of the layer's input.
-        repetitions: blocks per contender.
+        repetitions: blocks per contender, and the fewest single calls of a layer.
         block_seconds: approximate duration of a block of the slowest contender.
         shapes: of the layer's input, if given by the user; None is the table of the device.
         batch_per_rank: images per rank and step of the model.
@@ -68,7 +69,8 @@ class Timing:
     Attributes:
         name: of the contender or the arm.
         not_run: why it did not run, else ``None``.
-        seconds: time of a step on the slowest rank, per repetition.
+        seconds: time of a step per repetition: of a block on the slowest rank, or of a single call from the arrival
+            of the last rank until all ranks are done.
         median: of ``seconds``.
         p25: its lower quartile.
         p75: its upper quartile.
@@ -98,11 +100,16 @@ class LayerRow:
         dtype: of the input.
         num_bytes: of the input of a rank.
         steps_per_block: of each contender.
-        peers: the timings of the contenders.
+        peers: the timings of the contenders: call by call, with other work in between, or in blocks if ``calls`` is
+            0.
         input_sets: number of (input, gradient) pairs that the steps cycle through.
         bandwidth_shares: contender -> fraction of the copy bandwidth that its step reaches, assuming that it reads
             and writes the tensors as often as a batch norm has to (``layers.PASSES``). Above 1 if tensors stay in
             the cache.
+        calls: single calls per contender; 0 on GPUs.
+        lateness: seconds between the arrivals of the first and the last rank at a call, median; None without calls,
+            or if the ranks run on several hosts.
+        blocks: the timings of the contenders in blocks; empty if ``calls`` is 0.
     """
 
     shape: Shape
@@ -113,6 +120,9 @@ class LayerRow:
     peers: tuple[Timing, ...]
     input_sets: int = 1
     bandwidth_shares: dict[str, float] = field(default_factory=dict)
+    calls: int = 0
+    lateness: float | None = None
+    blocks: tuple[Timing, ...] = ()
 
     @property
     def num_elements(self) -> int:
@@ -128,10 +138,53 @@ class LayerRow:
         """The timing of the contender called ``name``."""
         return _named(self.peers, name)
 
+    def in_blocks(self, name: str) -> Timing | None:
+        """The timing in blocks of the contender called ``name``, beside that call by call; None without calls."""
+        return _named(self.blocks, name) if self.blocks else None
+
 
 def row_label(shape: Shape, memory_format: str, dtype: str) -> str:
     """For example ``"64x512 contiguous fp32"``."""
     return f"{'x'.join(map(str, shape))} {memory_format} {dtype}"
+
+
+@dataclass(frozen=True)
+class ExchangeSituation:
+    """The time of one gather of a layer, in one situation.
+
+    Attributes:
+        name: of the situation.
+        seconds: from the arrival of the last rank until all ranks have the result, per call.
+        median: of ``seconds``.
+        p90: their 90th percentile.
+    """
+
+    name: str
+    seconds: tuple[float, ...]
+    median: float
+    p90: float
+
+
+@dataclass(frozen=True)
+class ExchangeLatency:
+    """The exchange benchmark: how long ranks take to exchange the statistics of a small layer.
+
+    Attributes:
+        num_bytes: of the statistics of a rank.
+        transport: how they travel: a value of ``SYNCNORM_TRANSPORT`` other than auto.
+        situations: what the ranks did before each call.
+    """
+
+    num_bytes: int
+    transport: str
+    situations: tuple[ExchangeSituation, ...]
+
+    def __getitem__(self, name: str) -> ExchangeSituation:
+        """The situation called ``name``."""
+        for situation in self.situations:
+            if situation.name == name:
+                return situation
+        raise KeyError(name)
 
 
 @dataclass(frozen=True)
@@ -228,11 +281,15 @@ class Benchmark(Record):
     """A whole run: what was requested, where and when it ran, a row per input, the model, and the summary.
 
     ``growth`` and ``simulation`` are set by the scaling benchmark, which leaves the other results empty. ``memory``
-    is set if layers were measured.
+    is set if layers were measured, ``exchange`` if their ranks communicate on CPUs.
+
+    ``load_before`` and ``load_after`` are the processes that were running or ready to run on the host of rank 0, in
+    the mean over the last minute (``os.getloadavg``): before the measurement, those of others; after it, the ranks
+    too. None where the system does not report it.
     """
 
     schema: ClassVar[str] = "syncnorm.bench"
-    schema_version: ClassVar[int] = 1
+    schema_version: ClassVar[int] = 2
 
     settings: BenchSettings
     hardware: Hardware
@@ -248,6 +305,20 @@ class Benchmark(Record):
     growth: Scaling | None = None
     simulation: Simulation | None = None
     memory: MemorySpeed | None = None
+    exchange: ExchangeLatency | None = None
+    load_before: float | None = None
+    load_after: float | None = None
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Benchmark:
+        """As for any `Record`; also reads version 1, which timed layers in blocks alone."""
+        if data.get("schema") == cls.schema:
+            # What `to_dict` adds follows from the other fields.
+            lines = [{name: line[name] for name in line if name != "met"} for line in data.get("summary", ())]
+            data = {**data, "summary": lines}
+            if data.get("schema_version") == 1:
+                data = from_version_1(data)
+        return super().from_dict(data)
 
     def to_dict(self) -> dict[str, Any]:
         """As for any `Record`; each line of the summary also says whether its target is met."""

@@ -6,6 +6,7 @@ device is ``"cuda"``. A rank on a CPU uses one thread.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from syncnorm.errors import InputError
+from syncnorm.tools.bench.exchange_latency import measure_exchange
 from syncnorm.tools.bench.layers import measure_memory, measure_row
 from syncnorm.tools.bench.model import MODEL_STAGES, make_folder, measure_model
 from syncnorm.tools.bench.records import (
@@ -22,6 +24,7 @@ from syncnorm.tools.bench.records import (
     DEFAULT_REPETITIONS,
     Benchmark,
     BenchSettings,
+    ExchangeLatency,
     LayerRow,
     MemorySpeed,
     ModelResult,
@@ -30,7 +33,7 @@ from syncnorm.tools.bench.records import (
 )
 from syncnorm.tools.bench.shapes import DTYPES, Shape, rows
 from syncnorm.tools.bench.single_process import check_single_process, single_process_world
-from syncnorm.tools.bench.summary import gpu_summary, summary
+from syncnorm.tools.bench.summary import exchange_summary, gpu_summary, summary
 from syncnorm.tools.common.launcher import launched_world_size
 from syncnorm.tools.common.progress import ProgressFactory, silent
 from syncnorm.tools.common.provenance import command_line, provenance
@@ -57,7 +60,7 @@ class RunOptions:
 
     Attributes:
         ranks: number of ranks; under a launcher, None or the launcher's number. None is the default of the benchmark.
-        repetitions: blocks per contender; 15 by default, 2 if ``quick``.
+        repetitions: blocks per contender, and the fewest single calls of a layer; 15 by default, 2 if ``quick``.
         quick: run few repetitions of short blocks, to see that everything works; the figures mean little.
         progress: opened by rank 0, in its own process, to report the progress.
         keep: called on rank 0 with a record of what has been measured so far, at the latest before an error is
@@ -225,11 +228,12 @@ def measure_on_rank(ranks: Ranks, settings: BenchSettings, command: str, progres
 
     Collective: all ranks.
     """
-    started = time.perf_counter()
+    started, load_before = time.perf_counter(), _load()
     layer, model = settings.what != "model", settings.what != "layer"
     pending = [(*row, dtype) for dtype in settings.dtypes for row in rows(settings.device, settings.shapes) if layer]
     measured: list[LayerRow] = []
     memory: MemorySpeed | None = None
+    exchange: ExchangeLatency | None = None
 
     def record(result: ModelResult | None, lines: Sequence[SummaryLine]) -> Benchmark:
         return Benchmark(
@@ -240,12 +244,16 @@ def measure_on_rank(ranks: Ranks, settings: BenchSettings, command: str, progres
             model=result,
             summary=tuple(lines),
             memory=memory,
+            exchange=exchange,
+            load_before=load_before,
+            load_after=_load(),
             wall_seconds=time.perf_counter() - started,
         )
 
     with (progress if ranks.rank == 0 else silent)(len(pending) + MODEL_STAGES * model) as tell:
         if layer:
             memory = measure_memory(ranks)
+            exchange = measure_exchange(settings, ranks)
             for row in pending:
                 tell(row_label(*row))
                 measured.append(measure_row(*row, settings, memory, ranks))
@@ -253,4 +261,10 @@ def measure_on_rank(ranks: Ranks, settings: BenchSettings, command: str, progres
         result = measure_model(settings, ranks, tell) if model else None
     lines = summary(measured, result, settings.device, wires=ranks.backend != "fake")
     lines += gpu_summary(measured, memory, settings.device)
+    lines += exchange_summary(exchange)
     return ranks.share(record(result, lines) if ranks.rank == 0 else None)
+
+
+def _load() -> float | None:
+    """The load average of this host over the last minute; None where the system does not report it."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from syncnorm.comm import Call, Kind, exchange_of
+from syncnorm.comm.gather import gather_rows
 from syncnorm.errors import InputError
 from syncnorm.modules import SyncBatchNorm2d
 from syncnorm.tools.bench.layers import LayerStep, make_inputs
@@ -194,7 +195,10 @@ def _step(key: ContenderKey, group: dist.ProcessGroup, ranks: Ranks) -> Step:
 
 @dataclass
 class _ExchangeStep:
-    """One exchange of a payload of ``num_bytes``. Collective: the ranks of ``group``."""
+    """One exchange of a payload of ``num_bytes``, or a native gather of it where the layer exchanges no frames.
+
+    Collective: the ranks of ``group``.
+    """
 
     group: dist.ProcessGroup
     num_bytes: int
@@ -206,11 +210,12 @@ class _ExchangeStep:
         self._payload = torch.ones(self.num_bytes // 4)
 
     def __call__(self) -> None:
-        self._calls += 1
-        call = Call(Kind.FORWARD, self.name, self._calls, self._payload.numel())
         exchange = exchange_of(self.group, self._payload.device)
-        assert exchange is not None, "a CPU group over gloo has one"
-        exchange(call, [self._payload])
+        if exchange is None:
+            gather_rows(self._payload, self.group, self.name)
+            return
+        self._calls += 1
+        exchange(Call(Kind.FORWARD, self.name, self._calls, self._payload.numel()), [self._payload])
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,10 @@ _RANKS = click.option(
 )
 _DEVICE = click.option("--device", metavar="DEVICE", help="cpu or cuda; by default cuda if there is a GPU.")
 _REPETITIONS = click.option(
-    "--repetitions", type=int, metavar="N", help=f"Blocks per contender, {DEFAULT_REPETITIONS} by default."
+    "--repetitions",
+    type=int,
+    metavar="N",
+    help=f"Blocks and, at least, single calls per contender, {DEFAULT_REPETITIONS} by default.",
 )
 _QUICK = click.option(
     "--quick", is_flag=True, help="A short run to see that everything works; its figures mean little."
@@ -130,7 +133,8 @@ def layer(backend: str | None, device: str | None, dtypes: str, shapes: str | No
     """Time a forward and a backward of the synchronized layer, by shape, memory format and dtype.
 
     Contenders: local batch norm, local batch norm with two bare collectives, the common E[x^2] workaround, and
-    torch.nn.SyncBatchNorm where it runs.
+    torch.nn.SyncBatchNorm where it runs. On CPUs they are timed as in a model, call by call after other work, and in
+    blocks beside that; a small table shows how long one exchange between the ranks takes.
 
     On one GPU, in a world of eight ranks without wires:
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
 
-from syncnorm.tools.bench.contenders import LOCAL_AND_COLLECTIVES, MEAN_OF_SQUARES, TORCH
+from syncnorm.tools.bench.contenders import LOCAL, LOCAL_AND_COLLECTIVES, MEAN_OF_SQUARES, TORCH
 from syncnorm.tools.bench.records import Benchmark
 from syncnorm.tools.common.files import write_file
 
@@ -21,6 +21,7 @@ COLUMNS = (
     "median_us",
     "p25_us",
     "p75_us",
+    "ratio_to_local",
     "ratio_to_floor",
     "ratio_to_mean_of_squares",
     "ratio_to_torch",
@@ -31,6 +32,9 @@ COLUMNS = (
     "ranks",
     "repetitions",
     "steps_per_block",
+    "calls",
+    "blocks_median_us",
+    "blocks_ratio_to_local",
     "device",
     "cpu_count",
     "threads_per_rank",
@@ -40,7 +44,7 @@ COLUMNS = (
     "syncnorm",
     "date",
 )
-_BASELINES = (LOCAL_AND_COLLECTIVES.name, MEAN_OF_SQUARES.name, TORCH.name)
+_BASELINES = (LOCAL.name, LOCAL_AND_COLLECTIVES.name, MEAN_OF_SQUARES.name, TORCH.name)
 
 
 def write_csv(benchmark: Benchmark, path: Path) -> None:
@@ -68,6 +72,7 @@ def _lines(benchmark: Benchmark) -> Iterator[tuple[object, ...]]:
     for row in benchmark.rows:
         shape = "x".join(map(str, row.shape))
         for timing in row.peers:
+            blocks = row.in_blocks(timing.name)
             yield (
                 timing.name,
                 shape,
@@ -83,6 +88,9 @@ def _lines(benchmark: Benchmark) -> Iterator[tuple[object, ...]]:
                 settings.world_size,
                 settings.repetitions,
                 row.steps_per_block,
+                row.calls,
+                _microseconds(None if blocks is None else blocks.median),
+                _ratio(None if blocks is None else blocks.ratio(LOCAL.name)),
                 *run,
             )
 

@@ -62,10 +62,10 @@ def _write_layers(benchmark: Benchmark, path: Path) -> None:
             figure.legend(
                 handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False
             )
-        settings = benchmark.settings
+        timed = "call by call" if all(row.calls for row in benchmark.rows) else "in blocks"
         figure.suptitle(
-            f"Batch norm in {dtype}, {settings.world_size} ranks over {benchmark.hardware.backend}: "
-            f"median and middle half of {settings.repetitions} repetitions\n{_provenance(benchmark)}",
+            f"Batch norm in {dtype}, {benchmark.settings.world_size} ranks over {benchmark.hardware.backend}, timed "
+            f"{timed}: median and middle half\n{_provenance(benchmark)}",
             fontsize=10,
         )
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
+from syncnorm.tools.bench.calls import ACTIVATIONS_BYTES, MAX_SKIPPED
 from syncnorm.tools.bench.contenders import (
     CONTENDERS,
     LOCAL,
@@ -21,6 +23,7 @@ from syncnorm.tools.bench.records import (
     SCALING,
     Benchmark,
     BenchSettings,
+    ExchangeLatency,
     LayerRow,
     MemorySpeed,
     ModelResult,
@@ -39,7 +42,7 @@ _MAX_RANKS = 3
 # By memory format and number of dimensions.
 _LAYOUTS = {"contiguous": {2: "NC", 3: "NCL", 4: "NCHW", 5: "NCDHW"}, "channels_last": {4: "NHWC"}}
 # The label is too wide for a column.
-_HEADERS = {LOCAL_AND_COLLECTIVES.name: "local\n+ coll."}
+_HEADERS = {LOCAL_AND_COLLECTIVES.name: "local\n+coll."}
 
 
 def print_benchmark(benchmark: Benchmark, console: Console | None = None) -> None:
@@ -49,9 +52,14 @@ def print_benchmark(benchmark: Benchmark, console: Console | None = None) -> Non
 
 def _render(benchmark: Benchmark) -> RenderableType:
     parts: list[RenderableType] = [_headline(benchmark)]
+    for dtype in dict.fromkeys(row.dtype for row in benchmark.rows):
+        of_dtype = [row for row in benchmark.rows if row.dtype == dtype]
+        parts += [_title(f"Forward and backward of a layer, {dtype}, microseconds"), _rows_table(of_dtype)]
     if benchmark.rows:
-        parts += [_title("Forward and backward of a layer, microseconds"), _rows_table(benchmark.rows)]
-        parts += [_rows_legend(benchmark)]
+        parts.append(_rows_legend(benchmark))
+    if benchmark.exchange is not None:
+        exchange = benchmark.exchange
+        parts += [_title(_exchange_title(exchange)), _exchange_table(exchange), _exchange_legend()]
     if benchmark.growth is not None:
         parts += render_scaling(benchmark.growth, benchmark.hardware.cpu_count)
     if benchmark.simulation is not None:
@@ -71,12 +79,18 @@ def _headline(benchmark: Benchmark) -> Text:
     settings, hardware = benchmark.settings, benchmark.hardware
     ranks = _scaling_ranks(benchmark) if settings.what == SCALING else _ranks(settings)
     return Text(
-        f"{ranks}, {settings.repetitions} repetitions in turn; times per step, on the slowest rank.\n"
+        f"{ranks}, {settings.repetitions} repetitions in turn; times per step.\n"
         f"{hardware.device_name}, {hardware.cpu_count} cores, {hardware.threads_per_rank} thread(s) per rank, "
         f"{hardware.backend}.\n"
         f"torch {benchmark.torch_version}, syncnorm {benchmark.syncnorm_version}, {benchmark.date}, "
-        f"{benchmark.wall_seconds:.0f} s."
+        f"{benchmark.wall_seconds:.0f} s.{_load(benchmark)}"
     )
+
+
+def _load(benchmark: Benchmark) -> str:
+    if benchmark.load_before is None or benchmark.load_after is None:
+        return ""
+    return f"\nLoad average: {benchmark.load_before:.1f} before, {benchmark.load_after:.1f} after, ranks included."
 
 
 def _ranks(settings: BenchSettings) -> str:
@@ -100,36 +114,40 @@ def _rows_table(rows: Sequence[LayerRow]) -> PlainTable:
     baselines = _shown_baselines(rows)
     headers = [_HEADERS.get(baseline.name, f"\n{baseline.label}") for baseline in baselines]
     table = PlainTable(gap=1)
-    for header in ("shape", "layout", "dtype"):
+    for header in ("shape", "layout"):
         table.add_column(f"\n\n{header}", no_wrap=True)
     for header in ("\nKiB", "\nlocal", *headers, "\nsyncnorm", "\np25-p75"):
         table.add_column(f"\n{header}", justify="right", no_wrap=True)
-    table.add_column(f"ratio to\n{headers[0]}", justify="right", no_wrap=True)
-    table.add_column(f"\n{headers[1]}", justify="right", no_wrap=True)
-    table.add_column("\ncopy\nshare", justify="right", no_wrap=True)
+    # A line has no space for both: the caches of CPUs make the share say less.
+    last = "in\nblocks" if _by_call(rows) else "copy\nshare"
+    for header in ("ratio\nto\nlocal", *(f"\n{header.removeprefix('local')}" for header in headers), f"\n{last}"):
+        table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*_row_cells(row, baselines))
     return table
 
 
 def _shown_baselines(rows: Sequence[LayerRow]) -> tuple[Contender, Contender]:
-    """A line has space for two. Nobody needs the workaround where torch's layer runs."""
+    """Those beside local: a line has space for two. Nobody needs the workaround where torch's layer runs."""
     torch_ran = any(timing.name == TORCH.name and not timing.not_run for row in rows for timing in row.peers)
     return LOCAL_AND_COLLECTIVES, TORCH if torch_ran else MEAN_OF_SQUARES
 
 
+def _by_call(rows: Sequence[LayerRow]) -> bool:
+    return all(row.calls for row in rows)
+
+
 def _row_cells(row: LayerRow, baselines: Sequence[Contender]) -> list[str]:
-    ours = row["syncnorm"]
+    ours, in_blocks = row["syncnorm"], row.in_blocks("syncnorm")
     return [
         "x".join(map(str, row.shape)),
         _LAYOUTS[row.memory_format][len(row.shape)],
-        row.dtype,
         f"{row.num_bytes / 1024:,.0f}",
         *(_microseconds(row[contender.name].median) for contender in (LOCAL, *baselines)),
         _microseconds(ours.median),
         f"{_microseconds(ours.p25)}-{_microseconds(ours.p75)}",
-        *(_ratio(ours.ratio(baseline.name)) for baseline in baselines),
-        _ratio(row.bandwidth_shares.get(ours.name)),
+        *(_ratio(ours.ratio(baseline.name)) for baseline in (LOCAL, *baselines)),
+        _ratio(row.bandwidth_shares.get(ours.name) if in_blocks is None else in_blocks.ratio(LOCAL.name)),
     ]
 
 
@@ -142,13 +160,13 @@ def _rows_legend(benchmark: Benchmark) -> Text:
     ]
     if MEAN_OF_SQUARES not in _shown_baselines(benchmark.rows):
         lines.append("E[x²] is only in the summary and in files.")
+    lines.append(_calls_legend(benchmark.rows) if _by_call(benchmark.rows) else _BLOCKS_LEGEND)
     lines.append(
-        "Medians over the repetitions; p25-p75 are the quartiles of syncnorm. Ratio: the time of syncnorm / the "
-        "other time in each repetition, then the median; below 1, syncnorm is faster. KiB: the input of a rank, in "
-        "this dtype; parameters are fp32."
+        "Medians; p25-p75 are the quartiles of syncnorm. Ratio: the time of syncnorm / the other time in each turn, "
+        "then the median; below 1, syncnorm is faster. KiB: the input of a rank, in this dtype; parameters are fp32."
     )
     if benchmark.memory is not None:
-        lines.append(_memory_legend(benchmark.memory))
+        lines.append(_memory_legend(benchmark.memory, in_table=not _by_call(benchmark.rows)))
     if benchmark.hardware.backend == "fake":
         lines.append(
             "fake: collectives without wires or other ranks. The gather copies the row of this rank for every other "
@@ -157,15 +175,65 @@ def _rows_legend(benchmark: Benchmark) -> Text:
     return _legend(lines)
 
 
-def _memory_legend(memory: MemorySpeed) -> str:
+_BLOCKS_LEGEND = "Timed in blocks of the same call; times are those of the slowest rank."
+
+
+def _calls_legend(rows: Sequence[LayerRow]) -> str:
+    lateness = [row.lateness for row in rows if row.lateness is not None]
+    arrivals, counted = "", "as long as on the rank that needed the least time"
+    if lateness:
+        counted = (
+            "from the arrival of the last rank until all ranks are done, so that waiting for a late rank is no cost"
+        )
+        arrivals = f" The last rank arrived {_microseconds(median(lateness))} us after the first, in the median."
+    return (
+        f"Timed call by call, contenders in turn. Before each call a rank reads and writes "
+        f"{2 * ACTIVATIONS_BYTES / 2**20:.0f} MiB of other memory, up to {MAX_SKIPPED:.0%} less by rank and call; "
+        f"nothing else lines up the ranks. A call counts {counted}.{arrivals} "
+        "In blocks: the ratio to local in blocks of the same call, with warm caches and ranks that start together."
+    )
+
+
+def _memory_legend(memory: MemorySpeed, in_table: bool) -> str:
     cache = "the size of the cache is not known"
     if memory.cache_bytes is not None:
         cache = f"the largest cache has {memory.cache_bytes / 2**20:,.0f} MiB"
     return (
-        f"Copy share: {PASSES} times the bytes of the input, which a batch norm reads and writes, / the time of "
-        f"syncnorm, as a share of the {memory.copy_bandwidth / 1e9:,.1f} GB/s that a rank reads and writes while all "
-        f"ranks copy; {cache}."
+        f"Copy share{'' if in_table else ' (in the summary and in files)'}: {PASSES} times the bytes of the input, "
+        "which a batch norm reads and writes, / the time of syncnorm, as a share of the "
+        f"{memory.copy_bandwidth / 1e9:,.1f} GB/s that a rank reads and writes while all ranks copy; {cache}."
     )
+
+
+# --- the exchange
+
+
+def _exchange_title(exchange: ExchangeLatency) -> str:
+    size = f"{exchange.num_bytes / 1024:.0f} KiB per rank"
+    return f"An exchange of {size}, microseconds, transport: {exchange.transport}"
+
+
+def _exchange_table(exchange: ExchangeLatency) -> PlainTable:
+    table = PlainTable()
+    table.add_column("situation", no_wrap=True)
+    for header in ("median", "90 %"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for situation in exchange.situations:
+        table.add_row(situation.name, _exchange_time(situation.median), _exchange_time(situation.p90))
+    return table
+
+
+def _exchange_legend() -> Text:
+    return _legend(
+        [
+            "The gather of a layer's forward, with all that surrounds it on the host; counted, and with the same "
+            "other work, as the calls above. The late rank is another one at each call."
+        ]
+    )
+
+
+def _exchange_time(seconds: float) -> str:
+    return f"{seconds * 1e6:,.1f}"
 
 
 # --- the model
@@ -199,8 +267,8 @@ def _arms_legend(model: ModelResult) -> Text:
     lines = [f"Not run: {arm_label(arm.name)}: {arm.not_run}" for arm in model.arms if arm.not_run]
     lines.append(
         "DistributedDataParallel, cross-entropy, SGD with momentum; the arms take turns, "
-        f"{model.steps_per_block} step(s) each. ddp has nn.BatchNorm2d, ddp+collectives two bare collectives at each "
-        "of them as well, and ddp+syncnorm is the same model converted."
+        f"{model.steps_per_block} step(s) each, timed on the slowest rank. ddp has nn.BatchNorm2d, ddp+collectives "
+        "two bare collectives at each of them as well, and ddp+syncnorm is the same model converted."
     )
     return _legend(lines)
 
@@ -247,14 +315,18 @@ def _waits_table(model: ModelResult) -> PlainTable:
 
 def _summary_table(summary: Sequence[SummaryLine]) -> PlainTable:
     table = PlainTable(gap=1)
-    table.add_column("ratio (means are geometric)", no_wrap=True)
+    table.add_column("means are geometric", no_wrap=True)
     table.add_column("figure", justify="right", no_wrap=True)
     table.add_column("target", no_wrap=True)
     table.add_column("")
     for line in summary:
-        target = "" if line.limit is None else f"{'>=' if line.at_least else '<='} {line.limit:{_RATIO}}"
-        table.add_row(line.what, _ratio(line.value), target, _verdict(line))
+        target = "" if line.limit is None else f"{'>=' if line.at_least else '<='} {_figure(line.limit)}"
+        table.add_row(line.what, _figure(line.value), target, _verdict(line))
     return table
+
+
+def _figure(value: float | None) -> str:
+    return _ratio(value) if value is None or value < 10 else f"{value:,.0f}"
 
 
 def _verdict(line: SummaryLine) -> Text:

@@ -25,8 +25,9 @@ def render_scaling(scaling: Scaling, cores: int) -> list[RenderableType]:
         _costs_table("bytes", scaling.exchanges, [w for w in scaling.worlds if w > 1]),
     ]
     lines = [
-        f"Medians; all worlds take turns, and the ranks outside a world sleep meanwhile. {scaling.places} values per "
-        "channel and rank, so that the exchanges are most of a step. In a world of 1 the layer is plain batch norm."
+        "Medians of the time on the slowest rank; all worlds take turns, and the ranks outside a world sleep "
+        f"meanwhile. {scaling.places} values per channel and rank, so that the exchanges are most of a step. In a "
+        "world of 1 the layer is plain batch norm."
     ]
     if any(cost.oversubscribed for cost in scaling.layers):
         lines.append(_oversubscribed(cores))
