@@ -176,13 +176,12 @@ def gather_moments(
         gathered = native.gather([*(m.view(-1) for m in moments), packed], group, call, peers.is_first(call))
         return Gathered(gathered[:, :-1], gathered[:, -1:], number)
     _check_has_data(first)
-    headers, received = exchange(call, moments, int(count))
-    for row, header in enumerate(headers):
-        if header.kind == Kind.JOINED:
-            received[row, channels:] = 1  # the invstd of an empty rank must be finite
-    if first.device.type != "cpu":
+    received, counts, joined = exchange(call, moments, int(count))
+    for row in joined:
+        received[row, channels:] = 1  # the invstd of an empty rank must be finite
+    if not first.is_cpu:
         received = received.to(first.device)
-    return Gathered(received, [h.values for h in headers], number)
+    return Gathered(received, counts, number)
 
 
 def gather_sums(sums: Tensor, group: dist.ProcessGroup, layer_name: str, number: int) -> Tensor:

@@ -47,10 +47,11 @@ _MAX_CALLS = 1_000_000  # per attempt, so that no graph of an earlier attempt ha
 
 
 class Received(NamedTuple):
-    """The result of an exchange."""
+    """The result of an exchange, in rank order."""
 
-    headers: list[Header]  # in rank order
     payloads: Tensor  # (W, numbers), zero for a rank that has joined; to be read before the next exchange begins
+    values: list[int]  # of the headers
+    joined: Sequence[int]  # the rows of ranks that have joined
 
 
 class PendingExchange(NamedTuple):
@@ -253,11 +254,15 @@ class Exchange:
 
     def _receive(self, pending: PendingExchange) -> Received:
         _, call, vectors, own, frames, transfer, values, began = pending
-        if values is not None:
+        dtype = vectors[0].dtype if vectors else torch.uint8
+        joined: Sequence[int] = ()
+        size = own.size
+        if values is not None:  # all ranks make the same call
             if observers:
                 self._observe(call, began)
-            headers, size = [own._replace(values=v) for v in values], own.size
-        while values is None:
+            self._learn(size, own.key if own.kind != Kind.JOINED else 0)
+            return Received(frames.payloads(size, dtype), values, joined)
+        while True:
             self._wait(transfer, call, began)
             headers = frames.headers()
             if any(h[:4] != own[:4] for h in headers):
@@ -268,13 +273,14 @@ class Exchange:
             frames = self._frames(capacity_for(size))
             frames.write(own, vectors)
             transfer, began = self._send(frames), 0.0
-        self._learn(headers, size)
-        payloads = frames.payloads(size, vectors[0].dtype if vectors else torch.uint8)
-        empty = [row for row, header in enumerate(headers) if header.size == 0]
-        if empty and size:
+        self._learn(size, next((h.key for h in headers if h.kind != Kind.JOINED), 0))
+        payloads = frames.payloads(size, dtype)
+        joined = [row for row, header in enumerate(headers) if header.kind == Kind.JOINED]
+        empty = [row for row in joined if headers[row].size < size]
+        if empty:
             payloads = payloads.clone()  # other ranks read the same memory
-            payloads[empty] = 0  # the rows of ranks that have joined hold numbers of an earlier exchange
-        return Received(headers, payloads)
+            payloads[empty] = 0  # numbers of an earlier exchange
+        return Received(payloads, [h.values for h in headers], joined)
 
     def _check_headers(self, call: Call, headers: list[Header], frames: Frames) -> None:
         """Raises unless the headers, which all ranks see, are those of one call."""
@@ -293,12 +299,12 @@ class Exchange:
         calls = names.texts(names.headers())
         raise SyncNormError(explain_disagreement(self.rank, dict(zip(self.ranks, calls, strict=True))))
 
-    def _learn(self, headers: list[Header], size: int) -> None:
-        """Notes the size of the frames that followed the last call, for the prediction of the next ones."""
-        capacity, key = capacity_for(size), self._last_key
-        if self._next_capacity.get(key, 0) < capacity:
-            self._next_capacity[key] = capacity
-        self._last_key = next((h.key for h in headers if h.kind != Kind.JOINED), 0)
+    def _learn(self, size: int, key: int) -> None:
+        """Notes the size of the payloads of a call with that key, which follows the last call."""
+        capacity = capacity_for(size)
+        if self._next_capacity.get(self._last_key, 0) < capacity:
+            self._next_capacity[self._last_key] = capacity
+        self._last_key = key
 
     def _frames(self, capacity: int) -> Frames:
         assert self._transport is not None, "connected at the start of the exchange"

@@ -83,14 +83,14 @@ class SyncBatchNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, args: NoGradArgs) -> Tensor:
         """The output. Collective: one gather."""
-        ctx.in_c = native_step.applies(input, weight, bias, args)
-        if ctx.in_c:
-            y, mean, invstd, ctx.call = native_step.forward(input, weight, bias, args)
+        # The input is saved and not its dense copy: the double backward needs its place in the graph.
+        if native_step.applies(input, weight, bias, args):
+            y, statistics, ctx.call = native_step.forward(input, weight, bias, args)
+            ctx.save_for_backward(input, weight, statistics)
         else:
             y, whole = forward(input, weight, bias, args, ctx)
-            mean, invstd, ctx.call = whole.mean, whole.invstd, whole.call
-        # The input and not the dense copy: the double backward needs its place in the graph.
-        ctx.save_for_backward(input, weight, mean, invstd)
+            ctx.call = whole.call
+            ctx.save_for_backward(input, weight, whole.mean, whole.invstd)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
@@ -100,14 +100,15 @@ class SyncBatchNormFunction(torch.autograd.Function):
         checkpointing.backward_begins()
         dy = plain_tensor(dy)
         try:
-            args = *ctx.saved_tensors, ctx.call, ctx.bias_dtype, ctx.needs_input_grad
-            if torch.is_grad_enabled():  # with create_graph=True the backward needs a derivative in turn
-                compute: Any = _Backward.apply
-            elif ctx.in_c and kernels.passes_for(dy) is kernels.native:
-                compute = native_step.backward
-            else:
-                compute = backward
-            return *compute(dy, *args)[:3], None
+            input, weight, *statistics = ctx.saved_tensors
+            call, bias_dtype, needed = ctx.call, ctx.bias_dtype, ctx.needs_input_grad
+            differentiated = torch.is_grad_enabled()  # create_graph=True: the backward needs a derivative in turn
+            if len(statistics) == 1:
+                if not differentiated and kernels.passes_for(dy) is kernels.native and dy.dtype == input.dtype:
+                    return *native_step.backward(dy, input, weight, statistics[0], call, bias_dtype, needed), None
+                statistics = statistics[0].unbind(0)
+            compute = _Backward.apply if differentiated else backward
+            return *compute(dy, input, weight, *statistics, call, bias_dtype, needed)[:3], None
         except BaseException as error:
             comm.abort_peers_with(error, ctx.call.group, dy.device)
             raise

@@ -35,47 +35,64 @@ def applies(input: Tensor, weight: Tensor | None, bias: Tensor | None, args: NoG
 
 def forward(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, args: NoGradArgs
-) -> tuple[Tensor, Tensor, Tensor, ForwardCall]:
-    """``(output, mean (C), invstd (C), call)`` with the statistics of the global batch. Collective: one exchange."""
+) -> tuple[Tensor, Tensor, ForwardCall]:
+    """``(output, statistics (2, C), call)``: mean and invstd of the global batch. Collective: one exchange."""
     x = kernels.dense(input, kernels.memory_format(input))
     y = torch.empty_like(x)
     channels, eps = x.size(1), args.eps
-    statistics = torch.empty((2, channels), dtype=torch.float32, device=_CPU)
-    mean, invstd = statistics.unbind(0)
     count = x.numel() // channels
-    native.moments_into(mean.data_ptr(), invstd.data_ptr(), x, eps)
+    statistics = torch.empty((2, channels), dtype=torch.float32, device=_CPU)
+    mean = statistics.data_ptr()  # addresses, because views would take as long as a pass
+    invstd = mean + 4 * channels
+    native.moments_at(mean, invstd, x, eps)
     group, layer_name, _ = args.sync
     rows, counts, number = comm.gather_moments((statistics,), count, eps, group, layer_name)
     check_count(counts, count)
     assert not isinstance(counts, Tensor)
-    native.merge_into((mean, invstd, None), rows, counts, eps, args.running)
-    native.normalize(x, mean, invstd, weight, bias, y)
-    return y, mean, invstd, ForwardCall(sum(counts), group, layer_name, number)
+    native.merge_at(mean, invstd, None, rows, counts, eps, args.running)
+    native.normalize_at(mean, invstd, x, weight, bias, y)
+    return y, statistics, ForwardCall(sum(counts), group, layer_name, number)
 
 
 def backward(
     dy: Tensor,
     input: Tensor,
     weight: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
+    statistics: Tensor,
     call: ForwardCall,
     bias_dtype: torch.dtype | None,
     needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of input, weight and bias; arguments as of ``autograd.backward``. Collective: one exchange."""
+    """Gradients of input, weight and bias. Collective: one exchange.
+
+    Args:
+        dy: like ``input``, of any strides.
+        input: of the forward.
+        weight: (C) or None.
+        statistics: (2, C), that the forward returned.
+        call: likewise.
+        bias_dtype: None without a bias.
+        needed: which of input, weight and bias need a gradient.
+    """
     x = kernels.dense(input, kernels.memory_format(input))
     dy = kernels.dense(dy, kernels.memory_format(x))
-    sums = torch.empty((2, mean.size(0)), dtype=torch.float32, device=_CPU)
-    sum_dy, sum_dy_xmu = sums.unbind(0)
-    native.reduce_into(sum_dy.data_ptr(), sum_dy_xmu.data_ptr(), dy, x, mean)
-    # Of this rank alone: DDP averages the gradients of parameters over ranks.
-    d_bias = sum_dy.to(bias_dtype, copy=True) if needed[2] else None
-    d_weight = (sum_dy_xmu * invstd).to(weight.dtype) if weight is not None and needed[1] else None
+    channels = x.size(1)
+    mean = statistics.data_ptr()
+    invstd = mean + 4 * channels
+    sums = torch.empty((2, channels), dtype=torch.float32, device=_CPU)
+    sum_dy = sums.data_ptr()
+    sum_dy_xmu = sum_dy + 4 * channels
+    native.reduce_at(sum_dy, sum_dy_xmu, dy, x, mean)
+    d_weight, d_bias = None, None
+    if needed[1] or needed[2]:
+        # Of this rank alone: DDP averages the gradients of parameters over ranks.
+        d_weight, d_bias = native.parameter_gradients(sum_dy, invstd, channels)
+        d_weight = d_weight.to(weight.dtype) if weight is not None and needed[1] else None
+        d_bias = d_bias.to(bias_dtype) if needed[2] else None
     assert call.group is not None
     rows = comm.gather_sums(sums, call.group, call.layer_name, call.number)
     dx = None
     if needed[0]:
-        native.sum_rows_into(sums.data_ptr(), rows)
-        dx = native.finish_grad(dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, call.total_count)
+        native.sum_rows_at(sum_dy, rows)
+        dx = native.finish_at(mean, invstd, dy, x, weight, sum_dy, sum_dy_xmu, call.total_count)
     return dx, d_weight, d_bias

@@ -83,3 +83,11 @@ void sum_rows(const float *rows, int64_t stride, int64_t W, int64_t n, float *su
     for (int64_t w = 1; w < W; w++)
         for (int64_t i = 0; i < n; i++) sums[i] += rows[w * stride + i];
 }
+
+/* The gradients of bias and weight from one rank's sum_dy and sum_dy_xmu, (2, C). */
+void parameter_gradients(const float *sums, const float *invstd, int64_t C, float *d_bias, float *d_weight) {
+    for (int64_t c = 0; c < C; c++) {
+        d_bias[c] = sums[c];
+        d_weight[c] = sums[C + c] * invstd[c];
+    }
+}

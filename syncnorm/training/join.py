@@ -158,9 +158,9 @@ class _Shadow(JoinHook):
             assert exchange is not None
             sources: list[int] = []
             while not sources:
-                headers = exchange(comm.Call(Kind.JOINED), values=is_last_joiner).headers
-                if all(h.kind == Kind.JOINED for h in headers):
-                    sources = [row for row, h in enumerate(headers) if h.values]
+                _, is_last, joined = exchange(comm.Call(Kind.JOINED), values=is_last_joiner)
+                if len(joined) == len(is_last):
+                    sources = [row for row in joined if is_last[row]]
             for layer in layers:
                 _copy_buffers(exchange, sources[0], layer)
         except Exception as error:

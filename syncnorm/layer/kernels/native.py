@@ -40,6 +40,7 @@ _normalize = _pass("normalize", c_void_p, c_void_p, c_int, *_EXTENTS, *(c_void_p
 _reduce = _pass("reduce", c_void_p, c_void_p, c_int, *_EXTENTS, *(c_void_p,) * 3)
 _finish = _pass("finish", *(c_void_p,) * 3, c_int, *_EXTENTS, *(c_void_p,) * 5, c_double)
 _merge = _function("merge", c_void_p, c_int64, c_void_p, c_int64, c_int64, c_double, *(c_void_p,) * 4)
+_parameter_gradients = _function("parameter_gradients", c_void_p, c_void_p, c_int64, c_void_p, c_void_p)
 _sum_rows = _function("sum_rows", c_void_p, c_int64, c_int64, c_int64, c_void_p)
 
 
@@ -55,38 +56,24 @@ def supports(*tensors: Tensor | None) -> bool:
 
 def local_moments(x: Tensor, eps: float, scratch: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and invstd, each (C) in fp32, of one rank's values: two passes' accuracy, nearly all of x read once."""
-    mean, invstd = torch.empty((2, x.size(1)), dtype=torch.float32, device=_CPU).unbind(0)
-    moments_into(mean.data_ptr(), invstd.data_ptr(), x, eps)
+    mean, invstd = _vectors(2, x.size(1))
+    moments_at(mean.data_ptr(), invstd.data_ptr(), x, eps)
     return mean, invstd
-
-
-def moments_into(mean: int, invstd: int, x: Tensor, eps: float) -> None:
-    """:func:`local_moments` with results at addresses."""
-    _moments(x.data_ptr(), x.dtype == torch.bfloat16, *_extents(x), eps, mean, invstd)
 
 
 def normalize(
     x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor
 ) -> Tensor:
     """``(x - mean) * invstd * weight + bias`` in one pass."""
-    weight, bias = _vector(weight), _vector(bias)
-    _normalize(
-        x.data_ptr(), y.data_ptr(), x.dtype == torch.bfloat16, *_extents(x), mean.data_ptr(), invstd.data_ptr(),
-        None if weight is None else weight.data_ptr(), None if bias is None else bias.data_ptr(),
-    )  # fmt: skip
+    normalize_at(mean.data_ptr(), invstd.data_ptr(), x, weight, bias, y)
     return y
 
 
 def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
     """``sum(dy)`` and ``sum(dy * (x - mean))``, each (C) in fp32, in one pass."""
-    sum_dy, sum_dy_xmu = torch.empty((2, mean.size(0)), dtype=torch.float32, device=_CPU).unbind(0)
-    reduce_into(sum_dy.data_ptr(), sum_dy_xmu.data_ptr(), dy, x, mean)
+    sum_dy, sum_dy_xmu = _vectors(2, x.size(1))
+    reduce_at(sum_dy.data_ptr(), sum_dy_xmu.data_ptr(), dy, x, mean.data_ptr())
     return sum_dy, sum_dy_xmu
-
-
-def reduce_into(sum_dy: int, sum_dy_xmu: int, dy: Tensor, x: Tensor, mean: Tensor) -> None:
-    """:func:`reduce_grad` with results at addresses."""
-    _reduce(dy.data_ptr(), x.data_ptr(), x.dtype == torch.bfloat16, *_extents(x), mean.data_ptr(), sum_dy, sum_dy_xmu)
 
 
 def begin_grad(dy: Tensor, invstd: Tensor, weight: Tensor | None) -> Tensor:
@@ -105,14 +92,96 @@ def finish_grad(
     count: Count,
 ) -> Tensor:
     """``weight * invstd * (dy - sum_dy / N - (x - mean) * invstd^2 * sum_dy_xmu / N)`` in one pass."""
+    sum_dy, sum_dy_xmu = sum_dy.contiguous(), sum_dy_xmu.contiguous()
+    sums = sum_dy.data_ptr(), sum_dy_xmu.data_ptr()
+    return finish_at(mean.data_ptr(), invstd.data_ptr(), begun, x, weight, *sums, count)
+
+
+def merge(
+    moments_W2C: Tensor, counts: Sequence[int] | Tensor, eps: float, running: Running | None
+) -> tuple[Tensor, Tensor, Tensor, Count]:
+    """``cpu.merge`` in one call.
+
+    Mean, invstd and variance have the bits of ``cpu.merge``, on every CPU, but for sums of more than two ranks, whose
+    order may differ: they differ by a unit in the last place. So do running statistics, which are rounded once.
+    """
+    if isinstance(counts, Tensor) or moments_W2C.dtype != torch.float32:
+        return cpu.merge(moments_W2C, counts, eps, running)
+    mean, invstd, var = _vectors(3, moments_W2C.size(1) // 2)
+    tracked = running if running is not None and can_track(running) else None
+    merge_at(mean.data_ptr(), invstd.data_ptr(), var.data_ptr(), moments_W2C, counts, eps, tracked)
+    if running is not None and tracked is None:
+        moments.update_running_(running, mean, var, sum(counts))
+    return mean, invstd, var, sum(counts)
+
+
+# The same with vectors (C) in fp32 that are given by their addresses: tensors for them would take longer to make than
+# a pass over some ten thousand values takes.
+
+
+def moments_at(mean: int, invstd: int, x: Tensor, eps: float) -> None:
+    """:func:`local_moments`."""
+    _moments(x.data_ptr(), x.dtype == torch.bfloat16, *_extents(x), eps, mean, invstd)
+
+
+def normalize_at(mean: int, invstd: int, x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor) -> None:
+    """:func:`normalize`."""
+    weight, bias = _vector(weight), _vector(bias)
+    _normalize(
+        x.data_ptr(), y.data_ptr(), x.dtype == torch.bfloat16, *_extents(x), mean, invstd,
+        None if weight is None else weight.data_ptr(), None if bias is None else bias.data_ptr(),
+    )  # fmt: skip
+
+
+def reduce_at(sum_dy: int, sum_dy_xmu: int, dy: Tensor, x: Tensor, mean: int) -> None:
+    """:func:`reduce_grad`."""
+    _reduce(dy.data_ptr(), x.data_ptr(), x.dtype == torch.bfloat16, *_extents(x), mean, sum_dy, sum_dy_xmu)
+
+
+def finish_at(
+    mean: int, invstd: int, dy: Tensor, x: Tensor, weight: Tensor | None, sum_dy: int, sum_dy_xmu: int, count: Count
+) -> Tensor:
+    """:func:`finish_grad`."""
     weight = _vector(weight)
     dx = torch.empty_like(x)
     _finish(
-        begun.data_ptr(), x.data_ptr(), dx.data_ptr(), x.dtype == torch.bfloat16, *_extents(x), mean.data_ptr(),
-        invstd.data_ptr(), None if weight is None else weight.data_ptr(), sum_dy.data_ptr(),
-        sum_dy_xmu.data_ptr(), max(float(count), 1.0),
+        dy.data_ptr(), x.data_ptr(), dx.data_ptr(), x.dtype == torch.bfloat16, *_extents(x), mean, invstd,
+        None if weight is None else weight.data_ptr(), sum_dy, sum_dy_xmu, max(float(count), 1.0),
     )  # fmt: skip
     return dx
+
+
+def merge_at(
+    mean: int,
+    invstd: int,
+    var: int | None,
+    moments_W2C: Tensor,
+    counts: Sequence[int],
+    eps: float,
+    running: Running | None,
+) -> None:
+    """:func:`merge`, for running statistics that :func:`can_track`."""
+    ranks = len(counts)
+    known = None if running is None else byref(_running_statistics(running))
+    _merge(
+        moments_W2C.data_ptr(), moments_W2C.stride(0), (c_int64 * ranks)(*counts), ranks, moments_W2C.size(1) // 2,
+        eps, mean, invstd, var, known,
+    )  # fmt: skip
+    if running is not None and any(counts):
+        # Autograd then knows, as after any change in place, that these are not the values it may have saved.
+        torch.autograd.graph.increment_version([v for v in running[:3] if v is not None])
+
+
+def parameter_gradients(sums: int, invstd: int, channels: int) -> tuple[Tensor, Tensor]:
+    """Of weight and bias, each (C), from this rank's ``sum_dy`` and ``sum_dy_xmu``, (2, C) at an address."""
+    d_bias, d_weight = _vectors(2, channels)
+    _parameter_gradients(sums, invstd, channels, d_bias.data_ptr(), d_weight.data_ptr())
+    return d_weight, d_bias
+
+
+def sum_rows_at(sums: int, rows_Wn: Tensor) -> None:
+    """The sum of the rows in rank order."""
+    _sum_rows(rows_Wn.data_ptr(), rows_Wn.stride(0), rows_Wn.size(0), rows_Wn.size(1), sums)
 
 
 class _RunningStatistics(Structure):
@@ -126,45 +195,6 @@ class _RunningStatistics(Structure):
         ("tracked", c_void_p),
         ("momentum", c_double),
     )
-
-
-def merge(
-    moments_W2C: Tensor, counts: Sequence[int] | Tensor, eps: float, running: Running | None
-) -> tuple[Tensor, Tensor, Tensor, Count]:
-    """``cpu.merge`` in one call.
-
-    Mean, invstd and variance have the bits of ``cpu.merge``, on every CPU, but for sums of more than two ranks, whose
-    order may differ: they differ by a unit in the last place. So do running statistics, which are rounded once.
-    """
-    if isinstance(counts, Tensor) or moments_W2C.dtype != torch.float32:
-        return cpu.merge(moments_W2C, counts, eps, running)
-    mean, invstd, var = torch.empty((3, moments_W2C.size(1) // 2), dtype=torch.float32, device=_CPU).unbind(0)
-    tracked = running if running is not None and can_track(running) else None
-    merge_into((mean, invstd, var), moments_W2C, counts, eps, tracked)
-    if running is not tracked and running is not None:
-        moments.update_running_(running, mean, var, sum(counts))
-    return mean, invstd, var, sum(counts)
-
-
-def merge_into(
-    results: tuple[Tensor, Tensor, Tensor | None],
-    moments_W2C: Tensor,
-    counts: Sequence[int],
-    eps: float,
-    running: Running | None,
-) -> None:
-    """:func:`merge` into mean, invstd and, unless it is None, var; for running statistics that C can write to."""
-    mean, invstd, var = results
-    ranks, channels = len(counts), mean.size(0)
-    known = None if running is None else byref(_running_statistics(running))
-    _merge(
-        moments_W2C.data_ptr(), moments_W2C.stride(0), (c_int64 * ranks)(*counts), ranks, channels, eps,
-        mean.data_ptr(), invstd.data_ptr(), None if var is None else var.data_ptr(),
-        known,
-    )  # fmt: skip
-    if running is not None:
-        # Autograd then knows, as after any change in place, that these are not the values it may have saved.
-        torch.autograd.graph.increment_version([v for v in running[:3] if v is not None])
 
 
 def _running_statistics(running: Running) -> _RunningStatistics:
@@ -192,9 +222,9 @@ def can_track(running: Running) -> bool:
     return supports(mean, var, tracked)
 
 
-def sum_rows_into(sums: int, rows_Wn: Tensor) -> None:
-    """The sum of the rows, in rank order, at an address."""
-    _sum_rows(rows_Wn.data_ptr(), rows_Wn.stride(0), rows_Wn.size(0), rows_Wn.size(1), sums)
+def _vectors(number: int, channels: int) -> tuple[Tensor, ...]:
+    """New vectors, whatever the defaults for dtype and device are."""
+    return tuple([torch.empty(channels, dtype=torch.float32, device=_CPU) for _ in range(number)])
 
 
 def _extents(x: Tensor) -> tuple[int, int, int]:
