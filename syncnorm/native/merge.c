@@ -43,13 +43,20 @@ void merge(const float *moments, const int64_t *counts, int64_t W, int64_t C, do
     }
 }
 
-/* running <- (1 - factor) * running + factor * value * scale, in fp64; `running` is fp64 if `wide` is set, else fp32. */
-void blend(void *running, int wide, const float *value, int64_t C, double scale, double factor) {
+/* running <- (1 - factor) * running + factor * scale * value, in fp64; `running` is fp64 if `wide` is set, else fp32. */
+static void blend(void *running, int wide, const float *value, int64_t C, double scale, double factor) {
     double *wides = running;
     float *narrow = running;
     for (int64_t c = 0; c < C; c++) {
-        double old = wide ? wides[c] : narrow[c], new = old + factor * (value[c] * scale - old);
-        if (wide) wides[c] = new;
-        else narrow[c] = (float)new;
+        double old = wide ? wides[c] : narrow[c], blended = old + factor * (value[c] * scale - old);
+        if (wide) wides[c] = blended;
+        else narrow[c] = (float)blended;
     }
+}
+
+/* The running statistics with those of a batch; bessel is N / (N - 1), which makes the variance unbiased. */
+void update_running(void *running_mean, void *running_var, int wide, const float *mean, const float *var, int64_t C,
+                    double bessel, double factor) {
+    blend(running_mean, wide, mean, C, 1, factor);
+    blend(running_var, wide, var, C, bessel, factor);
 }

@@ -18,7 +18,6 @@ from syncnorm.native import instruction_set, library
 
 _CPU = torch.device("cpu")
 _PLAIN = Tensor, torch.nn.Parameter
-_BLENDED = torch.float32, torch.float64
 _EXTENTS = c_int64, c_int64, c_int64  # A, C, B of passes.c
 
 
@@ -40,14 +39,19 @@ _normalize = _pass("normalize", c_void_p, c_void_p, c_int, *_EXTENTS, *(c_void_p
 _reduce = _pass("reduce", c_void_p, c_void_p, c_int, *_EXTENTS, *(c_void_p,) * 3)
 _finish = _pass("finish", *(c_void_p,) * 3, c_int, *_EXTENTS, *(c_void_p,) * 5, c_double)
 _merge = _function("merge", c_void_p, c_void_p, c_int64, c_int64, c_double, *(c_void_p,) * 3)
-_blend = _function("blend", c_void_p, c_int, c_void_p, c_int64, c_double, c_double)
+_update_running = _function(
+    "update_running", c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_int64, c_double, c_double
+)
 
 
 def supports(*tensors: Tensor | None) -> bool:
     """Whether C can read and write these tensors: no subclasses, wrappers or lazy negations, and not under a mode."""
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return all(t is None or (type(t) in _PLAIN and t.is_cpu and not t.is_neg()) for t in tensors)
+    for t in tensors:  # noqa: SIM110  # all() is slower, and this runs several times a step
+        if t is not None and not (type(t) in _PLAIN and t.is_cpu and not t.is_neg()):
+            return False
+    return True
 
 
 def local_moments(x: Tensor, eps: float, scratch: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,7 +118,7 @@ def finish_grad(
 def merge(
     moments_W2C: Tensor, counts: Sequence[int] | Tensor, eps: float, running: Running | None
 ) -> tuple[Tensor, Tensor, Tensor, Count]:
-    """``cpu.merge`` in one call, and one for each running statistic.
+    """``cpu.merge`` in one call, and one for the running statistics.
 
     Mean, invstd and variance have the bits of ``cpu.merge``, on every CPU, but for sums of more than two ranks, whose
     order may differ: they differ by a unit in the last place. So do running statistics, which are rounded once.
@@ -137,25 +141,33 @@ def merge(
 
 
 def update_running_(running: Running, mean: Tensor, var: Tensor, count: int) -> None:
-    """``moments.update_running_``, where C can write to the running statistics; else that."""
-    buffers = running.mean, running.var
-    if not all(v.is_contiguous() and v.dtype in _BLENDED for v in buffers) or not supports(*running[:3]):
+    """``moments.update_running_``, in C if it can write to the running statistics."""
+    running_mean, running_var, num_batches_tracked, factor = running
+    dtype = running_mean.dtype
+    if not (
+        (dtype == torch.float32 or dtype == torch.float64)
+        and dtype == running_var.dtype
+        and running_mean.is_contiguous()
+        and running_var.is_contiguous()
+        and supports(running_mean, running_var, num_batches_tracked)
+    ):
         moments.update_running_(running, mean, var, count)
         return
     if count == 0:
         return
-    factor = running.momentum
-    changed: list[Tensor] = []
-    if running.num_batches_tracked is not None:
-        tracked = c_int64.from_address(running.num_batches_tracked.data_ptr())
-        tracked.value += 1
-        changed.append(running.num_batches_tracked)
-        factor = 1 / max(tracked.value, 1) if factor is None else factor
-    assert factor is not None
-    for buffer, value, scale in zip(buffers, (mean, var), (1.0, count / max(count - 1, 1)), strict=True):
-        _blend(buffer.data_ptr(), buffer.dtype == torch.float64, value.data_ptr(), mean.size(0), scale, factor)
+    changed = [running_mean, running_var]
+    if num_batches_tracked is not None:
+        batches = c_int64.from_address(num_batches_tracked.data_ptr())
+        batches.value += 1
+        changed.append(num_batches_tracked)
+        factor = 1 / max(batches.value, 1) if factor is None else factor
+    assert factor is not None  # functional checks it
+    _update_running(
+        running_mean.data_ptr(), running_var.data_ptr(), dtype == torch.float64, mean.data_ptr(), var.data_ptr(),
+        mean.size(0), count / max(count - 1, 1), factor,
+    )  # fmt: skip
     # Autograd then knows, as after any change in place, that these are not the values it may have saved.
-    torch.autograd.graph.increment_version([*changed, *buffers])
+    torch.autograd.graph.increment_version(changed)
 
 
 def _extents(x: Tensor) -> tuple[int, int, int]:
