@@ -21,7 +21,8 @@ enum {
     ROW_SPAN = 256,    /* likewise where a channel's values are added one after the other */
     FIRST_SPAN = 256,  /* values of the first span, which is read twice and should stay in the L2 cache */
     FIRST_ROWS = 8,
-    ROWS = 4,          /* rows that are read at once: one use of the vectors for all of them */
+    ROWS = 4,          /* rows that are summed at once: one access to the sums for all of them */
+    AHEAD = 4096,      /* bytes */
 };
 
 #ifdef __AVX__
@@ -66,13 +67,25 @@ INLINE floats load_lanes(const void *p, int64_t i, int bf16) {
     return value;
 }
 
-/* Rounds to nearest, ties to even; a NaN stays one. */
+/* Rounds to nearest, ties to even. A NaN becomes the one of all bits, as in torch: that needs no selection. */
 INLINE void store(void *p, int64_t i, float value, int bf16) {
     if (!bf16) { ((float *)p)[i] = value; return; }
     uint32_t bits;
     memcpy(&bits, &value, 4);
-    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    ((uint16_t *)p)[i] = (uint16_t)(value == value ? rounded : (bits >> 16 | 0x40));
+    uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
+    ((uint16_t *)p)[i] = (uint16_t)((rounded | -(uint32_t)(value != value)) >> 16);
+}
+
+/* Fetches what the sums read soon: several rows at once are no stream that a CPU recognizes. */
+INLINE void prefetch_rows(input n, int64_t at, int64_t width) {
+    int64_t size = n.bf16 ? 2 : 4;
+    for (int64_t row = 0; row < ROWS; row++) {
+        for (int64_t c = 0; c < width; c += 64 / size) {
+            int64_t ahead = (at + row * n.C + c) * size + AHEAD;
+            __builtin_prefetch((const char *)n.x + ahead);
+            if (n.graded) __builtin_prefetch((const char *)n.dy + ahead);
+        }
+    }
 }
 
 /* r[c] += sum g, q[c] += sum g * d of `rows` rows from `at` on, with d = x - shift, and g = dy, or d without a dy. */
@@ -128,7 +141,10 @@ INLINE void sum_run(input n, int64_t at, int64_t count, float shift, float *r, f
 INLINE void sum_span(input n, span s, int64_t c0, int64_t width, const float *shift, float *r, float *q) {
     int64_t at = (s.a * n.C + c0) * n.B + s.b, row = 0;
     if (n.B == 1) {
-        for (; row + ROWS <= s.count; row += ROWS) sum_rows(n, at + row * n.C, ROWS, width, shift, r, q);
+        for (; row + ROWS <= s.count; row += ROWS) {
+            prefetch_rows(n, at + row * n.C, width);
+            sum_rows(n, at + row * n.C, ROWS, width, shift, r, q);
+        }
         for (; row < s.count; row++) sum_rows(n, at + row * n.C, 1, width, shift, r, q);
     } else {
         for (int64_t c = 0; c < width; c++) sum_run(n, at + c * n.B, s.count, shift[c], r + c, q + c);
@@ -224,29 +240,20 @@ typedef struct {
     float slope[TILE], shift[TILE], dy_scale[TILE];
 } map;
 
-INLINE void map_rows(input n, const map *m, int64_t at, int rows, int64_t width) {
-    #pragma omp simd
-    for (int64_t c = 0; c < width; c++) {
-        for (int k = 0; k < rows; k++) {
-            int64_t i = at + k * n.C + c;
-            float value = m->slope[c] * (load(n.x, i, n.bf16) - m->mean[c]) + m->shift[c];
-            store(m->out, i, n.graded ? value + m->dy_scale[c] * load(n.dy, i, n.bf16) : value, n.bf16);
-        }
-    }
-}
-
 INLINE void map_tile(input n, const map *m, int64_t c0, int64_t width) {
-    if (n.B == 1) {
-        int64_t a = 0;
-        for (; a + ROWS <= n.A; a += ROWS) map_rows(n, m, a * n.C + c0, ROWS, width);
-        for (; a < n.A; a++) map_rows(n, m, a * n.C + c0, 1, width);
-        return;
-    }
+    void *out = m->out;
     for (int64_t a = 0; a < n.A; a++) {
-        for (int64_t c = 0; c < width; c++) {
-            int64_t at = (a * n.C + c0 + c) * n.B;
+        int64_t at = (a * n.C + c0) * n.B;
+        if (n.B == 1) { /* one row after the other: more at once are slower to write */
+            #pragma omp simd
+            for (int64_t c = 0; c < width; c++) {
+                float value = m->slope[c] * (load(n.x, at + c, n.bf16) - m->mean[c]) + m->shift[c];
+                store(out, at + c, n.graded ? value + m->dy_scale[c] * load(n.dy, at + c, n.bf16) : value, n.bf16);
+            }
+            continue;
+        }
+        for (int64_t c = 0; c < width; c++, at += n.B) {
             float mean = m->mean[c], slope = m->slope[c], shift = m->shift[c], dy_scale = n.graded ? m->dy_scale[c] : 0;
-            void *out = m->out;
             #pragma omp simd
             for (int64_t i = at; i < at + n.B; i++) {
                 float value = slope * (load(n.x, i, n.bf16) - mean) + shift;

@@ -1,5 +1,6 @@
 """The passes and the merge in C: against fp64, against the Python that they replace, and when they are used."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -13,7 +14,7 @@ from syncnorm.layer.kernels import cpu
 from syncnorm.native import absent, library
 from syncnorm.native.build import compiler
 
-if library is None and compiler() is None:
+if library is None and (compiler() is None or os.environ.get("SYNCNORM_NATIVE") == "0"):
     pytest.skip(f"no native code: {absent}", allow_module_level=True)
 
 from syncnorm.layer.kernels import native
@@ -41,6 +42,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(params=["baseline", "v3"])
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The passes of each instruction set, not only the best one."""
+    if request.param == "v3" and not library.supports_v3():
+        pytest.skip("this CPU lacks x86-64-v3")
+    for name in ("moments", "normalize", "reduce", "finish"):
+        used = getattr(native, f"_{name}")
+        monkeypatch.setattr(native, f"_{name}", native._function(f"{name}_{request.param}", *used.argtypes))
+
+
 def random(shape: tuple[int, ...], dtype: torch.dtype, layout: str, seed: int = 0) -> torch.Tensor:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
     formats = {4: FORMATS, 5: LAYOUTS_3D}.get(len(shape))
@@ -55,6 +66,7 @@ def test_there_is_native_code():
     assert library is not None, absent
 
 
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -86,6 +98,7 @@ def test_the_passes_agree_with_fp64(shape, dtype, layout):
         torch.testing.assert_close(got.double(), want, rtol=place, atol=2e-5)
 
 
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("offset", [0.0, 2.1, 1e2, 1e4, 1e5])
 def test_moments_are_accurate_to_rounding_however_far_the_mean_is_from_zero(layout, offset):
@@ -97,6 +110,7 @@ def test_moments_are_accurate_to_rounding_however_far_the_mean_is_from_zero(layo
     torch.testing.assert_close(got_invstd.double(), torch.rsqrt(var + 1e-5), rtol=3e-7, atol=0)
 
 
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("layout", FORMATS)
 def test_moments_of_samples_that_are_far_from_each_other(layout):
     """The first sample is all zeros, and the others are not near it: its mean is a bad guess for theirs."""
@@ -109,6 +123,7 @@ def test_moments_of_samples_that_are_far_from_each_other(layout):
     torch.testing.assert_close(got_invstd.double(), torch.rsqrt(var + 1e-5), rtol=3e-7, atol=0)
 
 
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("at", [0, -1], ids=["first", "last"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -128,6 +143,7 @@ def test_a_nonfinite_value_spoils_its_channel_and_no_other(dtype, bad, at, layou
     assert torch.equal(~dx.isfinite().all(3).all(2).all(0), spoiled)
 
 
+@pytest.mark.usefixtures("instruction_set")
 def test_bf16_rounds_to_nearest_even_and_keeps_nan():
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)  # every bf16 value
     x = bits.view(torch.bfloat16).view(-1, 16).contiguous()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import syncnorm.native
-from syncnorm.native.build import build, compiler
+from syncnorm.native.build import COMMAND, build, compiler
 
 FOLDER = Path(syncnorm.native.__file__).parent
 LOAD = "from syncnorm import native; print(native.library is not None, native.instruction_set); print(native.absent)"
@@ -26,6 +26,15 @@ def copy(tmp_path: Path) -> Path:
     return tmp_path / "syncnorm/native"
 
 
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library of these sources."""
+    folder = tmp_path_factory.mktemp("compiled")
+    shutil.copytree(FOLDER, folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"), dirs_exist_ok=True)
+    assert build(folder) is None
+    return folder / "libsyncnorm.so"
+
+
 def loaded(copy: Path, **variables: str) -> tuple[bool, str, str]:
     """Whether a new process has the library, the instruction set, and why it has none."""
     environ = {k: v for k, v in os.environ.items() if k != "SYNCNORM_NATIVE"} | {"PYTHONPATH": str(copy.parents[1])}
@@ -37,36 +46,36 @@ def loaded(copy: Path, **variables: str) -> tuple[bool, str, str]:
     return there == "True", instruction_set, absent
 
 
-def built(copy: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    environ = os.environ | {"PYTHONPATH": str(copy.parents[1])} | variables
-    command = [sys.executable, "-m", "syncnorm.native"]
-    return subprocess.run(command, env=environ, cwd=copy, capture_output=True, text=True)
-
-
 @needs_compiler
-def test_compiled_loaded_and_turned_off(copy):
+def test_compiled_in_place_by_the_command_that_the_reason_names(copy):
     there, _, absent = loaded(copy)
     assert not there
-    assert absent.startswith("not compiled: ")
-    done = built(copy)
+    assert absent == f"not compiled: with a C compiler, run {COMMAND} or pip install syncnorm again"
+    environ = os.environ | {"PYTHONPATH": str(copy.parents[1])}
+    command = [sys.executable, *COMMAND.split()[1:]]
+    done = subprocess.run(command, env=environ, cwd=copy, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     there, instruction_set, absent = loaded(copy)
     assert (there, absent) == (True, "")
     assert instruction_set in ("baseline", "v3")
+
+
+@needs_compiler
+def test_turned_off_by_a_variable(copy, library):
+    shutil.copy(library, copy)
+    assert loaded(copy)[0]
     assert loaded(copy, SYNCNORM_NATIVE="0") == (False, "", "turned off by SYNCNORM_NATIVE=0")
 
 
 @needs_compiler
 @pytest.mark.parametrize("changed", ["merge.c", "build.py"])
-def test_a_library_of_other_sources_is_not_used(copy, changed):
-    built(copy)
+def test_a_library_of_other_sources_is_not_used(copy, library, changed):
+    shutil.copy(library, copy)
     with (copy / changed).open("a") as file:
         file.write("\n")
     there, _, absent = loaded(copy)
     assert not there
-    assert absent.startswith("compiled from other sources: ")
-    built(copy)
-    assert loaded(copy)[0]
+    assert absent == f"compiled from other sources: run {COMMAND} or pip install syncnorm again"
 
 
 def test_a_damaged_library_is_not_used(copy):

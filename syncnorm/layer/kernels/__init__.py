@@ -25,7 +25,7 @@ from syncnorm.layer.kernels import cpu, cuda, native
 from syncnorm.layer.moments import Count, statistics_dtype
 from syncnorm.native import library
 
-_ONE_THREAD_VALUES = 2**16  # up to here one thread in C takes less time than several in ATen
+_ONE_THREAD_VALUES = 2**17  # up to here one thread in C takes less time than several in ATen
 
 
 def passes_for(x: Tensor, *others: Tensor | None) -> ModuleType:
