@@ -108,7 +108,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
                     return *native_step.backward(dy, input, weight, statistics[0], call, bias_dtype, needed), None
                 statistics = statistics[0].unbind(0)
             compute = _Backward.apply if differentiated else backward
-            return *compute(dy, input, weight, *statistics, call, bias_dtype, needed)[:3], None
+            mean, invstd = statistics
+            return *compute(dy, input, weight, mean, invstd, call, bias_dtype, needed)[:3], None
         except BaseException as error:
             comm.abort_peers_with(error, ctx.call.group, dy.device)
             raise
