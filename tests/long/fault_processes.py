@@ -13,6 +13,7 @@ from pathlib import Path
 
 import fault_disagreements  # noqa: F401  # registers its kinds
 import fault_interruptions  # noqa: F401
+import fault_transports  # noqa: F401
 from fault_jobs import Fault, Job, rank_process, write_note
 from fault_kinds import KINDS
 
