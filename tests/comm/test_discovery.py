@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from hosts import on_hosts
 
-
 import syncnorm
 from syncnorm import comm
 from syncnorm.comm.transports import discovery
@@ -32,10 +31,9 @@ def transport() -> str:
 
 def open_files() -> set[int]:
     """The files of ranks that this process has open, by their inodes."""
+    ours = re.compile("memfd:syncnorm|/syncnorm-(?!ranks)")
     links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
-    return {
-        link.stat().st_ino for link in links if re.search("memfd:syncnorm|/syncnorm-(?!ranks)", os.readlink(link))
-    }
+    return {link.stat().st_ino for link in links if ours.search(os.readlink(link))}
 
 
 def without_memfd(stack: ExitStack) -> list[str]:

@@ -7,7 +7,7 @@ import threading
 import time
 from typing import Any
 
-from fault_jobs import LAYERS, Fault, Job, Net
+from fault_jobs import LAYERS, STEPS, Fault, Job, Net
 from fault_kinds import ErrorReport, FaultKind
 from torch import Tensor, nn
 
@@ -48,6 +48,7 @@ class Frame(Ending):
         *(f"written, {how}" for how in ("SIGKILL", "SIGSTOP", "MemoryError", "SIGINT")),
         *(f"waiting, {how}" for how in ("SIGKILL", "SIGSTOP", "SIGINT")),
     )
+    steps = range(1, STEPS)  # of the first one the others would still have to connect
 
     def in_layer(self, job: Job, norm: nn.Module, x: Tensor) -> Tensor:
         *_, moment, how = job.fault.variant.split(", ")
