@@ -1,8 +1,8 @@
 """Communication between ranks; the only package that sends tensors.
 
 A synced layer makes two collectives (``collectives``): one gather in the forward, one sum in the backward. On CPUs
-over gloo each is an ``exchange`` of ``frames`` whose headers ranks compare. Elsewhere they are the ``native`` gather
-and all_reduce of the user's process group.
+over gloo each is an ``exchange`` of ``frames`` whose headers ranks compare, through one of the ``transports``.
+Elsewhere, or if chosen, they are the ``native`` gather and all_reduce of the user's process group.
 """
 
 from syncnorm.comm.call import Call, Kind
@@ -19,9 +19,11 @@ from syncnorm.comm.collectives import (
     reduce_sums,
     reopen,
     set_transport,
+    transport_of,
 )
 from syncnorm.comm.exchange import Exchange
 from syncnorm.comm.native import set_debug
+from syncnorm.comm.transports import TransportName
 
 __all__ = [
     "Call",
@@ -29,6 +31,7 @@ __all__ = [
     "Gathered",
     "Kind",
     "Peers",
+    "TransportName",
     "abort_peers",
     "abort_peers_with",
     "aborting_peers",
@@ -40,4 +43,5 @@ __all__ = [
     "reopen",
     "set_debug",
     "set_transport",
+    "transport_of",
 ]

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from syncnorm.comm import native
 from syncnorm.comm.call import Call, Kind
+from syncnorm.comm.connecting import meet, timeout_of
 from syncnorm.comm.exchange import Exchange, failure_flags_of
 from syncnorm.comm.layer_names import ModelNumbers
 from syncnorm.comm.process_groups import alive, check_not_inherited
+from syncnorm.comm.stall_inspector import StallInspector
 from syncnorm.comm.transports import TransportName, checked_transport, default_transport
 from syncnorm.errors import REFUSED, InputError, SyncNormError, is_known_everywhere, known_everywhere
 
@@ -36,7 +38,7 @@ class Peers:
         models: numbers models that have layers of the same names.
         staged: whether all tensors are exchanged in frames, so that a rank that has joined can answer.
         transport: what :func:`set_transport` set; None for the default.
-        met: whether the ranks have agreed to exchange no frames.
+        met: whether the ranks have agreed to call the native collectives.
     """
 
     calls: int = 0
@@ -48,6 +50,11 @@ class Peers:
     staged: bool = False
     transport: TransportName | None = None
     met: bool = False
+
+    @property
+    def chosen(self) -> str:
+        """The transport that this rank was told to use, not checked."""
+        return self.transport or default_transport()
 
     def is_first(self, call: Call) -> bool:
         """Whether the layer makes a call of this kind for the first time."""
@@ -83,40 +90,76 @@ def exchange_of(group: dist.ProcessGroup, device: torch.device) -> Exchange | No
     peers = peers_of(group)
     if peers.exchange is not None and (device.type == "cpu" or peers.staged):
         return peers.exchange
-    on_gloo = device.type == "cpu" and "cpu:gloo" in dist.get_backend_config(group)
-    if not on_gloo and not peers.staged:
-        return None
-    transport = peers.transport or default_transport()
-    if transport == "native" and not peers.staged:
+    if not peers.staged and (peers.chosen == "native" or not _has_choice(group, device)):
         return None
     with _creating:
         if peers.exchange is None:
-            frames: TransportName = "auto" if transport == "native" else transport
-            peers.exchange = Exchange(group, peers.attempt, frames, "staged" if transport == "native" else "here")
+            peers.exchange = Exchange(group, peers.attempt, peers.chosen)
         return peers.exchange
+
+
+def _has_choice(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether tensors on ``device`` can be exchanged in frames or by native collectives."""
+    return device.type == "cpu" and "cpu:gloo" in dist.get_backend_config(group)
+
+
+def _meet(group: dist.ProcessGroup, device: torch.device, call: Call) -> None:
+    """Before the first native collective, makes sure that the other ranks do not exchange frames instead.
+
+    Raises:
+        SyncNormError: they do, or they do not come.
+    """
+    peers = peers_of(group)
+    if peers.met or not _has_choice(group, device):
+        return
+    flags = failure_flags_of(group, peers.attempt)
+    inspector = StallInspector(flags)
+    try:
+        meet(flags, inspector, call, timeout_of(group), peers.chosen)
+    except SyncNormError as error:
+        raise known_everywhere(error) from None
+    except RuntimeError as error:
+        raise known_everywhere(SyncNormError(inspector.explain_failure(call, error))) from error
+    peers.met = True
 
 
 def set_transport(group: dist.ProcessGroup | None, transport: TransportName | None) -> None:
     """Chooses how the layers of ``group``, None for the default one, exchange their numbers on CPUs.
 
     Raises:
-        InputError: the ranks have connected in another way; or there is no process group yet.
+        InputError: no such transport, the ranks have connected in another way, or there is no process group yet.
     """
     if transport is None:
         return
-    group = dist.group.WORLD if group is None and dist.is_initialized() else group
-    if not isinstance(group, dist.ProcessGroup):
+    checked_transport(transport)
+    if not dist.is_initialized():
         raise InputError(
             f"transport={transport!r} belongs to a process group: call torch.distributed.init_process_group first"
         )
+    group = dist.group.WORLD if group is None else group
+    if not isinstance(group, dist.ProcessGroup):  # this rank is outside of the group: an error at the first forward
+        return
     peers = peers_of(group)
-    connected = peers.exchange is not None or peers.met
-    if connected and checked_transport(transport) != (peers.transport or default_transport()):
+    if (peers.exchange is not None or peers.met) and transport != peers.chosen:
         raise InputError(
             f"transport={transport!r}, but the ranks of this group have already connected in another way "
-            f"({peers.transport or default_transport()}). Choose it before the first forward, or create a new group"
+            f"({peers.chosen}). Choose it before the first forward, or create a new group"
         )
-    peers.transport = checked_transport(transport)
+    peers.transport = transport
+
+
+def transport_of(group: dist.ProcessGroup | None) -> str:
+    """For people: how the ranks of ``group``, None for the default one, exchange numbers; empty if they cannot."""
+    group = dist.group.WORLD if group is None and dist.is_initialized() else group
+    if not isinstance(group, dist.ProcessGroup) or not alive(group):
+        return ""
+    peers = peers_of(group)
+    if peers.exchange is not None and peers.exchange.transport:
+        return f"{peers.chosen}: {peers.exchange.transport}"
+    config = dist.get_backend_config(group)
+    if peers.chosen == "native" or "cpu:gloo" not in config:
+        return f"native: the collectives of torch.distributed over {dist.get_backend(group)}"
+    return f"{peers.chosen}, not connected yet"
 
 
 def reopen(group: dist.ProcessGroup | None) -> None:
@@ -170,6 +213,7 @@ def gather_moments(
     number = 1 + (peers.calls if exchange is None else exchange.calls)
     call = Call(Kind.FORWARD, layer_name, number, channels, first.dtype, eps, peers.models.built(layer_name))
     if exchange is None:
+        _meet(group, mean.device, call)
         peers.calls += 1
         # full() and not tensor(): a fill is a kernel, while a copy of host memory would synchronize with a GPU.
         packed = count.view(1).to(first.dtype) if isinstance(count, Tensor) else first.new_full((1,), count)
@@ -257,8 +301,8 @@ def abort_peers(
 ) -> None:
     """Makes the other ranks raise ``cause: message`` where they wait for this rank.
 
-    Does nothing where ranks exchange no frames, and nothing if the same was reported while tracing: after a failed
-    trace torch.compile may run the same code again in eager mode.
+    Where ranks exchange no frames it reaches only those that have not met yet. It does nothing if the same was
+    reported while tracing: after a failed trace torch.compile may run the same code again in eager mode.
     """
     if tracing:
         _reported_while_tracing.add(message)
@@ -266,8 +310,11 @@ def abort_peers(
         return _reported_while_tracing.remove(message)
     with suppress(SyncNormError):  # this rank's own error says more than one about peers that are gone
         exchange = exchange_of(group, device)
+        peers = peers_of(group)
         if exchange is not None:
             exchange.abort_peers(f"{cause}: {message}")
+        elif _has_choice(group, device) and not peers.met:
+            failure_flags_of(group, peers.attempt).post_failure(f"did not take part, because {cause}: {message}")
 
 
 def abort_peers_with(error: BaseException, group: dist.ProcessGroup | None, device: torch.device) -> None:

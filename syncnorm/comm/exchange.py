@@ -37,7 +37,7 @@ from syncnorm.comm.frames import (
     without_fake_mode,
 )
 from syncnorm.comm.stall_inspector import StallInspector, StallWatchdog
-from syncnorm.comm.transports import SLOTS, Transfer, Transport, TransportName
+from syncnorm.comm.transports import SLOTS, Transfer, Transport, TransportName, checked_transport
 from syncnorm.errors import SyncNormError, count_exchange, known_everywhere
 
 _POLL_S = 0.3  # between two checks, by a rank that waits, whether another rank has failed
@@ -93,17 +93,10 @@ class Exchange:
     Args:
         group: a process group of at least two ranks.
         attempt: how many exchanges of this group were closed before this one.
-        transport: how frames are to travel; compared by the ranks when they meet.
-        meeting_point: the name under which they meet.
+        transport: how frames are to travel; compared by the ranks when they meet, and checked after that.
     """
 
-    def __init__(
-        self,
-        group: dist.ProcessGroup,
-        attempt: int = 0,
-        transport: TransportName = "auto",
-        meeting_point: str = "here",
-    ):
+    def __init__(self, group: dist.ProcessGroup, attempt: int = 0, transport: str = "auto"):
         self.ranks = dist.get_process_group_ranks(group)
         self.rank = dist.get_rank()
         self.calls = attempt * _MAX_CALLS  # the same on all ranks
@@ -115,7 +108,7 @@ class Exchange:
         self._flags = failure_flags_of(group, attempt)
         self._inspector = StallInspector(self._flags)
         self._user_group = weakref.ref(group)
-        self._chosen, self._meeting_point = transport, meeting_point
+        self._chosen = transport
         self._transport: Transport | None = None
         self._entering = threading.Lock()
         self._pending: Call | None = None
@@ -338,11 +331,18 @@ class Exchange:
         assert group is not None, "the caller holds a reference"
         timeout_s = min(timeout_s, timeout_of(group))
         try:
-            meet(self._flags, self._inspector, call, timeout_s, self._chosen, self._meeting_point)
-            # A lambda looks _connect up when it is called, so that tests can replace it.
-            self._transport = connect_ranks(
-                lambda store: _connect(store, group, self._chosen), self._flags, self._inspector, call, timeout_s
-            )
+            meet(self._flags, self._inspector, call, timeout_s, self._chosen)
+            name = checked_transport(self._chosen)
+            if name == "native":  # the ranks may have met in an earlier call without frames
+                meet(self._flags, self._inspector, call, timeout_s, self._chosen, "frames")
+            try:
+                # A lambda looks _connect up when it is called, so that tests can replace it.
+                self._transport = connect_ranks(
+                    lambda store: _connect(store, group, name), self._flags, self._inspector, call, timeout_s
+                )
+            except SyncNormError as error:  # on all ranks; another attempt must not find the addresses of this one
+                self._close(f"could not connect: {error}")
+                raise
             StallWatchdog(self, FailureFlags(self._flags.store, self.rank, self.ranks)).start()
         except SyncNormError:
             raise

@@ -36,6 +36,7 @@ def convert(
     group_size: GroupSize | None = None,
     num_groups: int | None = None,
     fuse: bool = False,
+    transport: comm.TransportName | None = None,
 ) -> M:
     """Changes every batch norm of ``model`` to another norm, in place.
 
@@ -57,13 +58,20 @@ def convert(
             whose forward ``torch.fx`` can trace completely; :func:`describe` lists the fused layers. The values that
             the block's attributes have now become constants. On a GPU with Triton a fused call is one pass over the
             tensor and has no second derivative. Copies and pickles are not fused.
+        transport: how the ranks that share statistics exchange their numbers on CPUs over gloo; the same on all
+            ranks. ``"auto"`` is shared memory between ranks of one host and gloo between hosts; gloo alone where
+            ranks cannot share memory, which is an error for ``"shm"``. ``"gloo"`` is gloo everywhere. ``"native"``
+            calls ``all_gather`` and ``all_reduce`` of ``torch.distributed``, as on GPUs: an error on one rank does
+            not reach the others then. None is ``SYNCNORM_TRANSPORT``, or ``"auto"`` if that is not set. It belongs
+            to the process group: all layers over that group have it, those of other models too.
 
     Returns:
         ``model``; the new layer if ``model`` itself is a batch norm and ``to`` is a norm without communication.
 
     Raises:
-        InputError: wrong options, a ``num_groups`` that does not divide a layer's channels, or a class that is
-            derived from that of a fused block; nothing was changed.
+        InputError: wrong options, a ``num_groups`` that does not divide a layer's channels, a class that is
+            derived from that of a fused block, or a ``transport`` for a group whose ranks have connected in another
+            way, or before there is a group; nothing was changed.
 
     Warns:
         UserWarning: once with the names of the layers that cannot be converted and stay unchanged, and once with
@@ -78,7 +86,7 @@ def convert(
         >>> model[1]
         SyncBatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
     """
-    _check_options(model, to, process_group, group_size, num_groups, fuse)
+    _check_options(model, to, process_group, group_size, num_groups, fuse, transport)
     fuse_relu.unfuse(model)
     if to == "batch":
         return _to_batch(model)
@@ -89,11 +97,12 @@ def convert(
     group = process_groups.resolve(process_group)
     if group_size is not None:
         group = process_groups.subgroup(group_size)
+    for used in {_group_of(module) if group is None else group for module in planned}:
+        comm.reopen(used)
+        comm.set_transport(used, transport)
     for module, cls in planned.items():
         _set_synced(module, cls, group)
     synced = {n: m for n, m in model.named_modules() if m in planned and isinstance(m, Synced)}
-    for used in {layer._sync_group.peek() for layer in synced.values()}:
-        comm.reopen(used)
     _name_layers(synced)
     for layer in synced.values():
         inner = tuple(m for m in layer.modules() if m in planned and m is not layer)  # type: ignore[attr-defined]  # Synced is mixed into modules
@@ -180,6 +189,13 @@ def _batch_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]
                 yield name, module, "TorchScript, convert before torch.jit.script"
         elif isinstance(module, _BatchNorm):
             yield name, module, _REPLACED_FORWARD if _forward_replaced(module) else None
+
+
+def _group_of(module: nn.Module) -> dist.ProcessGroup | None:
+    """The group that the layer keeps if it is converted without one; None for the default group."""
+    if isinstance(module, Synced):
+        return module._sync_group.peek()
+    return module.process_group if type(module) is nn.SyncBatchNorm else None
 
 
 def _set_synced(module: nn.Module, cls: type, group: dist.ProcessGroup | None) -> None:
@@ -276,6 +292,7 @@ def _check_options(
     group_size: GroupSize | None,
     num_groups: int | None,
     fuse: bool,
+    transport: str | None,
 ) -> None:
     if not isinstance(model, nn.Module):
         raise InputError(f"convert expects an nn.Module, got {type(model).__name__}")
@@ -283,7 +300,9 @@ def _check_options(
         raise InputError(f"to={to!r} must be 'sync', 'batch', 'group', 'layer' or 'instance'")
     if process_group is not None and group_size is not None:
         raise InputError("pass process_group or group_size, not both")
-    if to != "sync" and (process_group is not None or group_size is not None or fuse):
-        raise InputError(f"to={to!r} synchronizes nothing: process_group, group_size and fuse require to='sync'")
+    if to != "sync" and (process_group is not None or group_size is not None or fuse or transport is not None):
+        raise InputError(
+            f"to={to!r} synchronizes nothing: process_group, group_size, fuse and transport require to='sync'"
+        )
     if num_groups is not None and (to != "group" or num_groups < 1):
         raise InputError(f"num_groups={num_groups} must be positive and requires to='group' (got to={to!r})")

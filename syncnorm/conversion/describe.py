@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from syncnorm import comm
 from syncnorm.conversion import fuse_relu
 from syncnorm.conversion.batch_norm_calls import bypassed_layers
 from syncnorm.conversion.convert import plan_sync
@@ -23,20 +24,22 @@ class LayerInfo:
     synced: bool
     group: str
     note: str
+    transport: str = ""  # how the ranks of its group exchange numbers; empty before there is a group
 
 
 class Description(list[LayerInfo]):
     """The norm layers of a model; prints as a table."""
 
     def __str__(self) -> str:
-        """A plain-text table with one line per layer."""
+        """A plain-text table with one line per layer, and one line per group below it."""
         if not self:
             return "no normalization layers"
         head = ("layer", "class", "synced", "group", "note")
         rows = [head, *((i.name, i.type, "yes" if i.synced else "no", i.group, i.note) for i in self)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ("  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows)
-        return "\n".join(lines)
+        groups = dict.fromkeys(f"group {i.group}: transport {i.transport}" for i in self if i.transport)
+        return "\n".join([*lines, *groups])
 
 
 def describe(model: nn.Module) -> Description:
@@ -44,7 +47,8 @@ def describe(model: nn.Module) -> Description:
 
     A converted layer counts as not synced while the code of its parent module seems to bypass it by calling
     ``F.batch_norm`` itself, until the layer's own forward has run in training; and after a forward in training that
-    could not be synchronized.
+    could not be synchronized. Below the layers it says for each group how its ranks exchange numbers: the transport
+    that was chosen (see :func:`syncnorm.convert`) and, once they have connected, what that means for them.
 
     Example:
         >>> print(describe(nn.Sequential(nn.BatchNorm2d(8))))
@@ -58,8 +62,10 @@ def describe(model: nn.Module) -> Description:
         note = obstacle or ("fused with its ReLU" if module in fused else _note(module))
         if note is not None:
             synced = isinstance(module, Synced) and obstacle is None
-            group = module._sync_group.describe() if isinstance(module, Synced) and synced else "-"
-            layers.append(LayerInfo(name or "(model)", type(module).__name__, synced, group, note))
+            group, transport = "-", ""
+            if isinstance(module, Synced) and synced:
+                group, transport = module._sync_group.describe(), comm.transport_of(module._sync_group.peek())
+            layers.append(LayerInfo(name or "(model)", type(module).__name__, synced, group, note, transport))
     return layers
 
 

@@ -16,6 +16,8 @@ import torch.distributed as dist
 
 import syncnorm
 from syncnorm import native
+from syncnorm.comm.transports import default_transport
+from syncnorm.comm.transports.discovery import create_file
 from syncnorm.tools.common.provenance import cpu_count, cpu_name
 from syncnorm.tools.common.records import Record
 
@@ -39,6 +41,8 @@ class Environment(Record):
         build: library -> version of those that torch was built with.
         gpus: name, memory in GiB and compute capability of each.
         backends: those of torch.distributed that this build has.
+        transport: how ranks on CPUs are to exchange frames, of ``SYNCNORM_TRANSPORT``.
+        shared_memory: what kind of file ranks of this host can share.
         launcher: the launcher that started this process, according to its variables.
         variables: environment variables that affect distributed training, without secrets, and with ``~`` for the
             home directory.
@@ -60,6 +64,8 @@ class Environment(Record):
     build: dict[str, str | None]
     gpus: list[str]
     backends: list[str]
+    transport: str
+    shared_memory: str | None
     launcher: str | None
     variables: dict[str, str]
     native: str = ""
@@ -83,6 +89,8 @@ class Environment(Record):
         yield "GPUs", "" if self.gpus else "none"
         for index, gpu in enumerate(self.gpus):
             yield f"  {index}", gpu
+        yield "transport", self.transport
+        yield "  shared memory", self.shared_memory or "no"
         yield "launcher", self.launcher or "none"
         yield "variables", "" if self.variables else "none"
         for name, value in self.variables.items():
@@ -108,6 +116,8 @@ def environment() -> Environment:
         build={"CUDA": torch.version.cuda, "cuDNN": _cudnn(), "NCCL": _nccl(), "HIP": torch.version.hip},
         gpus=[_gpu(index) for index in range(torch.cuda.device_count())],
         backends=_backends(),
+        transport=default_transport(),
+        shared_memory=_shared_memory(),
         launcher=launcher(os.environ),
         variables=variables(os.environ),
         native=f"no: {native.absent}" if native.library is None else f"yes, {native.instruction_set}",
@@ -162,6 +172,18 @@ def _nccl() -> str | None:
     if not (dist.is_available() and dist.is_nccl_available()):
         return None
     return ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+
+def _shared_memory() -> str | None:
+    try:
+        descriptor, path = create_file()
+    except OSError:
+        return None
+    os.close(descriptor)
+    if path.startswith("/proc"):
+        return "an anonymous file (memfd)"
+    os.unlink(path)
+    return f"a file in {Path(path).parent}"
 
 
 def _gpu(index: int) -> str:

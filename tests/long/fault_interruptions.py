@@ -27,6 +27,9 @@ class Kill(FaultKind):
     outcomes = frozenset({"layer error", "DDP error", "equal"})
     dies = True
 
+    def waits_for_timeout(self, fault: Fault) -> bool:
+        return fault.step == 0  # it may hit the rank while it connects: see Connect
+
     def step(self, job: Job, trainers: list[Trainer], x: Tensor, classes: Tensor) -> None:
         if job.fault.variant == "timer":
             threading.Thread(target=self.killed, args=(job, 0.06 * job.fault.delay), daemon=True).start()

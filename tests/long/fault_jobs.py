@@ -51,7 +51,7 @@ class Fault:
     def draw(cls, name: str, kind: "FaultKind", seed: int) -> "Fault":
         """A random fault of ``kind``."""
         rng = random.Random(f"{name} {seed}")
-        rows = tuple(rng.randint(1, 4) for _ in range(rng.choice((2, 3))))
+        rows = tuple(rng.randint(1, 4) for _ in range(rng.choice(kind.sizes)))
         layer = rng.choice(kind.layers)
         other = rng.choice([name for name in LAYERS if name != layer])
         return cls(

@@ -1,6 +1,7 @@
 """What a fault may change in a training job, and the outcomes that are correct for the ranks of that job.
 
-``fault_disagreements`` and ``fault_interruptions`` define the kinds, each as a subclass of :class:`FaultKind`.
+``fault_disagreements``, ``fault_interruptions`` and ``fault_transports`` define the kinds, each as a subclass of
+:class:`FaultKind`.
 """
 
 from dataclasses import dataclass
@@ -30,13 +31,15 @@ class FaultKind:
     description = ""  # for the help text
     variants: tuple[str, ...] = ("",)
     steps, layers, ddp = range(STEPS), LAYERS, (True, False)  # to draw from
+    sizes: tuple[int, ...] = (2, 3)  # numbers of ranks to draw from
     outcomes = frozenset({"layer error", "DDP error"})  # correct ones for a rank that survives
     dies = False  # whether the rank at fault is killed or stopped
     helpers = 0  # additional processes that do not train
     updates = True  # whether the optimizer steps after each step, or once after all of them
 
     def __init_subclass__(cls) -> None:
-        KINDS[cls.__name__.lower()] = cls()
+        if cls.description:
+            KINDS[cls.__name__.lower()] = cls()
 
     def expected(self, fault: Fault, rank: int) -> frozenset[str]:
         """The outcomes that are correct for ``rank``."""

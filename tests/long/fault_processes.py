@@ -8,11 +8,13 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import fault_disagreements  # noqa: F401  # registers its kinds
 import fault_interruptions  # noqa: F401
+import fault_transports  # noqa: F401
 from fault_jobs import Fault, Job, rank_process, write_note
 from fault_kinds import KINDS
 
@@ -116,7 +118,8 @@ def wait(fault: Fault, notes: Path, timeout: float) -> set[int]:
                 hanging.add(rank)
         if alive == lost:  # a rank that is stopped keeps its connections until the others have ended
             for rank in lost:
-                os.kill(int((notes / f"pid{rank}").read_text()), signal.SIGKILL)
+                with suppress(ProcessLookupError):  # the last round killed it
+                    os.kill(int((notes / f"pid{rank}").read_text()), signal.SIGKILL)
     return hanging
 
 

@@ -6,8 +6,8 @@ Each job is two or three processes that train a small net with three synced norm
 the gradients. At a random step, on a random rank, one fault happens. The outcome of each rank is judged from outside,
 by its exit status, its error, and the result of a reference run: a single process on the whole batch, in fp64.
 
-``fault_jobs`` defines what a rank runs, ``fault_kinds`` the interface of faults, ``fault_disagreements`` and
-``fault_interruptions`` the faults. ``fault_processes`` starts and ends the ranks.
+``fault_jobs`` defines what a rank runs, ``fault_kinds`` the interface of faults, ``fault_disagreements``,
+``fault_interruptions`` and ``fault_transports`` the faults. ``fault_processes`` starts and ends the ranks.
 """
 
 import argparse
@@ -26,12 +26,14 @@ from typing import Any
 
 import fault_disagreements  # noqa: F401  # registers its kinds
 import fault_interruptions  # noqa: F401
+import fault_transports  # noqa: F401
 import torch
 import torch.distributed as dist
 from fault_jobs import Fault, reference, write_note
 from fault_kinds import KINDS, ErrorReport
 from fault_processes import Ranks, wait
 
+EXITS = (0, 1, -signal.SIGINT)  # Python ends itself by that signal after a KeyboardInterrupt
 BAD = ("hang", "abort", "silent", "unclear")
 OUTCOMES = ("layer error", "DDP error", "equal", *BAD)
 
@@ -68,7 +70,7 @@ def judge(fault: Fault, timeout: float, ranks: Ranks) -> Verdict:
                 continue
             if rank in hanging:
                 outcome = "hang"
-            elif code not in (0, 1) or (rank not in errors and rank not in results):
+            elif code not in EXITS or (rank not in errors and rank not in results):
                 outcome = "abort"
             else:
                 outcome = ended(fault, rank, results, errors)

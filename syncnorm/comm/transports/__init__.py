@@ -28,23 +28,22 @@ TransportName: TypeAlias = Literal["auto", "shm", "gloo", "native"]
 Connect: TypeAlias = Callable[[Store, int, int], dist.ProcessGroup]  # of a store, a rank and the number of ranks
 
 
-def default_transport() -> TransportName:
-    """The value of ``SYNCNORM_TRANSPORT``; "auto" if it is not set.
-
-    Raises:
-        InputError: it is none of the four.
-    """
-    return checked_transport(os.environ.get("SYNCNORM_TRANSPORT") or "auto", "SYNCNORM_TRANSPORT")
+def default_transport() -> str:
+    """The value of ``SYNCNORM_TRANSPORT``, "auto" if it is not set; not checked before the ranks have compared it."""
+    return os.environ.get("SYNCNORM_TRANSPORT") or "auto"
 
 
-def checked_transport(name: str, what: str = "transport") -> TransportName:
+def checked_transport(name: str) -> TransportName:
     """``name``, if it is one of the transports.
 
     Raises:
         InputError: it is not.
     """
     if name not in get_args(TransportName):
-        raise InputError(f"{what} must be one of {', '.join(get_args(TransportName))}, got {name!r}")
+        raise InputError(
+            f"the transport, from transport= or SYNCNORM_TRANSPORT, must be one of "
+            f"{', '.join(get_args(TransportName))}, got {name!r}"
+        )
     return name  # type: ignore[return-value]  # checked
 
 
@@ -54,7 +53,7 @@ def connect(
     """Connects the ranks of a group.
 
     Args:
-        name: "auto", "shm" or "gloo"; the same on all ranks.
+        name: the same on all ranks. For "native", whose ranks exchange frames only under torch's Join, as for "auto".
         store: that all ranks share.
         rank: of this process in the group.
         world_size: the number of ranks of the group.
@@ -70,8 +69,8 @@ def connect(
     flat = GlooTransport(connections, world_size)
     if name == "gloo":
         return flat
-    size = bytes_for(world_size)
-    hosts = find_hosts(connections, rank, world_size, size, "" if native.library else f"native code {native.absent}")
+    unable = "" if native.library else f"there is no native code, {native.absent}"
+    hosts = find_hosts(connections, rank, world_size, bytes_for(world_size), unable)
     if hosts.memory is None:
         if name == "shm":
             raise SyncNormError(

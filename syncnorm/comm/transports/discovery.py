@@ -75,25 +75,25 @@ def find_hosts(connections: dist.ProcessGroup, rank: int, world_size: int, size:
     Collective: all ranks of ``connections``; two gathers.
     """
     token = secrets.token_hex(TOKEN_BYTES // 2)
-    own, path, error = -1, "", unable
+    own, path, error = -1, "", f"rank {rank}: {unable}" if unable else ""
     if not unable:
         try:
-            own, path = _create(token, size)
+            own, path = create_file()
+            os.write(own, token.encode())
+            os.ftruncate(own, size)
         except OSError as failure:
             error = f"rank {rank} could not make a file: {failure}"
     notes = [note.split("\n") for note in _gather_notes(connections, f"{token}\n{path}\n{error}", world_size)]
     errors = [note[2] for note in notes if note[2]]
-    leader, descriptor = rank, own
+    leader, descriptor, memory, error = rank, -1, None, ""
     if not errors:
         leader, descriptor = _first_visible(notes, rank, own)
-    memory, error = None, ""
-    if not errors:
         try:
             memory = _share(descriptor, size, rank, leader)
         except OSError as failure:
             error = f"rank {rank} could not share {size} bytes: {failure}"
     answers = [note.split("\n") for note in _gather_notes(connections, f"{leader}\n{error}", world_size)]
-    if own >= 0 and descriptor != own:
+    if own not in (-1, descriptor):
         os.close(own)
     if path and not path.startswith("/proc"):
         with suppress(OSError):
@@ -108,18 +108,20 @@ def find_hosts(connections: dist.ProcessGroup, rank: int, world_size: int, size:
     return Hosts(rows, None if errors else memory, errors[0] if errors else "")
 
 
-def _create(token: str, size: int) -> tuple[int, str]:
-    """A new file that begins with ``token``: its descriptor, and a path by which ranks of this host can open it."""
-    try:
+def create_file() -> tuple[int, str]:
+    """A new file: its descriptor, and a path by which other processes of this host can open it.
+
+    Raises:
+        OSError: there is no place for one.
+    """
+    with suppress(AttributeError, OSError):  # not Linux, or forbidden
         # Without a name in a file system: whenever a process is killed, nothing is left, and the size of /dev/shm,
         # which containers limit to 64 MB, does not matter.
         descriptor = os.memfd_create("syncnorm")  # closed by exec
-        path = f"/proc/{os.getpid()}/fd/{descriptor}"
-    except (AttributeError, OSError):  # not Linux, or forbidden
-        descriptor, path = tempfile.mkstemp(prefix="syncnorm-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
-    os.write(descriptor, token.encode())
-    os.ftruncate(descriptor, size)
-    return descriptor, path
+        return descriptor, f"/proc/{os.getpid()}/fd/{descriptor}"
+    with suppress(OSError):  # absent, as on macOS, or not writable
+        return tempfile.mkstemp(prefix="syncnorm-", dir="/dev/shm")
+    return tempfile.mkstemp(prefix="syncnorm-")
 
 
 def _first_visible(notes: Sequence[Sequence[str]], rank: int, own: int) -> tuple[int, int]:
@@ -139,9 +141,9 @@ def _first_visible(notes: Sequence[Sequence[str]], rank: int, own: int) -> tuple
 
 
 def _share(descriptor: int, size: int, rank: int, leader: int) -> SharedFile:
+    memory = SharedFile(descriptor, size)
     if rank == leader and hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, size)  # a full file system would end the process at its first access
-    memory = SharedFile(descriptor, size)
     memory.hold(rank)
     return memory
 

@@ -59,11 +59,19 @@ class Leaders:
 
 
 class LeaderTransfer(SharedMemoryTransfer):
-    """A transfer of a leader: it completes once the frames of this host are there and those of the others came."""
+    """A transfer of a leader: it completes once the frames of this host are there and those of the others came.
 
-    def __init__(self, rows: Rows, number: int, capacity: int, leaders: Leaders):
+    Args:
+        rows: of this host.
+        number: of the frames.
+        capacity: of a frame.
+        leaders: the connections to the other hosts.
+        earlier: the transfer before this one: all leaders must start theirs in the same order.
+    """
+
+    def __init__(self, rows: Rows, number: int, capacity: int, leaders: Leaders, earlier: "LeaderTransfer | None"):
         super().__init__(rows, number)
-        self._leaders, self._capacity = leaders, capacity
+        self._leaders, self._capacity, self._earlier = leaders, capacity, earlier
         self._between: tuple[GlooTransfer, memoryview] | None = None
         self._complete = False
         self._lock = threading.Lock()
@@ -73,6 +81,10 @@ class LeaderTransfer(SharedMemoryTransfer):
         with self._lock:
             if self._complete:
                 return True
+            if self._earlier is not None:
+                if not self._earlier.arrived(seconds):
+                    return False
+                self._earlier = None
             if self._between is None:
                 if not self.rows.arrived(self.number, self.since, seconds, local=True):
                     return False
@@ -115,6 +127,7 @@ class TwoLevelTransport:
         self.description = f"shared memory on {len(hosts)} hosts ({sizes} ranks), gloo between them"
         self._rows, self._flat, self._leaders = rows, flat, leaders
         self._sent = 0
+        self._last: LeaderTransfer | None = None
         self._frames: dict[tuple[int, int], Frames] = {}  # by capacity and slot
 
     def frames(self, capacity: int) -> Frames:
@@ -134,7 +147,8 @@ class TwoLevelTransport:
         self._rows.publish(self._rows.own, self._sent)
         if self._leaders is None:
             return SharedMemoryTransfer(self._rows, self._sent)
-        return LeaderTransfer(self._rows, self._sent, frames.capacity, self._leaders)
+        self._last = LeaderTransfer(self._rows, self._sent, frames.capacity, self._leaders, self._last)
+        return self._last
 
     def swap(self, header: Header, vector: Tensor) -> None:
         """As ``Transport.swap``."""
