@@ -213,7 +213,7 @@ def gather_moments(
     number = 1 + (peers.calls if exchange is None else exchange.calls)
     call = Call(Kind.FORWARD, layer_name, number, channels, first.dtype, eps, peers.models.built(layer_name))
     if exchange is None:
-        _meet(group, mean.device, call)
+        _meet(group, first.device, call)
         peers.calls += 1
         # full() and not tensor(): a fill is a kernel, while a copy of host memory would synchronize with a GPU.
         packed = count.view(1).to(first.dtype) if isinstance(count, Tensor) else first.new_full((1,), count)
