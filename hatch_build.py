@@ -32,7 +32,7 @@ class NativeBuildHook(BuildHookInterface):
             self.app.display_warning(f"syncnorm without its native code, which makes it faster on CPUs: {reason}")
             return
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-        build_data["artifacts"].append("/syncnorm/native/libsyncnorm.so")
+        build_data["artifacts"].append("/syncnorm/native/syncnorm.native.so")
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{platform}"  # neither Python's ABI nor torch's
 

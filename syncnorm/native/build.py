@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-LIBRARY = FOLDER / "libsyncnorm.so"
+LIBRARY = FOLDER / "syncnorm.native.so"  # the dot keeps pkgutil from taking it for a module
 COMMAND = "python -m syncnorm.native"
 
 _COMMON = ["-std=gnu11", "-O3", "-fPIC", "-fvisibility=default"]

@@ -154,6 +154,14 @@ def test_bf16_rounds_to_nearest_even_and_keeps_nan():
     assert torch.equal(y[~y.isnan()], want[~y.isnan()])
 
 
+@pytest.mark.usefixtures("instruction_set")
+def test_a_nan_of_all_bits_does_not_round_up_to_zero():
+    x = torch.ones(2, 16, dtype=torch.bfloat16)
+    bias = torch.full((16,), -1, dtype=torch.int32).view(torch.float32)
+    y = native.normalize(x, torch.zeros(16), torch.ones(16), None, bias, torch.empty_like(x))
+    assert y.isnan().all()
+
+
 @pytest.mark.parametrize("counts", [[5], [7, 2], [0, 3], [0, 0], [4, 0, 9], [1] * 7], ids=str)
 def test_the_merge_has_the_bits_of_the_one_in_python(counts):
     generator = torch.Generator().manual_seed(0)

@@ -32,7 +32,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compiled")
     shutil.copytree(FOLDER, folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"), dirs_exist_ok=True)
     assert build(folder) is None
-    return folder / "libsyncnorm.so"
+    return folder / "syncnorm.native.so"
 
 
 def loaded(copy: Path, **variables: str) -> tuple[bool, str, str]:
@@ -79,10 +79,10 @@ def test_a_library_of_other_sources_is_not_used(copy, library, changed):
 
 
 def test_a_damaged_library_is_not_used(copy):
-    (copy / "libsyncnorm.so").write_bytes(b"no library")
+    (copy / "syncnorm.native.so").write_bytes(b"no library")
     there, _, absent = loaded(copy)
     assert not there
-    assert "libsyncnorm.so" in absent
+    assert "syncnorm.native.so" in absent
 
 
 def test_without_a_compiler_the_reason_is_said(copy, monkeypatch):
@@ -91,7 +91,7 @@ def test_without_a_compiler_the_reason_is_said(copy, monkeypatch):
     monkeypatch.delenv("CC")
     monkeypatch.setenv("PATH", str(copy))
     assert build(copy) == "no C compiler (cc, gcc or clang) was found"
-    assert not (copy / "libsyncnorm.so").exists()
+    assert not (copy / "syncnorm.native.so").exists()
 
 
 @needs_compiler

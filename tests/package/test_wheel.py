@@ -19,7 +19,7 @@ NOT_CODE = {
     *(f"syncnorm/tools/report/templates/{name}" for name in ("comparison.html.j2", "page.css", "page.js")),
 }
 
-LIBRARY = "syncnorm/native/libsyncnorm.so"  # compiled with the wheel, and in a checkout perhaps
+LIBRARY = "syncnorm/native/syncnorm.native.so"  # compiled with the wheel, and in a checkout perhaps
 
 if find_spec("build") is None or find_spec("hatchling") is None:
     pytest.skip("needs build and hatchling: pip install '.[release]'", allow_module_level=True)
