@@ -54,6 +54,12 @@ class Call(NamedTuple):
             details += f", no. {self.built} in order of construction"
         return f"{pass_name} of {self.layer} (call {self.number} of the group; {details})"
 
+    @property
+    def payload_bytes(self) -> int:
+        """What one rank sends, without a header: mean and invstd, or the sums of a backward. 0 without data."""
+        vectors = {Kind.FORWARD: 2, Kind.BACKWARD: 2, Kind.DOUBLE_BACKWARD: 5}.get(self.kind, 0)
+        return vectors * self.channels * self.dtype.itemsize
+
     def key(self) -> int:
         """A 63-bit hash of all fields except ``number``: ranks whose keys are equal make the same call."""
         return _key(self.kind, self.layer, self.channels, self.dtype, self.eps, self.built)

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 import syncnorm
 from syncnorm.comm import exchange
-from syncnorm.layer.kernels import cpu
+from syncnorm.layer import kernels
+from syncnorm.layer.kernels import cpu, native
 from syncnorm.testing import run_ranks
 
 
@@ -105,20 +107,24 @@ def test_a_graph_of_an_earlier_attempt_differs_from_one_of_this_attempt():
         assert "called different layers" in error
 
 
-def _rank_0_runs_out_of_memory(where: str) -> list[str]:
+def _rank_0_runs_out_of_memory(in_c: bool, where: str) -> list[str]:
     """In one backward. The training loop catches it by its message and skips the batch."""
+    passes = native if in_c else cpu
     model = net()
     step(model)
-    real = getattr(cpu, where)
+    real = getattr(passes, where)
 
-    def full(*args: Tensor) -> object:
-        if args[1].numel() in (3000, 6000, 9000):
+    def full(*args: Any) -> object:
+        if any(isinstance(arg, Tensor) and arg.numel() in (3000, 6000, 9000) for arg in args):
             raise RuntimeError("DefaultCPUAllocator: not enough memory")
         return real(*args)
 
     skipped = []
     for seed in range(1, 4):
-        with mock.patch.object(cpu, where, full if dist.get_rank() == 0 and seed == 1 else real):
+        with (
+            mock.patch.object(passes, where, full if dist.get_rank() == 0 and seed == 1 else real),
+            mock.patch.object(kernels, "library", kernels.library if in_c else None),
+        ):
             try:
                 step(model, seed)
             except RuntimeError as error:
@@ -129,14 +135,16 @@ def _rank_0_runs_out_of_memory(where: str) -> list[str]:
 
 
 def test_out_of_memory_during_the_exchange_of_a_backward_closes_the_exchange():
-    first, second = run_ranks(_rank_0_runs_out_of_memory, args=("begin_grad",), timeout=40)
+    first, second = run_ranks(_rank_0_runs_out_of_memory, args=(False, "begin_grad"), timeout=40)
     assert first[0] == "skipped"
     assert "rank 0 left backward of 3 (call" in first[1]
     assert "rank 0, which left backward of 3 (call" in second[0]
 
 
-def test_out_of_memory_before_the_exchange_of_a_backward_is_an_error_on_all_ranks():
-    assert run_ranks(_rank_0_runs_out_of_memory, args=("reduce_grad",), timeout=40) == [["skipped"], ["skipped"]]
+@pytest.mark.parametrize(("in_c", "where"), [(False, "reduce_grad"), (True, "reduce_at"), (True, "finish_at")])
+def test_out_of_memory_outside_of_the_exchange_of_a_backward_is_an_error_on_all_ranks(in_c, where):
+    results = run_ranks(_rank_0_runs_out_of_memory, args=(in_c, where), timeout=40)
+    assert results == [["skipped"], ["skipped"]]
 
 
 ONE_THREAD = "Only one thread may run the layers of a process group at a time"

@@ -172,7 +172,7 @@ def calls_of(cls: type, name: str) -> "mock._patch[Callable[..., object]]":
 def _rank_trains_a_wide_model() -> tuple[dict[str, Tensor], list[Tensor], int, int]:
     rank = dist.get_rank()
     net = syncnorm.convert(Wide())
-    with calls_of(GlooTransport, "send") as over_gloo, calls_of(Rows, "publish") as in_memory:
+    with calls_of(GlooTransport, "send") as over_gloo, calls_of(Rows, "swap") as in_memory:
         for x, dy in zip(BATCHES, COTANGENTS, strict=True):
             net(x.split(SPLIT)[rank]).backward(dy.split(SPLIT)[rank])
     buffers = {name: value for name, value in net.state_dict().items() if "running" in name}

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import models
 import pytest
@@ -20,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 import syncnorm
-from syncnorm import comm
+from syncnorm.comm.call import observers
 from syncnorm.testing import assert_close, batch_norm_oracle, run_ranks
 
 ROWS = (5, 2)
@@ -184,12 +183,12 @@ def net_with_eval_norm(name: str) -> nn.Module:
 
 def _rank_train_with_eval_norm(name: str) -> tuple[State, list[str]]:
     model = DistributedDataParallel(syncnorm.convert(net_with_eval_norm(name)))
-    with (
-        mock.patch.object(comm, "gather_moments", wraps=comm.gather_moments) as gathers,
-        mock.patch.object(comm, "reduce_sums", wraps=comm.reduce_sums) as sums,
-    ):
-        result = train(model, [mine(0), mine(1)])
-    return result, [call.args[-1] for call in gathers.call_args_list] + [call.args[2] for call in sums.call_args_list]
+    layers: list[str] = []
+    observer = lambda call, seconds: layers.append(call.layer)  # noqa: E731
+    observers.append(observer)
+    result = train(model, [mine(0), mine(1)])
+    observers.remove(observer)
+    return result, layers
 
 
 @pytest.mark.parametrize(("frozen", "trained"), [("norm1", "norm2"), ("norm2", "norm1")])

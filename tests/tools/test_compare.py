@@ -5,7 +5,6 @@ import records
 import torch
 from torch import nn
 
-from syncnorm.comm.frames import capacity_for
 from syncnorm.errors import InputError
 from syncnorm.tools.common.nets import build_residual_net
 from syncnorm.tools.common.records import read_json, write_json
@@ -74,8 +73,8 @@ def test_synced_arm_adds_two_exchanges_per_layer(comparison):
     norm = {c.op: c for c in synced.collectives if c.origin == "norm"}
     channels = [m.num_features for m in build_residual_net().modules() if isinstance(m, nn.BatchNorm2d)]
     # Forward and backward: one frame per rank, a header and 2C fp32 numbers.
-    assert {op: c.calls for op, c in norm.items()} == {"all_to_all": 2 * layers}
-    assert norm["all_to_all"].payload_bytes == 2 * 2 * sum(capacity_for(8 * c) for c in channels)
+    assert {op: c.calls for op, c in norm.items()} == {"exchange": 2 * layers}
+    assert norm["exchange"].payload_bytes == 2 * sum(8 * c for c in channels)
 
 
 def test_ddp_reduces_each_gradient_once(comparison):

@@ -169,7 +169,7 @@ def merge_at(
     )  # fmt: skip
     if running is not None and any(counts):
         # Autograd then knows, as after any change in place, that these are not the values it may have saved.
-        torch.autograd.graph.increment_version([v for v in running[:3] if v is not None])
+        torch.autograd.graph.increment_version([v for v in running[:3] if v is not None and not v.is_inference()])
 
 
 def parameter_gradients(sums: int, invstd: int, channels: int) -> tuple[Tensor, Tensor]:
@@ -214,10 +214,10 @@ def can_track(running: Running) -> bool:
     mean, var, tracked, momentum = running
     if momentum is not None and momentum < 0:
         return False
-    if tracked is not None and (tracked.dtype != torch.int64 or tracked.is_inference()):
+    if tracked is not None and tracked.dtype != torch.int64:
         return False
     for v in (mean, var):
-        if v.dtype not in _BLENDED or not v.is_contiguous() or v.is_inference():
+        if v.dtype not in _BLENDED or not v.is_contiguous():
             return False
     return supports(mean, var, tracked)
 

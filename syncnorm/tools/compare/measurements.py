@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from syncnorm.comm.call import Call, observers
 from syncnorm.monitor.divergence import rank_divergence, root_mean_square
 from syncnorm.tools.common.ranks import Ranks
 from syncnorm.tools.compare.records import CollectiveCount, LayerDivergence, PeakMemory
@@ -76,6 +77,9 @@ class CollectiveRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  #
     collective is ``"norm"`` if a frame of a norm layer's code is on the Python stack that issued it, in the forward
     or in the backward of an autograd function, else ``"ddp"``.
 
+    An exchange of frames counts as one collective, ``"exchange"``, with the numbers that this rank sends, whether it
+    goes through shared memory, over gloo or both.
+
     Collective: none.
 
     Example:
@@ -90,6 +94,21 @@ class CollectiveRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  #
         self._calls: Counter[tuple[str, str]] = Counter()
         self._bytes: Counter[tuple[str, str]] = Counter()
 
+    def __enter__(self) -> CollectiveRecorder:
+        """Begins to count."""
+        observers.append(self._count_exchange)
+        super().__enter__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Stops counting."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        observers.remove(self._count_exchange)
+
+    def _count_exchange(self, call: Call, seconds: float) -> None:
+        self._calls["exchange", "norm"] += 1
+        self._bytes["exchange", "norm"] += call.payload_bytes
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -97,9 +116,10 @@ class CollectiveRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  #
         if func.namespace in ("c10d", "_c10d_functional") and func._opname not in _LOCAL_OPERATORS:
             # An operator that is not in the table is still reported, under torch's name and with zero bytes.
             op, payload = _PAYLOAD.get(f"{func.namespace}.{func._opname}", (func._opname, None))
-            key = (op, _origin())
-            self._calls[key] += 1
-            self._bytes[key] += 0 if payload is None else _num_bytes(args[payload])
+            origin = _origin()
+            if origin != "exchange":
+                self._calls[op, origin] += 1
+                self._bytes[op, origin] += 0 if payload is None else _num_bytes(args[payload])
         return func(*args, **(kwargs or {}))
 
     def counts(self) -> tuple[CollectiveCount, ...]:
@@ -120,6 +140,8 @@ def _origin() -> str:
     frame = sys._getframe()
     while frame := frame.f_back:  # type: ignore[assignment]  # f_back is None at the bottom, which ends the loop
         module = frame.f_globals.get("__name__", "")
+        if module.startswith("syncnorm.comm.transports"):
+            return "exchange"  # a part of one
         if module.startswith(_NORM_MODULES):
             return "norm"
     return "ddp"

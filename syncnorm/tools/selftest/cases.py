@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import syncnorm
+from syncnorm.comm.call import Call, observers
 from syncnorm.errors import SyncNormError
 from syncnorm.tools.selftest.case_context import Batch, CaseContext
 
@@ -199,9 +200,21 @@ def _gradient_penalty(context: CaseContext) -> None:
 
 
 class _CountCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    """Counts the collectives that pass torch's dispatcher."""
+    """Counts the collectives that pass torch's dispatcher, and the exchanges of frames, which need not."""
 
     calls = 0
+
+    def __enter__(self) -> _CountCollectives:
+        observers.append(self._count)
+        super().__enter__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        observers.remove(self._count)
+
+    def _count(self, call: Call, seconds: float) -> None:
+        self.calls += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls += func.namespace in ("c10d", "_c10d_functional")
