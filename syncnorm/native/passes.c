@@ -16,6 +16,7 @@
 #define INLINE static inline __attribute__((always_inline)) /* for the constants in an input */
 
 enum {
+    STREAMED = 1 << 18, /* values of an output that is written past the caches, or more */
     TILE = 512,        /* channels whose sums and factors are at hand, in the L1 cache */
     SPAN = 2048,       /* values of one channel that are summed in fp32 */
     ROW_SPAN = 256,    /* likewise where a channel's values are added one after the other */
@@ -240,8 +241,52 @@ typedef struct {
     float slope[TILE], shift[TILE], dy_scale[TILE];
 } map;
 
+/* Writes past the caches, which the rest of a large tensor would displace anyway: a store into a cache reads first. */
+INLINE void stream(float *p, floats value) {
+#if defined(__AVX__)
+    __builtin_ia32_movntps256(p, value);
+#elif defined(__SSE2__)
+    __builtin_ia32_movntps(p, value);
+#else
+    memcpy(p, &value, sizeof value);
+#endif
+}
+
+/* Whether all vectors of the output are aligned, and it is large enough. */
+INLINE int streams(input n, const map *m) {
+    int64_t adjacent = n.B == 1 ? n.C : n.B;
+    return !n.bf16 && adjacent % LANES == 0 && (uintptr_t)m->out % sizeof(floats) == 0 && n.A * n.C * n.B >= STREAMED;
+}
+
+INLINE void stream_tile(input n, const map *m, int64_t c0, int64_t width) {
+    for (int64_t a = 0; a < n.A; a++) {
+        int64_t at = (a * n.C + c0) * n.B;
+        for (int64_t c = 0; c < width; c += n.B == 1 ? LANES : 1) {
+            floats mean, slope, shift, dy_scale = {0};
+            if (n.B == 1) {
+                mean = load_lanes(m->mean, c, 0), slope = load_lanes(m->slope, c, 0), shift = load_lanes(m->shift, c, 0);
+                if (n.graded) dy_scale = load_lanes(m->dy_scale, c, 0);
+            } else {
+                mean = m->mean[c] - (floats){0}, slope = m->slope[c] - (floats){0}, shift = m->shift[c] - (floats){0};
+                if (n.graded) dy_scale = m->dy_scale[c] - (floats){0};
+            }
+            for (int64_t end = at + (n.B == 1 ? LANES : n.B); at < end; at += LANES) {
+                floats value = slope * (load_lanes(n.x, at, 0) - mean) + shift;
+                stream((float *)m->out + at, n.graded ? value + dy_scale * load_lanes(n.dy, at, 0) : value);
+            }
+        }
+    }
+#if defined(__SSE2__)
+    __builtin_ia32_sfence(); /* before anything that tells another thread of the output */
+#endif
+}
+
 INLINE void map_tile(input n, const map *m, int64_t c0, int64_t width) {
     void *out = m->out;
+    if (streams(n, m)) {
+        stream_tile(n, m, c0, width);
+        return;
+    }
     for (int64_t a = 0; a < n.A; a++) {
         int64_t at = (a * n.C + c0) * n.B;
         if (n.B == 1) { /* one row after the other: more at once are slower to write */

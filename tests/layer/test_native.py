@@ -31,6 +31,7 @@ SHAPES = [
     (2, 3, 50, 61),  # several spans of places, and a rest
     (3, 9, 1, 1),
     (2, 5, 4, 3, 6),
+    (2, 64, 48, 48),  # written past the caches
 ]
 
 
