@@ -20,6 +20,7 @@ from torch.distributed.algorithms.join import Join
 import syncnorm
 from syncnorm import comm
 from syncnorm.comm import exchange
+from syncnorm.comm.transports import two_level
 from syncnorm.testing import RankError, run_ranks
 from syncnorm.training import joinable
 
@@ -118,6 +119,58 @@ def test_errors_of_a_leader_or_of_another_rank_reach_all_hosts_in_order(hosts, w
         for number in range(times):
             assert f"expected 4 channels in dimension 1, got {5 + number}" in errors[number]
         assert errors[times] == "no error"
+
+
+def _leader_goes_on_after_an_error(hosts: list[list[int]], which: int) -> tuple[str, float]:
+    """A leader refuses its input and does something else for a while; the others come when it has gone on."""
+    layers = connected(hosts)
+    rank = dist.get_rank()
+    if rank == which:
+        (error,) = errors_of(lambda: layers["a"](torch.randn(3, 5)))
+        time.sleep(4)
+        return error, 0.0
+    time.sleep(1)
+    began = time.monotonic()
+    (error,) = errors_of(lambda: layers["a"](torch.randn(3, 4)))
+    return error, time.monotonic() - began
+
+
+@pytest.mark.parametrize(("hosts", "which"), [(PAIRS, 0), (PAIRS, 2), (ODD, 1)])
+def test_a_leader_that_went_on_still_sends_the_frames_of_its_host(hosts, which):
+    for error, took in run_ranks(_leader_goes_on_after_an_error, ranks_of(hosts), (hosts, which), timeout=30):
+        assert "expected 4 channels in dimension 1, got 5" in error
+        assert took < 2
+
+
+class Arrived:
+    """Stands for rows, and for a transfer, whose frames are there."""
+
+    def arrived(self, *_: object, **__: object) -> bool:
+        return True
+
+
+class Recorded:
+    """Stands for the connections between leaders; records which transfers start."""
+
+    def __init__(self) -> None:
+        self.started: list[int] = []
+
+    def start(self, rows: object, number: int, capacity: int) -> tuple[Arrived, memoryview]:
+        self.started.append(number)
+        return Arrived(), memoryview(b"")
+
+    def finish(self, *_: object) -> None:
+        pass
+
+
+def test_leaders_start_their_transfers_in_order():
+    """Whichever thread is the first: gloo matches the transfers of two leaders by their order."""
+    leaders = Recorded()
+    first = two_level.LeaderTransfer(Arrived(), 1, 64, leaders, None)
+    second = two_level.LeaderTransfer(Arrived(), 2, 64, leaders, first)
+    assert second.arrived(0.1)
+    assert first.arrived(0.1)
+    assert leaders.started == [1, 2]
 
 
 def _rank_dies(hosts: list[list[int]], which: int, folder: str) -> None:

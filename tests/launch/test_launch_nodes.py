@@ -122,6 +122,23 @@ def test_a_cut_cable_ends_both_nodes_with_an_error_that_names_the_layer(nodes):
         time.sleep(0.1)
 
 
+def test_ranks_of_each_node_share_memory(nodes):
+    """Network namespaces alone do not tell hosts apart: ranks in both could open each other's files in /proc. A
+    process namespace for each node, with a /proc of its own, hides them, as it does between containers.
+    """
+    container = "unshare", "--pid", "--fork", "--kill-child", "--mount-proc"
+    recipe = "bash", str(ROOT / "launch" / "torchrun_nodes.sh")
+    for node in nodes:
+        node.start(
+            *container, *recipe, str(SUPPORT / "two_hosts.py"), FIRST=FIRST, RANKS="2", NODES="2", RESTARTS="0"
+        )
+    for node in nodes:
+        assert node.end() == 0, node.err.read_text()
+    printed = sorted(line for node in nodes for line in node.out.read_text().splitlines() if "rank" in line)
+    found = "auto: shared memory on 2 hosts (2 + 2 ranks), gloo between them"
+    assert printed == [f"rank {rank}: {found}" for rank in range(4)]
+
+
 def test_an_elastic_job_that_loses_a_node_takes_the_same_steps(nodes, tmp_path):
     script = str(SUPPORT / "in_double.py"), *TRAIN, "--epochs", "6", "--checkpoint"
     for node in nodes:

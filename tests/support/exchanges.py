@@ -1,22 +1,29 @@
-"""Records what this rank exchanges over gloo."""
+"""Records what this rank exchanges with the others."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+from syncnorm.comm import native
 from syncnorm.comm.exchange import Exchange
 
 
 @contextmanager
 def recorded_exchanges() -> Iterator[list[str]]:
-    """Yields a list to which each exchange adds its kind: ``"FORWARD"`` or ``"BACKWARD"``."""
+    """Yields a list to which each exchange, or native collective, adds its kind: ``"FORWARD"`` or ``"BACKWARD"``."""
     kinds: list[str] = []
-    original = Exchange._begin
 
-    def begin(self: Any, call: Any, *args: Any, **options: Any) -> Any:
-        kinds.append(call.kind.name)
-        return original(self, call, *args, **options)
+    def recording(function: Callable[..., Any], place: int) -> Callable[..., Any]:
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            kinds.append(args[place].kind.name)
+            return function(*args, **kwargs)
 
-    with mock.patch.object(Exchange, "_begin", begin):
+        return recorded
+
+    with (
+        mock.patch.object(Exchange, "_begin", recording(Exchange._begin, 1)),
+        mock.patch.object(native, "gather", recording(native.gather, 2)),
+        mock.patch.object(native, "reduce", recording(native.reduce, 2)),
+    ):
         yield kinds

@@ -1,0 +1,58 @@
+"""The tests of the layer, of disagreements, Join and checkpointing, the fuzzer and faults, under other transports."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fault_transports
+import faults
+import pytest
+
+import syncnorm
+
+TESTS = Path(__file__).parents[1]
+SUITES = (
+    "layer/test_layer.py",
+    "comm/test_disagreement.py",
+    "training/test_join.py",
+    "layer/test_checkpointing.py",
+    "long/test_fuzz.py",
+)
+# What torch's own collectives cannot promise, by words of the tests' names.
+NATIVE_LEAVES_OUT = (
+    "_rank_extra_forward",  # names are compared at a layer's first call only, unless SYNCNORM_DEBUG=1 is set
+    "test_after_an_error_the_group_is_usable",  # a rank's own error does not reach the others
+    "test_indistinguishable_segments",  # likewise
+    "test_a_rank_that_dies_is_named",  # gloo says that a connection was closed, and not whose
+)
+# Faults in which ranks of native collectives end as those of other transports do. In the others gloo's collectives
+# abort a rank whose peer sends another number of values, or wait for one that has raised an error.
+NATIVE_FAULTS = ("nan", "version", "kill", "connect", "store", "fork")
+OF_SHARED_MEMORY = {name for name, kind in faults.KINDS.items() if type(kind).__module__ == fault_transports.__name__}
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def run(transport: str, *command: str) -> None:
+    environ = os.environ | {"SYNCNORM_TRANSPORT": transport, "PYTHONPATH": str(Path(syncnorm.__file__).parents[1])}
+    ended = subprocess.run(
+        [sys.executable, *command], env=environ, cwd=TESTS.parent, capture_output=True, text=True, timeout=800
+    )
+    assert ended.returncode == 0, ended.stdout[-5000:] + ended.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("transport", "leaves_out"), [("gloo", ()), ("native", NATIVE_LEAVES_OUT)])
+def test_the_suites_pass(transport, leaves_out):
+    chosen = ["-k", " and ".join(f"not {name}" for name in leaves_out)] if leaves_out else []
+    files = [str(TESTS / name) for name in SUITES]
+    run(transport, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", *files, *chosen)
+
+
+@pytest.mark.parametrize(
+    ("transport", "kinds"),
+    [("gloo", sorted(faults.KINDS.keys() - OF_SHARED_MEMORY)), ("native", NATIVE_FAULTS)],
+)
+def test_ranks_survive_faults(transport, kinds):
+    script = str(TESTS / "long" / "faults.py")
+    run(transport, script, "--faults", str(len(kinds)), "--timeout", "5", "--jobs", "2", "--kinds", *kinds)
