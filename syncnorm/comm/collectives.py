@@ -73,11 +73,17 @@ class Gathered(NamedTuple):
 
 _creating = threading.Lock()  # two threads at their first layers must get the same exchange, which then raises
 _peers: "weakref.WeakKeyDictionary[dist.ProcessGroup, Peers]" = weakref.WeakKeyDictionary()
+_latest: tuple[Callable[[], dist.ProcessGroup | None], Peers] = lambda: None, Peers()
 
 
 def peers_of(group: dist.ProcessGroup) -> Peers:
     """What this process stores for ``group``."""
-    return _peers.get(group) or _peers.setdefault(group, Peers())
+    global _latest
+    latest, peers = _latest
+    if latest() is not group:  # a comparison takes less time than a look into the dictionary, and this runs often
+        peers = _peers.get(group) or _peers.setdefault(group, Peers())
+        _latest = weakref.ref(group), peers
+    return peers
 
 
 def exchange_of(group: dist.ProcessGroup, device: torch.device) -> Exchange | None:

@@ -29,7 +29,7 @@ def applies(input: Tensor, weight: Tensor | None, bias: Tensor | None, args: NoG
         and not checkpointing.in_backward()
         and input.numel() > 0
         and (running is None or native.can_track(running))
-        and comm.exchange_of(group, _CPU) is not None
+        and comm.peers_of(group).exchange is not None  # the first call of all makes it, the usual way
     )
 
 
@@ -87,8 +87,8 @@ def backward(
     if needed[1] or needed[2]:
         # Of this rank alone: DDP averages the gradients of parameters over ranks.
         d_weight, d_bias = native.parameter_gradients(sum_dy, invstd, channels)
-        d_weight = d_weight.to(weight.dtype) if weight is not None and needed[1] else None
-        d_bias = d_bias.to(bias_dtype) if needed[2] else None
+        d_weight = _cast(d_weight, weight.dtype) if weight is not None and needed[1] else None
+        d_bias = _cast(d_bias, bias_dtype) if needed[2] else None
     assert call.group is not None
     rows = comm.gather_sums(sums, call.group, call.layer_name, call.number)
     dx = None
@@ -96,3 +96,7 @@ def backward(
         native.sum_rows_at(sum_dy, rows)
         dx = native.finish_at(mean, invstd, dy, x, weight, sum_dy, sum_dy_xmu, call.total_count)
     return dx, d_weight, d_bias
+
+
+def _cast(gradient: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return gradient if dtype == torch.float32 else gradient.to(dtype)  # which takes its time even if there is no work
