@@ -241,15 +241,23 @@ typedef struct {
     float slope[TILE], shift[TILE], dy_scale[TILE];
 } map;
 
-/* Writes past the caches, which the rest of a large tensor would displace anyway: a store into a cache reads first. */
-INLINE void stream(float *p, floats value) {
+/* Rounded as by `store`. A `streamed` store is past the caches, which the rest of a large tensor would displace anyway:
+ * it saves reading what is overwritten. */
+INLINE void store_lanes(void *p, int64_t i, floats value, int bf16, int streamed) {
+    if (bf16) {
+        words bits;
+        memcpy(&bits, &value, sizeof bits);
+        words rounded = bits + 0x7fff + (bits >> 16 & 1);
+        halves half = __builtin_convertvector((rounded | (words)(value != value)) >> 16, halves);
+        memcpy((uint16_t *)p + i, &half, sizeof half);
+        return;
+    }
 #if defined(__AVX__)
-    __builtin_ia32_movntps256(p, value);
+    if (streamed) { __builtin_ia32_movntps256((float *)p + i, value); return; }
 #elif defined(__SSE2__)
-    __builtin_ia32_movntps(p, value);
-#else
-    memcpy(p, &value, sizeof value);
+    if (streamed) { __builtin_ia32_movntps((float *)p + i, value); return; }
 #endif
+    memcpy((float *)p + i, &value, sizeof value);
 }
 
 /* Whether all vectors of the output are aligned, and it is large enough. */
@@ -258,53 +266,47 @@ INLINE int streams(input n, const map *m) {
     return !n.bf16 && adjacent % LANES == 0 && (uintptr_t)m->out % sizeof(floats) == 0 && n.A * n.C * n.B >= STREAMED;
 }
 
-INLINE void stream_tile(input n, const map *m, int64_t c0, int64_t width) {
+/* One vector of the output at `at`, or one value. */
+#define WITHOUT_DY(load, at, mean, slope, shift) ((slope) * (load(n.x, at, n.bf16) - (mean)) + (shift))
+#define MAPPED(load, at, mean, slope, shift, dy_scale)                                                        \
+    (n.graded ? WITHOUT_DY(load, at, mean, slope, shift) + (dy_scale) * load(n.dy, at, n.bf16)                \
+              : WITHOUT_DY(load, at, mean, slope, shift))
+
+INLINE void map_rows(input n, const map *m, int64_t c0, int64_t width, int streamed) {
     for (int64_t a = 0; a < n.A; a++) {
-        int64_t at = (a * n.C + c0) * n.B;
-        for (int64_t c = 0; c < width; c += n.B == 1 ? LANES : 1) {
-            floats mean, slope, shift, dy_scale = {0};
-            if (n.B == 1) {
-                mean = load_lanes(m->mean, c, 0), slope = load_lanes(m->slope, c, 0), shift = load_lanes(m->shift, c, 0);
-                if (n.graded) dy_scale = load_lanes(m->dy_scale, c, 0);
-            } else {
-                mean = m->mean[c] - (floats){0}, slope = m->slope[c] - (floats){0}, shift = m->shift[c] - (floats){0};
-                if (n.graded) dy_scale = m->dy_scale[c] - (floats){0};
-            }
-            for (int64_t end = at + (n.B == 1 ? LANES : n.B); at < end; at += LANES) {
-                floats value = slope * (load_lanes(n.x, at, 0) - mean) + shift;
-                stream((float *)m->out + at, n.graded ? value + dy_scale * load_lanes(n.dy, at, 0) : value);
-            }
+        int64_t at = a * n.C + c0, c = 0;
+        for (; c + LANES <= width; c += LANES)
+            store_lanes(m->out, at + c,
+                        MAPPED(load_lanes, at + c, load_lanes(m->mean, c, 0), load_lanes(m->slope, c, 0),
+                               load_lanes(m->shift, c, 0), load_lanes(m->dy_scale, c, 0)), n.bf16, streamed);
+        for (; c < width; c++)
+            store(m->out, at + c, MAPPED(load, at + c, m->mean[c], m->slope[c], m->shift[c], m->dy_scale[c]), n.bf16);
+    }
+}
+
+INLINE void map_runs(input n, const map *m, int64_t c0, int64_t width, int streamed) {
+    for (int64_t a = 0; a < n.A; a++) {
+        for (int64_t c = 0; c < width; c++) {
+            float mean = m->mean[c], slope = m->slope[c], shift = m->shift[c], dy_scale = n.graded ? m->dy_scale[c] : 0;
+            int64_t at = (a * n.C + c0 + c) * n.B, end = at + n.B;
+            for (; at + LANES <= end; at += LANES)
+                store_lanes(m->out, at, MAPPED(load_lanes, at, mean, slope, shift, dy_scale), n.bf16, streamed);
+            for (; at < end; at++)
+                store(m->out, at, MAPPED(load, at, mean, slope, shift, dy_scale), n.bf16);
         }
     }
-#if defined(__SSE2__)
-    __builtin_ia32_sfence(); /* before anything that tells another thread of the output */
-#endif
 }
 
 INLINE void map_tile(input n, const map *m, int64_t c0, int64_t width) {
-    void *out = m->out;
     if (streams(n, m)) {
-        stream_tile(n, m, c0, width);
-        return;
-    }
-    for (int64_t a = 0; a < n.A; a++) {
-        int64_t at = (a * n.C + c0) * n.B;
-        if (n.B == 1) { /* one row after the other: more at once are slower to write */
-            #pragma omp simd
-            for (int64_t c = 0; c < width; c++) {
-                float value = m->slope[c] * (load(n.x, at + c, n.bf16) - m->mean[c]) + m->shift[c];
-                store(out, at + c, n.graded ? value + m->dy_scale[c] * load(n.dy, at + c, n.bf16) : value, n.bf16);
-            }
-            continue;
-        }
-        for (int64_t c = 0; c < width; c++, at += n.B) {
-            float mean = m->mean[c], slope = m->slope[c], shift = m->shift[c], dy_scale = n.graded ? m->dy_scale[c] : 0;
-            #pragma omp simd
-            for (int64_t i = at; i < at + n.B; i++) {
-                float value = slope * (load(n.x, i, n.bf16) - mean) + shift;
-                store(out, i, n.graded ? value + dy_scale * load(n.dy, i, n.bf16) : value, n.bf16);
-            }
-        }
+        if (n.B == 1) map_rows(n, m, c0, width, 1);
+        else map_runs(n, m, c0, width, 1);
+#if defined(__SSE2__)
+        __builtin_ia32_sfence(); /* before anything that tells another thread of the output */
+#endif
+    } else {
+        if (n.B == 1) map_rows(n, m, c0, width, 0);
+        else map_runs(n, m, c0, width, 0);
     }
 }
 
