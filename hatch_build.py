@@ -18,8 +18,11 @@ ROOT = Path(__file__).parent
 
 def build() -> str | None:
     """None, or why there is no library."""
+    script = ROOT / "syncnorm/native/build.py"
+    if not script.exists():  # an image of the dependencies alone
+        return f"{script} does not exist"
     # By its path: `import syncnorm` needs torch, which is not there when a wheel is built.
-    return runpy.run_path(str(ROOT / "syncnorm/native/build.py"))["build"]()
+    return runpy.run_path(str(script))["build"]()
 
 
 class NativeBuildHook(BuildHookInterface):
