@@ -10,6 +10,7 @@ from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncnorm
+from syncnorm import comm
 from syncnorm.comm import exchange_of
 from syncnorm.comm.frames import capacity_for
 from syncnorm.testing import run_ranks
@@ -228,7 +229,7 @@ def test_the_tables_fit_and_name_what_is_oversubscribed():
     assert "(model only)" in text
     assert "These figures hold only for ranks that share cores" in text
     given = " ".join(shown(render_simulation(made_up(), 2)).split())
-    assert f"would pay from {made_up().pays_from.two_level_layer} ranks on for a layer of 256 channels" in given
+    assert f"gather pays from {made_up().pays_from.two_level_layer} ranks on for a layer of 256 channels" in given
     assert "they cost less than two levels from 16 ranks on" in given
     assert "oversubscribed" not in given
     assert "These figures hold only" not in given
@@ -250,7 +251,9 @@ class Sent(TorchDispatchMode):
 
 
 def _rank_frames_of_a_step(channels):
-    layer = syncnorm.SyncBatchNorm2d(channels)
+    group = dist.new_group()
+    comm.set_transport(group, "gloo")
+    layer = syncnorm.SyncBatchNorm2d(channels, process_group=group)
     x = torch.randn(4, channels, 4, 4, requires_grad=True)
     for _ in range(3):  # the first connects, and guesses the size
         with Sent() as sent:

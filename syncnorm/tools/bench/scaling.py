@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from syncnorm.comm import Call, Kind, exchange_of
+from syncnorm.comm import Call, Kind, TransportName, exchange_of, set_transport, transport_of
 from syncnorm.comm.gather import gather_rows
 from syncnorm.errors import InputError
 from syncnorm.modules import SyncBatchNorm2d
@@ -143,7 +143,8 @@ def _measure_worlds(ranks: Ranks, settings: BenchSettings, quick: bool, tell: Te
     """
     worlds = measured_worlds(ranks.world_size)
     tell("scaling: connecting")
-    steps, before = _contenders(worlds, ranks, quick)
+    # The cost model is one of connections, as between hosts.
+    steps, before = _contenders(worlds, ranks, quick, None if settings.simulate is None else "gloo")
     tell(f"scaling: worlds of {', '.join(map(str, worlds))} in turn")
     timed = timed_in_blocks(steps, ranks, settings.repetitions, settings.block_seconds, before)
 
@@ -158,11 +159,13 @@ def _measure_worlds(ranks: Ranks, settings: BenchSettings, quick: bool, tell: Te
         return tuple(found)
 
     measured = (costs("layer"), costs("stack"), costs("exchange"))
-    return Scaling(worlds, cpu_count(), SCALING_PLACES, _STACK_CHANNELS, *measured)
+    groups = [step.group for step in steps.values() if isinstance(step, _ExchangeStep)]  # the largest is the last
+    transport = transport_of(groups[-1]) if groups else ""
+    return Scaling(worlds, cpu_count(), SCALING_PLACES, _STACK_CHANNELS, *measured, transport)
 
 
 def _contenders(
-    worlds: Sequence[int], ranks: Ranks, quick: bool
+    worlds: Sequence[int], ranks: Ranks, quick: bool, transport: TransportName | None
 ) -> tuple[dict[ContenderKey, Step], dict[ContenderKey, Step]]:
     """What to time, and what to run before each block of it."""
     channels, stacks, payloads = (
@@ -173,6 +176,8 @@ def _contenders(
     for world_size in worlds:
         # One group per world and not per contender: gloo checks idle connections 100 times a second.
         group = dist.new_group(list(range(world_size)))
+        if ranks.rank < world_size:
+            set_transport(group, transport)
         sizes = {"layer": channels, "stack": stacks, "exchange": payloads if world_size > 1 else ()}
         keys: list[ContenderKey] = [(kind, world_size, size) for kind, each in sizes.items() for size in each]
         for key in keys:

@@ -47,6 +47,7 @@ class Scaling:
         stacks: forward and backward of several consecutive layers, by their number.
         exchanges: one exchange, of which a layer has one in the forward and one in the backward, by payload; for two
             ranks or more.
+        transport: what the exchanges of the largest world went through.
     """
 
     worlds: tuple[int, ...]
@@ -56,6 +57,7 @@ class Scaling:
     layers: tuple[Cost, ...]
     stacks: tuple[Cost, ...]
     exchanges: tuple[Cost, ...]
+    transport: str = "gloo"
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def render_scaling(scaling: Scaling, cores: int) -> list[RenderableType]:
     lines = [
         "Medians of the time on the slowest rank; all worlds take turns, and the ranks outside a world sleep "
         f"meanwhile. {scaling.places} values per channel and rank, so that the exchanges are most of a step. In a "
-        "world of 1 the layer is plain batch norm."
+        f"world of 1 the layer is plain batch norm. Transport: {scaling.transport}."
     ]
     if any(cost.oversubscribed for cost in scaling.layers):
         lines.append(_oversubscribed(cores))
@@ -136,9 +136,10 @@ def _cells(step: Arrangements, world_size: int, scale: float, digits: int) -> tu
 def _worlds_legend(simulation: Simulation) -> str:
     size = simulation.group_size
     return (
-        "Flat: what the layer does. Two-level: first among g ranks, then among W / g, with exact statistics; the "
-        f"layer has no such gather. Groups of {size}: group_size={size}; a different layer, whose statistics are "
-        f"those of {size} ranks. KiB: received by a rank in the forward and backward of a layer over gloo. Steps are "
+        "Flat: every rank sends to every other. Two-level: first among g ranks, then among W / g, with exact "
+        "statistics; the layer does so over gloo if g ranks share memory, and their messages then cost next to "
+        f"nothing, which the model does not know. Groups of {size}: group_size={size}; a different layer, whose "
+        f"statistics are those of {size} ranks. KiB: received by a rank in the forward and backward of a layer over gloo. Steps are "
         "fp32, one layer after the other, without any overlap. NCCL: rings, also for the all_reduce, for which NCCL "
         "may choose a tree, and without the time to merge on a GPU."
     )
@@ -148,7 +149,7 @@ def _conclusions(simulation: Simulation) -> list[str]:
     pays_from = simulation.pays_from
     channels, layers = simulation.channels, len(simulation.model_channels)
     lines = [
-        f"Over gloo a two-level gather would pay {_from(pays_from.two_level_layer, simulation)} for a layer of "
+        f"Over gloo a two-level gather pays {_from(pays_from.two_level_layer, simulation)} for a layer of "
         f"{channels} channels, and {_from(pays_from.two_level_model, simulation)} for the {layers} layers of the "
         f"model. Over NCCL: {_from(pays_from.nccl_two_level_layer, simulation)} and "
         f"{_from(pays_from.nccl_two_level_model, simulation)}. A world of a prime number of ranks cannot be split.",
