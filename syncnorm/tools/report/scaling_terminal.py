@@ -140,8 +140,8 @@ def _worlds_legend(simulation: Simulation) -> str:
         "statistics; the layer does so over gloo if g ranks share memory, and their messages then cost next to "
         f"nothing, which the model does not know. Groups of {size}: group_size={size}; a different layer, whose "
         f"statistics are those of {size} ranks. KiB: received by a rank in the forward and backward of a layer over "
-        "gloo. Steps are fp32, one layer after the other, without any overlap. NCCL: rings, also for the all_reduce, for which NCCL "
-        "may choose a tree, and without the time to merge on a GPU."
+        "gloo. Steps are fp32, one layer after the other, without any overlap. NCCL: rings, also for the all_reduce, "
+        "for which NCCL may choose a tree, and without the time to merge on a GPU."
     )
 
 
