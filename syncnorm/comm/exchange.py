@@ -158,12 +158,13 @@ class Exchange:
         self.calls += 1
         size = sum([v.nbytes for v in vectors])
         own = Header(call.kind, call.key(), call.number, size, values)
+        capacity = self._next_capacity.get(self._last_key, INITIAL_FRAME_BYTES)
         if waits and len(vectors) == 1:
             began = time.perf_counter()
-            swapped = transport.swap(own, vectors[0])
+            swapped = transport.swap(capacity, own, vectors[0])
             if swapped is not None:
                 return PendingExchange(self, call, vectors, own, *swapped, began)
-        frames = transport.frames(self._next_capacity.get(self._last_key, INITIAL_FRAME_BYTES))
+        frames = transport.frames(capacity)
         frames.write(own, vectors)
         return PendingExchange(self, call, vectors, own, frames, self._send(frames))
 

@@ -17,6 +17,7 @@ from syncnorm.comm.call import Call, Kind
 
 _VERSION = 1  # of the meaning of frames; to be incremented whenever that changes
 _HEADER = struct.Struct("<5q")
+HEADER_BYTES = _HEADER.size
 _MIN_FRAME_BYTES = 512
 INITIAL_FRAME_BYTES = 1024  # before a rank knows what size the exchange needs
 

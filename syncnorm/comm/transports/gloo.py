@@ -89,5 +89,5 @@ class GlooTransport:
         work = self._connections.alltoall_base(frames.received, frames.sent, [], [])
         return GlooTransfer(work, frames.sent, frames.received)
 
-    def swap(self, header: Header, vector: Tensor) -> None:
+    def swap(self, capacity: int, header: Header, vector: Tensor) -> None:
         """As ``Transport.swap``."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from syncnorm import native
-from syncnorm.comm.frames import Frames, Header
+from syncnorm.comm.frames import HEADER_BYTES, Frames, Header
 from syncnorm.comm.transports.discovery import SharedFile
 from syncnorm.comm.transports.gloo import GlooFrames, GlooTransport
 from syncnorm.comm.transports.transfer import SLOTS, Swapped, Transfer
@@ -156,7 +156,6 @@ class SharedMemoryTransport:
         self._rows, self._flat = rows, flat
         self._sent = 0
         self._frames = [rows.frames(slot, SLOT_BYTES) for slot in range(SLOTS)]
-        self._room = self._frames[0].room
 
     def frames(self, capacity: int) -> Frames:
         """As ``Transport.frames``."""
@@ -164,9 +163,9 @@ class SharedMemoryTransport:
             return self._flat.frames(capacity)
         return self._frames[(self._sent + 1) % SLOTS]
 
-    def swap(self, header: Header, vector: Tensor) -> Swapped | None:
+    def swap(self, capacity: int, header: Header, vector: Tensor) -> Swapped | None:
         """As ``Transport.swap``."""
-        if header.size > self._room or not (vector.is_cpu and vector.is_contiguous()):
+        if max(capacity, header.size + HEADER_BYTES) > SLOT_BYTES or not (vector.is_cpu and vector.is_contiguous()):
             return None
         self._sent += 1
         values = self._rows.swap(self._sent, header, vector)

@@ -59,10 +59,12 @@ class Transport(Protocol):
     def send(self, frames: Frames) -> Transfer:
         """Sends the frame that this rank has written. Raises a RuntimeError if the transport failed."""
 
-    def swap(self, header: Header, vector: Tensor) -> Swapped | None:
+    def swap(self, capacity: int, header: Header, vector: Tensor) -> Swapped | None:
         """Sends a frame and waits a moment for those of the others, with less work for the host than in steps.
 
         Args:
+            capacity: as of :meth:`frames`, the same on all ranks. It alone decides which way a frame travels, because
+                ranks that disagree may have payloads of different sizes.
             header: of this rank's frame.
             vector: its payload, on the CPU, without gaps.
 

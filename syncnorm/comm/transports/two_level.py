@@ -150,5 +150,5 @@ class TwoLevelTransport:
         self._last = LeaderTransfer(self._rows, self._sent, frames.capacity, self._leaders, self._last)
         return self._last
 
-    def swap(self, header: Header, vector: Tensor) -> None:
+    def swap(self, capacity: int, header: Header, vector: Tensor) -> None:
         """As ``Transport.swap``."""
