@@ -73,7 +73,8 @@ class Gathered(NamedTuple):
 
 _creating = threading.Lock()  # two threads at their first layers must get the same exchange, which then raises
 _peers: "weakref.WeakKeyDictionary[dist.ProcessGroup, Peers]" = weakref.WeakKeyDictionary()
-_latest: tuple[Callable[[], dist.ProcessGroup | None], Peers] = lambda: None, Peers()
+_NO_GROUP: tuple[Callable[[], dist.ProcessGroup | None], Peers] = lambda: None, Peers()
+_latest = _NO_GROUP
 
 
 def peers_of(group: dist.ProcessGroup) -> Peers:
@@ -82,8 +83,13 @@ def peers_of(group: dist.ProcessGroup) -> Peers:
     latest, peers = _latest
     if latest() is not group:  # a comparison takes less time than a look into the dictionary, and this runs often
         peers = _peers.get(group) or _peers.setdefault(group, Peers())
-        _latest = weakref.ref(group), peers
+        _latest = weakref.ref(group, _forget_latest), peers
     return peers
+
+
+def _forget_latest(_: object) -> None:
+    global _latest
+    _latest = _NO_GROUP
 
 
 def exchange_of(group: dist.ProcessGroup, device: torch.device) -> Exchange | None:

@@ -104,7 +104,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
             call, bias_dtype, needed = ctx.call, ctx.bias_dtype, ctx.needs_input_grad
             differentiated = torch.is_grad_enabled()  # create_graph=True: the backward needs a derivative in turn
             if len(statistics) == 1:
-                if not differentiated and kernels.passes_for(dy) is kernels.native and dy.dtype == input.dtype:
+                if not differentiated and native_step.can_differentiate(dy, input, weight, statistics[0]):
                     return *native_step.backward(dy, input, weight, statistics[0], call, bias_dtype, needed), None
                 statistics = statistics[0].unbind(0)
             compute = _Backward.apply if differentiated else backward

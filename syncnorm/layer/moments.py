@@ -3,6 +3,7 @@
 Shapes: W = ranks of the group, C = channels.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -65,10 +66,15 @@ def merge(moments_W2C: Tensor, counts: Sequence[int] | Tensor, eps: float) -> tu
     else:
         count = sum(counts)
         share_W1 = mean_WC.new_tensor([[n / max(count, 1)] for n in counts])
-    mean = (mean_WC * share_W1).sum(0)
-    var_eps = var_eps_WC.add_(mean_WC.sub_(mean).square_()).mul_(share_W1).sum(0)
+    mean = _sum_in_order(mean_WC * share_W1)
+    var_eps = _sum_in_order(var_eps_WC.add_(mean_WC.sub_(mean).square_()).mul_(share_W1))
     # A rounded invstd turns var = 0 into +-1e-7 * eps; a negative variance must not reach a buffer.
     return mean, var_eps.clamp_(min=eps), count
+
+
+def _sum_in_order(rows_WC: Tensor) -> Tensor:
+    """The sum of the rows. On the CPU in rank order, so that it has the bits of the C code, which other ranks may run."""
+    return functools.reduce(torch.add, rows_WC.unbind(0)) if rows_WC.device.type == "cpu" else rows_WC.sum(0)
 
 
 def update_running_(
@@ -106,14 +112,20 @@ def update_running_(
     else:
         bessel = count / max(count - 1, 1)
     _blend_(running.mean, mean, factor)
-    _blend_(running.var, var * bessel, factor)
+    _blend_(running.var, var, factor, bessel)
 
 
-def _blend_(running: Tensor, value: Tensor, factor: float | Tensor) -> None:
-    """Running <- (1 - factor) * running + factor * value."""
-    wide = running if running.dtype in (torch.float32, torch.float64) else running.float()
-    if isinstance(factor, Tensor):  # fp64, since 0.1 rounded to fp32 would show in an fp64 buffer
-        factor = factor.to(wide.dtype)
-    wide.lerp_(value.to(wide.dtype), factor)
-    if wide is not running:
-        running.copy_(wide)
+def _blend_(running: Tensor, value: Tensor, factor: float | Tensor, scale: float | Tensor = 1.0) -> None:
+    """Running <- (1 - factor) * running + factor * scale * value."""
+    if isinstance(factor, Tensor) or running.device.type != "cpu":
+        wide = running if running.dtype in (torch.float32, torch.float64) else running.float()
+        if isinstance(factor, Tensor):  # fp64, since 0.1 rounded to fp32 would show in an fp64 buffer
+            factor = factor.to(wide.dtype)
+        wide.lerp_((value * scale).to(wide.dtype), factor)
+        if wide is not running:
+            running.copy_(wide)
+        return
+    # The operations of merge.c, one by one: ranks with and without the C code must agree in all bits.
+    old, target = running.double(), value.double() * scale
+    step = target - old
+    running.copy_(old + step * factor if factor < 0.5 else target - step * (1 - factor))

@@ -54,6 +54,17 @@ def forward(
     return y, statistics, ForwardCall(sum(counts), group, layer_name, number)
 
 
+def can_differentiate(dy: Tensor, input: Tensor, weight: Tensor | None, statistics: Tensor) -> bool:
+    """Whether these are what :func:`backward` reads: hooks of saved tensors may return anything."""
+    return (
+        kernels.passes_for(dy, input, weight, statistics) is native
+        and dy.dtype == input.dtype
+        and statistics.dtype == torch.float32
+        and statistics.shape == (2, input.size(1))
+        and statistics.is_contiguous()
+    )
+
+
 def backward(
     dy: Tensor,
     input: Tensor,

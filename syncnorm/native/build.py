@@ -42,8 +42,11 @@ def sources_hash(folder: Path = FOLDER) -> str:
 def compiler() -> list[str] | None:
     """The command of ``$CC``, else the first of cc, gcc and clang; None if there is none."""
     if os.environ.get("CC"):
-        command = shlex.split(os.environ["CC"])
-        return command if shutil.which(command[0]) else None
+        try:
+            command = shlex.split(os.environ["CC"])
+        except ValueError:  # a quotation mark without another one
+            return None
+        return command if command and shutil.which(command[0]) else None
     found = next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
     return None if found is None else [found]
 
@@ -65,12 +68,14 @@ def build(folder: Path = FOLDER) -> str | None:
                 objects += _compile(command, source, Path(temporary), sources_hash(folder))
             linked = Path(temporary, library.name)
             _run([*command, "-shared", *objects, "-lm", "-o", str(linked)])
+            # Not over a file that a running process has mapped, but in its place.
+            partial = library.with_suffix(f".{os.getpid()}")
+            shutil.copy(linked, partial)
+            partial.replace(library)
         except subprocess.CalledProcessError as error:
             return f"{shlex.join(error.cmd)} failed: {(error.stderr.strip() or str(error)).splitlines()[0]}"
-        # Not over a file that a running process has mapped, but in its place.
-        partial = library.with_suffix(f".{os.getpid()}")
-        shutil.copy(linked, partial)
-        partial.replace(library)
+        except OSError as error:  # a compiler that does not run or writes nothing, a folder that cannot be written to
+            return f"{shlex.join(command)} made no library: {error}"
     return None
 
 

@@ -18,13 +18,15 @@ typedef struct {
     double momentum;             /* negative for 1 / tracked */
 } running_statistics;
 
-/* running <- (1 - factor) * running + factor * value * scale, in fp64. */
+/* running <- (1 - factor) * running + factor * value * scale, in fp64, as moments.py does; a factor of 1 gives exactly
+ * the value. */
 static void blend(void *running, int64_t wide, int64_t begin, const float *value, int64_t n, double scale,
                   double factor) {
     double *wides = (double *)running + begin;
     float *narrow = (float *)running + begin;
     for (int64_t i = 0; i < n; i++) {
-        double old = wide ? wides[i] : narrow[i], new = old + factor * (value[i] * scale - old);
+        double old = wide ? wides[i] : narrow[i], target = value[i] * scale, step = target - old;
+        double new = factor < 0.5 ? old + factor * step : target - (1 - factor) * step;
         if (wide) wides[i] = new;
         else narrow[i] = (float)new;
     }

@@ -242,6 +242,14 @@ INLINE int next_span(span *s, input n) {
     return s->a < n.A;
 }
 
+/* The mean of a channel by a plain sum, which infinite values make infinite and not NaN, as torch's is. */
+INLINE float plain_mean(input n, int64_t c) {
+    double sum = 0;
+    for (int64_t a = 0; a < n.A; a++)
+        for (int64_t b = 0; b < n.B; b++) sum += load(n.x, (a * n.C + c) * n.B + b, n.bf16);
+    return (float)(sum / (double)(n.A * n.B));
+}
+
 /* Mean and 1 / sqrt(biased variance + eps).
  *
  * Each span is summed about the mean of those before it, the first one about its own mean, which a pass before has
@@ -282,6 +290,8 @@ INLINE void moments(input n, double eps, float *mean_out, float *invstd_out) {
         }
         restore(n, width, mean_out + c0);
         restore(n, width, invstd_out + c0);
+        for (int64_t c = c0; c < c0 + width; c++)
+            if (!isfinite(mean_out[c])) mean_out[c] = plain_mean(n, c);
     }
 }
 

@@ -41,8 +41,8 @@ def without_memfd(stack: ExitStack) -> list[str]:
     paths: list[str] = []
     real = discovery.create_file
 
-    def create_file() -> tuple[int, str]:
-        descriptor, path = real()
+    def create_file(token: str) -> tuple[int, str]:
+        descriptor, path = real(token)
         paths.append(path)
         return descriptor, path
 

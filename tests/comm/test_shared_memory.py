@@ -194,6 +194,30 @@ def test_frames_larger_than_a_slot_travel_over_gloo():
         assert_close(total, layer.weight.grad, torch.float32)
 
 
+def _a_large_or_a_small_frame_may_follow(on_rank_1: int) -> list[str]:
+    """A wide layer followed the narrow one; now a narrow one does. Below 0, rank 1 calls the wide one."""
+    narrow, wide = (syncnorm.convert(nn.BatchNorm1d(channels)) for channels in (4, 20_000))
+    for _ in range(2):
+        narrow(torch.randn(3, 4))
+        wide(torch.randn(3, 20_000))
+    narrow(torch.randn(3, 4))
+    if dist.get_rank() and on_rank_1 < 0:
+        return errors_of(lambda: wide(torch.randn(3, 20_000)))
+    return errors_of(lambda: narrow(torch.randn(on_rank_1 if dist.get_rank() else 3, 4)))
+
+
+@pytest.mark.parametrize("values", [0, 3], ids=["empty", "usual"])
+def test_a_small_frame_in_place_of_a_large_one_takes_the_same_way_on_all_ranks(values):
+    results = run_ranks(_a_large_or_a_small_frame_may_follow, args=(values,), timeout=30)
+    assert results == [["no error"]] * 2
+
+
+def test_ranks_that_disagree_about_a_small_and_a_large_frame_name_both_calls():
+    for (error,) in run_ranks(_a_large_or_a_small_frame_may_follow, args=(-1,), timeout=30):
+        assert "4 channels" in error
+        assert "20000 channels" in error
+
+
 def _rank_0_reports_many_errors(away: float, delay: float) -> tuple[list[str], list[str]]:
     """Rank 0 refuses more batches in a row than there are slots. Rank 1 is away at first and late each time."""
     layer = connected_layer()
@@ -221,22 +245,3 @@ def test_more_errors_than_slots_while_the_other_rank_is_away_close_the_exchange(
     for number in range(SLOTS - 1):
         assert f"got {5 + number}" in second[number]
     assert all("no error" not in error for error in [*second, last, same])
-
-
-def _rank_1_skips_the_wide_layer() -> list[str]:
-    widths = [8, 20_000, 16]
-    layers = [syncnorm.SyncBatchNorm(width) for width in widths]
-    for _ in range(3):
-        for layer, width in zip(layers, widths, strict=True):
-            layer(torch.randn(4, width))
-    layers[0](torch.randn(4, 8))
-    # The ranks expect a frame that travels over gloo, and this rank has a small one.
-    index = 2 if dist.get_rank() == 1 else 1
-    return errors_of(lambda: layers[index](torch.randn(4, widths[index])))
-
-
-def test_ranks_that_disagree_whether_a_frame_is_large_learn_of_it():
-    began = time.monotonic()
-    for (error,) in run_ranks(_rank_1_skips_the_wide_layer, timeout=30):
-        assert "called different layers" in error
-    assert time.monotonic() - began < 20

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from failing import errors_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -13,6 +14,7 @@ from syncnorm.layer import kernels, moments
 from syncnorm.layer.kernels import cpu
 from syncnorm.native import absent, library
 from syncnorm.native.build import compiler
+from syncnorm.testing import run_ranks
 
 if library is None and (compiler() is None or os.environ.get("SYNCNORM_NATIVE") == "0"):
     pytest.skip(f"no native code: {absent}", allow_module_level=True)
@@ -289,3 +291,40 @@ def test_parameters_in_half_precision_and_with_gaps():
     y = native.normalize(x, mean, invstd, weight, bias, torch.empty_like(x))
     want = cpu.normalize(x, mean, invstd, weight, bias, torch.empty_like(x))
     torch.testing.assert_close(y, want, rtol=1e-6, atol=1e-6)
+
+
+def test_an_infinite_value_makes_the_mean_infinite():
+    x = torch.randn(4, 3, 50, 50)
+    x[1, 1, 3, 3] = torch.inf
+    mean, _ = native.local_moments(x, 1e-5, torch.empty_like(x))
+    assert mean.isfinite().tolist() == [True, False, True]
+    assert mean[1] == torch.inf
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.7, 1.0, None])
+@pytest.mark.parametrize("counts", [[5], [3, 4], [1, 0, 6, 2, 9]], ids=str)
+def test_ranks_with_and_without_c_have_the_same_bits(counts, momentum):
+    moments_W2C = torch.rand(len(counts), 2 * 300) * 3 + 0.1
+    results = []
+    for passes in (native, cpu):
+        running = moments.Running(torch.linspace(-3, 3, 300), torch.linspace(0.1, 3, 300), torch.tensor(4), momentum)
+        results.append([*passes.merge(moments_W2C, counts, 1e-5, running)[:3], *running[:3]])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+def _rank_differentiates_odd_tensors() -> list[str]:
+    layer = syncnorm.SyncBatchNorm2d(3)
+    y = layer(torch.randn(2, 3, 4, 4, requires_grad=True))
+    errors = errors_of(lambda: y.backward(torch._efficientzerotensor(y.shape)))
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.double() if t.numel() < 12 else t, lambda t: t):
+        y = layer(x)
+    y.backward(torch.randn_like(y))
+    return [*errors, str(x.grad.isfinite().all())]
+
+
+def test_what_c_cannot_read_is_left_to_torch():
+    for zero_tensor, finite in run_ranks(_rank_differentiates_odd_tensors, timeout=30):
+        assert "Error" in zero_tensor or zero_tensor == "no error"
+        assert finite == "True"

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 TOKEN_BYTES = 32  # at the start of the file
 _NOTE_BYTES = 512  # of what a rank tells the others
+_LONGEST_PATH = 300
 
 
 class SharedFile:
@@ -78,11 +79,13 @@ def find_hosts(connections: dist.ProcessGroup, rank: int, world_size: int, size:
     own, path, error = -1, "", f"rank {rank}: {unable}" if unable else ""
     if not unable:
         try:
-            own, path = create_file()
+            own, path = create_file(token)
+            if len(path.encode()) > _LONGEST_PATH:
+                raise OSError(f"its path is longer than {_LONGEST_PATH} bytes: {path}")
             os.write(own, token.encode())
             os.ftruncate(own, size)
         except OSError as failure:
-            error = f"rank {rank} could not make a file: {failure}"
+            error, path = f"rank {rank} could not make a file: {failure}", ""
     notes = [note.split("\n") for note in _gather_notes(connections, f"{token}\n{path}\n{error}", world_size)]
     errors = [note[2] for note in notes if note[2]]
     leader, descriptor, memory, error = rank, -1, None, ""
@@ -108,8 +111,11 @@ def find_hosts(connections: dist.ProcessGroup, rank: int, world_size: int, size:
     return Hosts(rows, None if errors else memory, errors[0] if errors else "")
 
 
-def create_file() -> tuple[int, str]:
+def create_file(token: str = "") -> tuple[int, str]:
     """A new file: its descriptor, and a path by which other processes of this host can open it.
+
+    Args:
+        token: part of its name, where it has one.
 
     Raises:
         OSError: there is no place for one.
@@ -117,7 +123,7 @@ def create_file() -> tuple[int, str]:
     with suppress(AttributeError, OSError):  # not Linux, or forbidden
         # Without a name in a file system: whenever a process is killed, nothing is left, and the size of /dev/shm,
         # which containers limit to 64 MB, does not matter.
-        descriptor = os.memfd_create("syncnorm")  # closed by exec
+        descriptor = os.memfd_create(f"syncnorm-{token}")  # closed by exec
         return descriptor, f"/proc/{os.getpid()}/fd/{descriptor}"
     with suppress(OSError):  # absent, as on macOS, or not writable
         return tempfile.mkstemp(prefix="syncnorm-", dir="/dev/shm")
@@ -129,8 +135,9 @@ def _first_visible(notes: Sequence[Sequence[str]], rank: int, own: int) -> tuple
     for row, (token, path, _) in enumerate(notes[:rank]):
         descriptor = -1
         with suppress(OSError):
-            # Another process may have that number in this namespace, and its file may be anything.
-            if path.startswith("/proc") and not os.readlink(path).startswith("/memfd:syncnorm"):
+            # Another process may have that number in this namespace, and its file may be anything: also one of ours, whose
+            # locks would go if it was opened and closed.
+            if path.startswith("/proc") and not os.readlink(path).startswith(f"/memfd:syncnorm-{token}"):
                 continue
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             if os.read(descriptor, TOKEN_BYTES) == token.encode():
