@@ -6,6 +6,10 @@
  *
  * The file is compiled once for each instruction set, which ISA names; see build.py. */
 
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "two bf16 are read as one little-endian word"
+#endif
+
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -33,7 +37,11 @@ enum { LANES = 4 };
 #endif
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+
+/* What one load gives: LANES values of fp32 in the first part, or 2 * LANES of bf16. A word holds two of those, and is
+ * widened by a shift or a mask, without moving anything between lanes: one part is the values of even places, the
+ * other those of odd ones. Vectors of channels are brought into this order by `arrange`. */
+typedef struct { floats part[2]; } block;
 
 /* The tensors that a pass reads. `bf16` and `graded`, whether there is a dy, are constants where a pass is called. */
 typedef struct {
@@ -55,26 +63,89 @@ INLINE float load(const void *p, int64_t i, int bf16) {
     return value;
 }
 
-INLINE floats load_lanes(const void *p, int64_t i, int bf16) {
+INLINE floats load_lanes(const float *p) {
     floats value;
-    if (bf16) {
-        halves half;
-        memcpy(&half, (const uint16_t *)p + i, sizeof half);
-        words bits = __builtin_convertvector(half, words) << 16;
-        memcpy(&value, &bits, sizeof value);
-    } else {
-        memcpy(&value, (const float *)p + i, sizeof value);
-    }
+    memcpy(&value, p, sizeof value);
     return value;
 }
 
-/* Rounds to nearest, ties to even. A NaN becomes the one of all bits, as in torch: that needs no selection. */
+INLINE block load_block(const void *p, int64_t i, int bf16) {
+    if (!bf16) return (block){{load_lanes((const float *)p + i)}};
+    words bits;
+    memcpy(&bits, (const uint16_t *)p + i, sizeof bits);
+    return (block){{(floats)(bits << 16), (floats)(bits & 0xffff0000)}};
+}
+
+/* The bits of fp32 after rounding to bf16, to nearest, ties to even. A NaN must not have set bits in its lower half,
+ * which could carry over into the sign: see `arrange_map`. */
+#define ROUNDED(bits) ((bits) + 0x7fff + ((bits) >> 16 & 1))
+
 INLINE void store(void *p, int64_t i, float value, int bf16) {
     if (!bf16) { ((float *)p)[i] = value; return; }
     uint32_t bits;
     memcpy(&bits, &value, 4);
-    uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
-    ((uint16_t *)p)[i] = (uint16_t)((rounded | -(uint32_t)(value != value)) >> 16);
+    ((uint16_t *)p)[i] = (uint16_t)(ROUNDED(bits) >> 16);
+}
+
+/* A `streamed` store is past the caches, which the rest of a large tensor would displace anyway: it saves reading what
+ * is overwritten. */
+INLINE void store_block(void *p, int64_t i, block value, int bf16, int streamed) {
+    words first = (words)value.part[0], second = (words)value.part[1];
+    floats packed = bf16 ? (floats)(ROUNDED(first) >> 16 | (ROUNDED(second) & 0xffff0000)) : value.part[0];
+    void *at = (char *)p + i * (bf16 ? 2 : 4);
+#if defined(__AVX__)
+    if (streamed) { __builtin_ia32_movntps256(at, packed); return; }
+#elif defined(__SSE2__)
+    if (streamed) { __builtin_ia32_movntps(at, packed); return; }
+#endif
+    memcpy(at, &packed, sizeof packed);
+}
+
+INLINE int parts(input n) { return n.bf16 ? 2 : 1; }
+
+/* The same of a vector of channels that is arranged. */
+INLINE block load_channels(input n, const float *v) {
+    return (block){{load_lanes(v), n.bf16 ? load_lanes(v + LANES) : (floats){0}}};
+}
+
+INLINE void add_to(input n, float *v, block terms) {
+    for (int k = 0; k < parts(n); k++, v += LANES) {
+        floats sum = load_lanes(v) + terms.part[k];
+        memcpy(v, &sum, sizeof sum);
+    }
+}
+
+INLINE block filled(float value) {
+    floats lanes = value - (floats){0};
+    return (block){{lanes, lanes}};
+}
+
+/* Brings a vector of `width` channels into the order of the blocks that are read of rows; the channels after the last
+ * whole block are read one by one. */
+INLINE void arrange(input n, int64_t width, float *v) {
+    if (!n.bf16 || n.B > 1) return;
+    for (float *end = v + width; v + 2 * LANES <= end; v += 2 * LANES) {
+        float even[LANES], odd[LANES];
+        for (int k = 0; k < LANES; k++) {
+            even[k] = v[2 * k];
+            odd[k] = v[2 * k + 1];
+        }
+        memcpy(v, even, sizeof even);
+        memcpy(v + LANES, odd, sizeof odd);
+    }
+}
+
+/* The inverse. */
+INLINE void restore(input n, int64_t width, float *v) {
+    if (!n.bf16 || n.B > 1) return;
+    for (float *end = v + width; v + 2 * LANES <= end; v += 2 * LANES) {
+        float channels[2 * LANES];
+        for (int k = 0; k < LANES; k++) {
+            channels[2 * k] = v[k];
+            channels[2 * k + 1] = v[LANES + k];
+        }
+        memcpy(v, channels, sizeof channels);
+    }
 }
 
 /* Fetches what the sums read soon: several rows at once are no stream that a CPU recognizes. */
@@ -89,17 +160,35 @@ INLINE void prefetch_rows(input n, int64_t at, int64_t width) {
     }
 }
 
-/* r[c] += sum g, q[c] += sum g * d of `rows` rows from `at` on, with d = x - shift, and g = dy, or d without a dy. */
+/* sums += g, products += g * d of one block, with d = x - shift, and g = dy, or d without a dy. */
+INLINE void add_block(input n, int64_t i, block shift, floats *sums, floats *products) {
+    block x = load_block(n.x, i, n.bf16), dy = n.graded ? load_block(n.dy, i, n.bf16) : x;
+    for (int k = 0; k < parts(n); k++) {
+        floats d = x.part[k] - shift.part[k], g = n.graded ? dy.part[k] : d;
+        sums[k] += g;
+        products[k] += g * d;
+    }
+}
+
+/* The same of one value. */
+INLINE void add_value(input n, int64_t i, float shift, float *sum, float *product) {
+    float d = load(n.x, i, n.bf16) - shift, g = n.graded ? load(n.dy, i, n.bf16) : d;
+    *sum += g;
+    *product += g * d;
+}
+
+/* r += the sums of g, q += those of g * d of `rows` rows from `at` on: summed alone first, which rounds less. */
 INLINE void sum_rows(input n, int64_t at, int rows, int64_t width, const float *shift, float *r, float *q) {
-    #pragma omp simd
-    for (int64_t c = 0; c < width; c++) {
+    int64_t c = 0, step = parts(n) * LANES;
+    for (; c + step <= width; c += step) {
+        block about = load_channels(n, shift + c), sum = filled(0), product = filled(0);
+        for (int row = 0; row < rows; row++) add_block(n, at + row * n.C + c, about, sum.part, product.part);
+        add_to(n, r + c, sum);
+        add_to(n, q + c, product);
+    }
+    for (; c < width; c++) {
         float sum = 0, product = 0;
-        for (int k = 0; k < rows; k++) {
-            int64_t i = at + k * n.C + c;
-            float d = load(n.x, i, n.bf16) - shift[c], g = n.graded ? load(n.dy, i, n.bf16) : d;
-            sum += g;
-            product += g * d;
-        }
+        for (int row = 0; row < rows; row++) add_value(n, at + row * n.C + c, shift[c], &sum, &product);
         r[c] += sum;
         q[c] += product;
     }
@@ -109,28 +198,15 @@ INLINE void sum_rows(input n, int64_t at, int rows, int64_t width, const float *
 INLINE void sum_run(input n, int64_t at, int64_t count, float shift, float *r, float *q) {
     enum { CHAINS = 4 }; /* independent sums, because an addition takes several cycles */
     floats sums[CHAINS] = {{0}}, products[CHAINS] = {{0}};
-    int64_t i = at, end = at + count;
-    for (; i + CHAINS * LANES <= end; i += CHAINS * LANES) {
-        for (int k = 0; k < CHAINS; k++) {
-            floats d = load_lanes(n.x, i + k * LANES, n.bf16) - shift;
-            floats g = n.graded ? load_lanes(n.dy, i + k * LANES, n.bf16) : d;
-            sums[k] += g;
-            products[k] += g * d;
-        }
-    }
-    for (; i + LANES <= end; i += LANES) {
-        floats d = load_lanes(n.x, i, n.bf16) - shift, g = n.graded ? load_lanes(n.dy, i, n.bf16) : d;
-        sums[0] += g;
-        products[0] += g * d;
-    }
+    block about = filled(shift);
+    int64_t i = at, end = at + count, step = parts(n) * LANES;
+    for (; i + CHAINS * LANES <= end; i += CHAINS * LANES)
+        for (int k = 0; k < CHAINS; k += parts(n)) add_block(n, i + k * LANES, about, sums + k, products + k);
+    for (; i + step <= end; i += step) add_block(n, i, about, sums, products);
     floats sum_lanes = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     floats product_lanes = (products[0] + products[1]) + (products[2] + products[3]);
     float sum = 0, product = 0;
-    for (; i < end; i++) {
-        float d = load(n.x, i, n.bf16) - shift, g = n.graded ? load(n.dy, i, n.bf16) : d;
-        sum += g;
-        product += g * d;
-    }
+    for (; i < end; i++) add_value(n, i, shift, &sum, &product);
     for (int k = 0; k < LANES; k++) {
         sum += sum_lanes[k];
         product += product_lanes[k];
@@ -204,6 +280,8 @@ INLINE void moments(input n, double eps, float *mean_out, float *invstd_out) {
             mean_out[c0 + c] = (float)mean[c];
             invstd_out[c0 + c] = (float)(1 / sqrt((var < 0 ? 0 : var) + eps));
         }
+        restore(n, width, mean_out + c0);
+        restore(n, width, invstd_out + c0);
     }
 }
 
@@ -211,12 +289,14 @@ INLINE void moments(input n, double eps, float *mean_out, float *invstd_out) {
 INLINE void reduce(input n, const float *mean, float *sum_dy, float *sum_dy_xmu) {
     for (int64_t c0 = 0; c0 < n.C; c0 += TILE) {
         int64_t width = min(n.C - c0, TILE), waiting = 0;
-        float r[TILE] = {0}, q[TILE] = {0};
+        float shift[TILE], r[TILE] = {0}, q[TILE] = {0};
         double sum[TILE] = {0}, product[TILE] = {0};
         span s = {0};
+        memcpy(shift, mean + c0, width * sizeof(float));
+        arrange(n, width, shift);
         int more = next_span(&s, n);
         while (more) {
-            sum_span(n, s, c0, width, mean + c0, r, q);
+            sum_span(n, s, c0, width, shift, r, q);
             waiting += s.count;
             more = next_span(&s, n);
             if (more && waiting < ROW_SPAN) continue;
@@ -231,82 +311,87 @@ INLINE void reduce(input n, const float *mean, float *sum_dy, float *sum_dy_xmu)
             sum_dy[c0 + c] = (float)sum[c];
             sum_dy_xmu[c0 + c] = (float)product[c];
         }
+        restore(n, width, sum_dy + c0);
+        restore(n, width, sum_dy_xmu + c0);
     }
 }
 
 /* out = slope * (x - mean) + shift, and dy_scale * dy on top of it. */
 typedef struct {
     void *out;
-    const float *mean;
-    float slope[TILE], shift[TILE], dy_scale[TILE];
+    float mean[TILE], slope[TILE], shift[TILE], dy_scale[TILE];
 } map;
 
-/* Rounded as by `store`. A `streamed` store is past the caches, which the rest of a large tensor would displace anyway:
- * it saves reading what is overwritten. */
-INLINE void store_lanes(void *p, int64_t i, floats value, int bf16, int streamed) {
-    if (bf16) {
-        words bits;
-        memcpy(&bits, &value, sizeof bits);
-        words rounded = bits + 0x7fff + (bits >> 16 & 1);
-        halves half = __builtin_convertvector((rounded | (words)(value != value)) >> 16, halves);
-        memcpy((uint16_t *)p + i, &half, sizeof half);
-        return;
-    }
-#if defined(__AVX__)
-    if (streamed) { __builtin_ia32_movntps256((float *)p + i, value); return; }
-#elif defined(__SSE2__)
-    if (streamed) { __builtin_ia32_movntps((float *)p + i, value); return; }
-#endif
-    memcpy((float *)p + i, &value, sizeof value);
+#define MAPPED(graded, x, dy, mean, slope, shift, dy_scale) \
+    ((graded) ? (slope) * ((x) - (mean)) + (shift) + (dy_scale) * (dy) : (slope) * ((x) - (mean)) + (shift))
+
+/* One block of the output at `i`. */
+INLINE void map_block(input n, void *out, int64_t i, block mean, block slope, block shift, block dy_scale,
+                      int streamed) {
+    block x = load_block(n.x, i, n.bf16), dy = n.graded ? load_block(n.dy, i, n.bf16) : x;
+    for (int k = 0; k < parts(n); k++)
+        x.part[k] = MAPPED(n.graded, x.part[k], dy.part[k], mean.part[k], slope.part[k], shift.part[k],
+                           dy_scale.part[k]);
+    store_block(out, i, x, n.bf16, streamed);
 }
 
-/* Whether all vectors of the output are aligned, and it is large enough. */
+/* One value of channel `c` of the tile. */
+INLINE void map_value(input n, const map *m, int64_t i, int64_t c) {
+    float x = load(n.x, i, n.bf16), dy = n.graded ? load(n.dy, i, n.bf16) : 0, scale = n.graded ? m->dy_scale[c] : 0;
+    store(m->out, i, MAPPED(n.graded, x, dy, m->mean[c], m->slope[c], m->shift[c], scale), n.bf16);
+}
+
+INLINE void map_row(input n, const map *m, int64_t at, int64_t width, int streamed) {
+    int64_t c = 0, step = parts(n) * LANES;
+    for (; c + step <= width; c += step) {
+        block mean = load_channels(n, m->mean + c), slope = load_channels(n, m->slope + c);
+        block shift = load_channels(n, m->shift + c), dy_scale = n.graded ? load_channels(n, m->dy_scale + c) : mean;
+        map_block(n, m->out, at + c, mean, slope, shift, dy_scale, streamed);
+    }
+    for (; c < width; c++) map_value(n, m, at + c, c);
+}
+
+INLINE void map_run(input n, const map *m, int64_t at, int64_t c, int streamed) {
+    block mean = filled(m->mean[c]), slope = filled(m->slope[c]), shift = filled(m->shift[c]);
+    block dy_scale = filled(n.graded ? m->dy_scale[c] : 0);
+    int64_t i = at, end = at + n.B, step = parts(n) * LANES;
+    for (; i + step <= end; i += step) map_block(n, m->out, i, mean, slope, shift, dy_scale, streamed);
+    for (; i < end; i++) map_value(n, m, i, c);
+}
+
+INLINE void map_all(input n, const map *m, int64_t c0, int64_t width, int streamed) {
+    for (int64_t a = 0; a < n.A; a++) {
+        if (n.B == 1) map_row(n, m, a * n.C + c0, width, streamed);
+        else for (int64_t c = 0; c < width; c++) map_run(n, m, (a * n.C + c0 + c) * n.B, c, streamed);
+    }
+}
+
+/* For bf16: the order of blocks, and a NaN for which ROUNDED is right. */
+INLINE void arrange_map(input n, map *m, int64_t width) {
+    float *vectors[] = {m->mean, m->slope, m->shift, m->dy_scale};
+    for (int k = 0; n.bf16 && k < 3 + n.graded; k++) {
+        float *v = vectors[k];
+        for (int64_t c = 0; c < width; c++) v[c] = isnan(v[c]) ? NAN : v[c];
+        arrange(n, width, v);
+    }
+}
+
+/* Whether all blocks of the output are aligned, and it is large enough. */
 INLINE int streams(input n, const map *m) {
     int64_t adjacent = n.B == 1 ? n.C : n.B;
-    return !n.bf16 && adjacent % LANES == 0 && (uintptr_t)m->out % sizeof(floats) == 0 && n.A * n.C * n.B >= STREAMED;
+    int aligned = adjacent % (parts(n) * LANES) == 0 && (uintptr_t)m->out % sizeof(floats) == 0;
+    return aligned && n.A * n.C * n.B >= STREAMED;
 }
 
-/* One vector of the output at `at`, or one value. */
-#define WITHOUT_DY(load, at, mean, slope, shift) ((slope) * (load(n.x, at, n.bf16) - (mean)) + (shift))
-#define MAPPED(load, at, mean, slope, shift, dy_scale)                                                        \
-    (n.graded ? WITHOUT_DY(load, at, mean, slope, shift) + (dy_scale) * load(n.dy, at, n.bf16)                \
-              : WITHOUT_DY(load, at, mean, slope, shift))
-
-INLINE void map_rows(input n, const map *m, int64_t c0, int64_t width, int streamed) {
-    for (int64_t a = 0; a < n.A; a++) {
-        int64_t at = a * n.C + c0, c = 0;
-        for (; c + LANES <= width; c += LANES)
-            store_lanes(m->out, at + c,
-                        MAPPED(load_lanes, at + c, load_lanes(m->mean, c, 0), load_lanes(m->slope, c, 0),
-                               load_lanes(m->shift, c, 0), load_lanes(m->dy_scale, c, 0)), n.bf16, streamed);
-        for (; c < width; c++)
-            store(m->out, at + c, MAPPED(load, at + c, m->mean[c], m->slope[c], m->shift[c], m->dy_scale[c]), n.bf16);
-    }
-}
-
-INLINE void map_runs(input n, const map *m, int64_t c0, int64_t width, int streamed) {
-    for (int64_t a = 0; a < n.A; a++) {
-        for (int64_t c = 0; c < width; c++) {
-            float mean = m->mean[c], slope = m->slope[c], shift = m->shift[c], dy_scale = n.graded ? m->dy_scale[c] : 0;
-            int64_t at = (a * n.C + c0 + c) * n.B, end = at + n.B;
-            for (; at + LANES <= end; at += LANES)
-                store_lanes(m->out, at, MAPPED(load_lanes, at, mean, slope, shift, dy_scale), n.bf16, streamed);
-            for (; at < end; at++)
-                store(m->out, at, MAPPED(load, at, mean, slope, shift, dy_scale), n.bf16);
-        }
-    }
-}
-
-INLINE void map_tile(input n, const map *m, int64_t c0, int64_t width) {
+INLINE void map_tile(input n, map *m, int64_t c0, int64_t width) {
+    arrange_map(n, m, width);
     if (streams(n, m)) {
-        if (n.B == 1) map_rows(n, m, c0, width, 1);
-        else map_runs(n, m, c0, width, 1);
+        map_all(n, m, c0, width, 1);
 #if defined(__SSE2__)
         __builtin_ia32_sfence(); /* before anything that tells another thread of the output */
 #endif
     } else {
-        if (n.B == 1) map_rows(n, m, c0, width, 0);
-        else map_runs(n, m, c0, width, 0);
+        map_all(n, m, c0, width, 0);
     }
 }
 
@@ -322,7 +407,7 @@ PASS(normalize)(const void *x, void *y, int bf16, int64_t A, int64_t C, int64_t 
         int64_t width = min(C - c0, TILE);
         map m;
         m.out = y;
-        m.mean = mean + c0;
+        memcpy(m.mean, mean + c0, width * sizeof(float));
         for (int64_t c = 0; c < width; c++) {
             m.slope[c] = weight ? invstd[c0 + c] * weight[c0 + c] : invstd[c0 + c];
             m.shift[c] = bias ? bias[c0 + c] : 0;
@@ -345,7 +430,7 @@ PASS(finish)(const void *dy, const void *x, void *dx, int bf16, int64_t A, int64
         int64_t width = min(C - c0, TILE);
         map m;
         m.out = dx;
-        m.mean = mean + c0;
+        memcpy(m.mean, mean + c0, width * sizeof(float));
         for (int64_t c = 0; c < width; c++) {
             double s = invstd[c0 + c], scale = weight ? s * weight[c0 + c] : s;
             m.dy_scale[c] = (float)scale;
