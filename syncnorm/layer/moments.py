@@ -73,7 +73,7 @@ def merge(moments_W2C: Tensor, counts: Sequence[int] | Tensor, eps: float) -> tu
 
 
 def _sum_in_order(rows_WC: Tensor) -> Tensor:
-    """The sum of the rows. On the CPU in rank order, so that it has the bits of the C code, which other ranks may run."""
+    """The sum of the rows; on the CPU in rank order, as in C, so that ranks with and without C have the same bits."""
     return functools.reduce(torch.add, rows_WC.unbind(0)) if rows_WC.device.type == "cpu" else rows_WC.sum(0)
 
 

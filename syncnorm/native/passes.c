@@ -177,7 +177,7 @@ INLINE void add_value(input n, int64_t i, float shift, float *sum, float *produc
     *product += g * d;
 }
 
-/* r += the sums of g, q += those of g * d of `rows` rows from `at` on: summed by themselves first, which rounds less. */
+/* r += the sums of g, q += those of g * d of `rows` rows from `at` on: summed alone first, which rounds less. */
 INLINE void sum_rows(input n, int64_t at, int rows, int64_t width, const float *shift, float *r, float *q) {
     int64_t c = 0, step = parts(n) * LANES;
     for (; c + step <= width; c += step) {
@@ -336,10 +336,12 @@ typedef struct {
     ((graded) ? (slope) * ((x) - (mean)) + (shift) + (dy_scale) * (dy) : (slope) * ((x) - (mean)) + (shift))
 
 /* One block of the output at `i`. */
-INLINE void map_block(input n, void *out, int64_t i, block mean, block slope, block shift, block dy_scale, int streamed) {
+INLINE void map_block(input n, void *out, int64_t i, block mean, block slope, block shift, block dy_scale,
+                      int streamed) {
     block x = load_block(n.x, i, n.bf16), dy = n.graded ? load_block(n.dy, i, n.bf16) : x;
     for (int k = 0; k < parts(n); k++)
-        x.part[k] = MAPPED(n.graded, x.part[k], dy.part[k], mean.part[k], slope.part[k], shift.part[k], dy_scale.part[k]);
+        x.part[k] = MAPPED(n.graded, x.part[k], dy.part[k], mean.part[k], slope.part[k], shift.part[k],
+                           dy_scale.part[k]);
     store_block(out, i, x, n.bf16, streamed);
 }
 

@@ -135,8 +135,8 @@ def _first_visible(notes: Sequence[Sequence[str]], rank: int, own: int) -> tuple
     for row, (token, path, _) in enumerate(notes[:rank]):
         descriptor = -1
         with suppress(OSError):
-            # Another process may have that number in this namespace, and its file may be anything: also one of ours, whose
-            # locks would go if it was opened and closed.
+            # Another process may have that number in this namespace, and its file may be anything: even one that we
+            # share with others, whose locks closing a second descriptor would release.
             if path.startswith("/proc") and not os.readlink(path).startswith(f"/memfd:syncnorm-{token}"):
                 continue
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)

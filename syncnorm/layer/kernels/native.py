@@ -48,7 +48,7 @@ def supports(*tensors: Tensor | None) -> bool:
     """Whether C can read and write these tensors: no subclasses, wrappers or lazy negations, and not under a mode."""
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    for t in tensors:  # noqa: SIM110  # a generator takes longer than its tests
+    for t in tensors:  # a generator takes longer than its tests
         if t is not None and (type(t) not in _PLAIN or not t.is_cpu or t.is_neg() or t._is_zerotensor()):
             return False
     return True
