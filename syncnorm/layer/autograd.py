@@ -15,6 +15,7 @@ from syncnorm.layer import checkpointing, kernels, native_step
 from syncnorm.layer.arguments import ForwardCall, NoGradArgs
 from syncnorm.layer.double_backward import double_backward
 from syncnorm.layer.global_moments import global_moments
+from syncnorm.layer.moments import statistics_dtype
 
 
 def forward(
@@ -108,7 +109,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
                     return *native_step.backward(dy, input, weight, statistics[0], call, bias_dtype, needed), None
                 statistics = statistics[0].unbind(0)
             compute = _Backward.apply if differentiated else backward
-            mean, invstd = statistics
+            # Hooks of saved tensors may have changed the dtype.
+            mean, invstd = (v.to(statistics_dtype(input.dtype)) for v in statistics)
             return *compute(dy, input, weight, mean, invstd, call, bias_dtype, needed)[:3], None
         except BaseException as error:
             comm.abort_peers_with(error, ctx.call.group, dy.device)

@@ -111,21 +111,27 @@ def update_running_(
         bessel: float | Tensor = count / (count - 1).clamp(min=1)
     else:
         bessel = count / max(count - 1, 1)
-    _blend_(running.mean, mean, factor)
-    _blend_(running.var, var, factor, bessel)
+    # On the CPU ranks with and without the C code must agree in all bits.
+    blend_ = _blend_ if isinstance(count, Tensor) or mean.device.type != "cpu" else _blend_as_in_c_
+    blend_(running.mean, mean, factor)
+    blend_(running.var, var * bessel if blend_ is _blend_ else var.double() * bessel, factor)
 
 
-def _blend_(running: Tensor, value: Tensor, factor: float | Tensor, scale: float | Tensor = 1.0) -> None:
-    """Running <- (1 - factor) * running + factor * scale * value."""
-    if isinstance(factor, Tensor) or running.device.type != "cpu":
-        wide = running if running.dtype in (torch.float32, torch.float64) else running.float()
-        if isinstance(factor, Tensor):  # fp64, since 0.1 rounded to fp32 would show in an fp64 buffer
-            factor = factor.to(wide.dtype)
-        wide.lerp_((value * scale).to(wide.dtype), factor)
-        if wide is not running:
-            running.copy_(wide)
-        return
-    # The operations of merge.c, one by one: ranks with and without the C code must agree in all bits.
-    old, target = running.double(), value.double() * scale
+def _blend_(running: Tensor, value: Tensor, factor: float | Tensor) -> None:
+    """Running <- (1 - factor) * running + factor * value."""
+    wide = running if running.dtype in (torch.float32, torch.float64) else running.float()
+    if isinstance(factor, Tensor):  # fp64, since 0.1 rounded to fp32 would show in an fp64 buffer
+        factor = factor.to(wide.dtype)
+    wide.lerp_(value.to(wide.dtype), factor)
+    if wide is not running:
+        running.copy_(wide)
+
+
+def _blend_as_in_c_(running: Tensor, value: Tensor, factor: float | Tensor) -> None:
+    """The same in the operations of merge.c, one by one."""
+    old, target = running.double(), value.double()
     step = target - old
-    running.copy_(old + step * factor if factor < 0.5 else target - step * (1 - factor))
+    low, high = old + step * factor, target - step * (1 - factor)
+    running.copy_(
+        torch.where(factor < 0.5, low, high) if isinstance(factor, Tensor) else low if factor < 0.5 else high
+    )

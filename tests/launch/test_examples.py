@@ -115,7 +115,9 @@ def test_masked_speech_equals_one_process(tmp_path):
 def test_fsdp2_trains_like_one_process_and_reverts(tmp_path):
     head, *before, weights, _, a, b = torchrun(example("fsdp2.py"), cwd=tmp_path).splitlines()
     assert head.startswith("layer")
-    assert all("SyncBatchNorm2d  yes     ranks [0, 1]" in line for line in before)
+    *layers, group = before
+    assert all("SyncBatchNorm2d  yes     ranks [0, 1]" in line for line in layers)
+    assert "ranks [0, 1]: transport auto" in group
     assert numbers(weights)[0] < 1e-4
     assert a.split()[1:3] == b.split()[1:3] == ["BatchNorm2d", "no"]
 

@@ -321,7 +321,7 @@ def _rank_differentiates_odd_tensors() -> list[str]:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.double() if t.numel() < 12 else t, lambda t: t):
         y = layer(x)
     y.backward(torch.randn_like(y))
-    return [*errors, str(x.grad.isfinite().all())]
+    return [*errors, str(bool(x.grad.isfinite().all()))]
 
 
 def test_what_c_cannot_read_is_left_to_torch():

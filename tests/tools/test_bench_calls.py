@@ -145,7 +145,6 @@ def test_the_late_rank_is_another_one_at_each_call(monkeypatch):
 def test_the_transport_is_that_of_the_layer(monkeypatch):
     for exchange, want in (
         (None, "native"),
-        (SimpleNamespace(), "gloo"),
         (SimpleNamespace(transport="shm"), "shm"),
     ):
         monkeypatch.setattr(exchange_latency, "exchange_of", lambda group, device, found=exchange: found)

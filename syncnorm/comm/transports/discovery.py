@@ -85,8 +85,11 @@ def find_hosts(connections: dist.ProcessGroup, rank: int, world_size: int, size:
             os.write(own, token.encode())
             os.ftruncate(own, size)
         except OSError as failure:
-            error, path = f"rank {rank} could not make a file: {failure}", ""
-    notes = [note.split("\n") for note in _gather_notes(connections, f"{token}\n{path}\n{error}", world_size)]
+            error = f"rank {rank} could not make a file: {failure}"
+    notes = [
+        note.split("\n")
+        for note in _gather_notes(connections, f"{token}\n{'' if error else path}\n{error}", world_size)
+    ]
     errors = [note[2] for note in notes if note[2]]
     leader, descriptor, memory, error = rank, -1, None, ""
     if not errors:
