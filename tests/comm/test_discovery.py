@@ -197,3 +197,16 @@ def test_killed_ranks_leave_nothing_behind(tmp_path):
     assert int(ran.stdout) > 2  # ranks that had a file when they were killed
     assert not [name for name in os.listdir("/dev/shm") if name not in before and "syncnorm" in name]
     assert not list(temporary.iterdir())
+
+
+def test_a_file_of_another_group_is_not_even_opened():
+    """Closing it would release this process's lock on it."""
+    other, path = discovery.create_file("ab" * 16)
+    os.write(other, b"ab" * 50)
+    shared = discovery.SharedFile(other, 100)
+    shared.hold(0)
+    notes = [("cd" * 16, path, ""), ("ef" * 16, "", "")]
+    assert discovery._first_visible(notes, 1, -1) == (1, -1)
+    held = "import fcntl, os, sys; fcntl.lockf(os.open(sys.argv[1], os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)"
+    locked = subprocess.run([sys.executable, "-c", held, path], capture_output=True, text=True)
+    assert "BlockingIOError" in locked.stderr

@@ -111,3 +111,12 @@ def test_a_compiler_without_x86_64_v3_makes_the_baseline(copy, tmp_path, monkeyp
     monkeypatch.setenv("CC", str(old))
     assert build(copy) is None
     assert loaded(copy) == (True, "baseline", "")
+
+
+@pytest.mark.parametrize("command", ["true", "false", "'", " ", "/etc/passwd", "/tmp"])
+def test_whatever_cc_is_installation_goes_on_without_the_library(copy, monkeypatch, command):
+    monkeypatch.setenv("CC", command)
+    reason = build(copy)
+    assert isinstance(reason, str)
+    assert reason
+    assert not list(copy.glob("*.so"))
