@@ -131,7 +131,7 @@ def _blend_as_in_c_(running: Tensor, value: Tensor, factor: float | Tensor) -> N
     """The same in the operations of merge.c, one by one."""
     old, target = running.double(), value.double()
     step = target - old
-    low, high = old + step * factor, target - step * (1 - factor)
-    running.copy_(
-        torch.where(factor < 0.5, low, high) if isinstance(factor, Tensor) else low if factor < 0.5 else high
-    )
+    if isinstance(factor, Tensor):
+        running.copy_(torch.where(factor < 0.5, old + step * factor, target - step * (1 - factor)))
+    else:
+        running.copy_(old + step * factor if factor < 0.5 else target - step * (1 - factor))

@@ -71,7 +71,8 @@ def test_a_step_costs_no_more_than_this(memory_format):
     world_size, channels = 2, 64
     for passes, small, collectives in run_ranks(_rank_counts_of_a_step, world_size, args=(memory_format,)):
         assert " ".join(p.split(".")[1] for p in passes) == PASSES[memory_format]
-        assert len(small) <= 39, Counter(small)
+        # Some 10 more than with torch's lerp: running statistics in fp64, step by step, have the same bits as in C.
+        assert len(small) <= 49, Counter(small)
         # One in the forward and one in the backward; each sends 2C fp32 values.
         assert collectives == [("exchange", "norm", 2, 2 * 2 * channels * 4)]
 

@@ -233,7 +233,7 @@ def test_the_tables_fit_and_name_what_is_oversubscribed():
     assert "they cost less than two levels from 16 ranks on" in given
     assert "oversubscribed" not in given
     assert "These figures hold only" not in given
-    assert "would pay nowhere up to 4 ranks for a layer" in " ".join(shown(render_simulation(made_up(4), 2)).split())
+    assert "pays nowhere up to 4 ranks for a layer" in " ".join(shown(render_simulation(made_up(4), 2)).split())
 
 
 # --- what is sent, and what the host does
