@@ -2,7 +2,8 @@
 
 import hashlib
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from functools import lru_cache
 from typing import NamedTuple
@@ -76,6 +77,16 @@ def _key(kind: Kind, layer: str, channels: int, dtype: torch.dtype, eps: float, 
 # Functions that are called after each exchange with the call and the seconds that this rank waited for the others, in
 # the thread that waited. Empty unless something measures, such as the monitor or a benchmark.
 observers: list[Callable[[Call, float], None]] = []
+
+
+@contextmanager
+def observing(observer: Callable[["Call", float], None]) -> Iterator[None]:
+    """Has ``observer`` called after each exchange in the block."""
+    observers.append(observer)
+    try:
+        yield
+    finally:
+        observers.remove(observer)
 
 
 def explain_disagreement(rank: int, calls: dict[int, str]) -> str:

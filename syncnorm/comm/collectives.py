@@ -53,7 +53,7 @@ class Peers:
 
     @property
     def chosen(self) -> str:
-        """The transport that this rank was told to use, not checked."""
+        """The transport that was chosen on this rank; it may be an unknown name."""
         return self.transport or default_transport()
 
     def is_first(self, call: Call) -> bool:

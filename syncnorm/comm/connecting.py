@@ -50,7 +50,7 @@ def meet(
         inspector: of the ranks.
         call: that this rank is about to make.
         timeout_s: how long to wait.
-        transport: that this rank was told to use.
+        transport: that was chosen on this rank.
         name: of the place where the ranks meet.
 
     Raises:
@@ -67,7 +67,7 @@ def meet(
         time.sleep(min(0.2, 0.002 + seconds / 20))
     chosen, protocols = ({rank: note.split("\n")[part] for rank, note in notes.items()} for part in (0, 1))
     _check_equal(
-        flags.rank, chosen, "the ranks were told to use different transports",
+        flags.rank, chosen, "the ranks chose different transports",
         "Set SYNCNORM_TRANSPORT, or transport= of syncnorm.convert, to the same value on all ranks",
     )  # fmt: skip
     _check_equal(

@@ -158,7 +158,7 @@ class Exchange:
         self.calls += 1
         size = sum([v.nbytes for v in vectors])
         own = Header(call.kind, call.key(), call.number, size, values)
-        capacity = self._next_capacity.get(self._last_key, INITIAL_FRAME_BYTES)
+        capacity = self._predicted_capacity()
         if waits and len(vectors) == 1:
             began = time.perf_counter()
             swapped = transport.swap(capacity, own, vectors[0])
@@ -178,7 +178,7 @@ class Exchange:
             transport = self._transport or self._connect(call, _ABORT_CONNECT_S)
             if len(self._reports) == SLOTS - 1 and not self._reports[0][0].arrived(_POLL_S):
                 raise _TransportError(f"{SLOTS} errors of this rank, and another rank has not come to the first one")
-            frames = transport.frames(self._next_capacity.get(self._last_key, INITIAL_FRAME_BYTES))
+            frames = transport.frames(self._predicted_capacity())
             self.calls += 1
             frames.write_text(call, reason)
             transfer = self._send(frames)
@@ -249,13 +249,11 @@ class Exchange:
     def _receive(self, pending: PendingExchange) -> Received:
         _, call, vectors, own, frames, transfer, values, began = pending
         dtype = vectors[0].dtype if vectors else torch.uint8
-        joined: Sequence[int] = ()
-        size = own.size
         if values is not None:  # all ranks make the same call
             if observers:
                 self._observe(call, began)
-            self._learn(size, own.key if own.kind != Kind.JOINED else 0)
-            return Received(frames.payloads(size, dtype), values, joined)
+            self._learn(own.size, own.key if own.kind != Kind.JOINED else 0)
+            return Received(frames.payloads(own.size, dtype), values, ())
         while True:
             self._wait(transfer, call, began)
             headers = frames.headers()
@@ -292,6 +290,9 @@ class Exchange:
         self._wait(self._send(names), call)
         calls = names.texts(names.headers())
         raise SyncNormError(explain_disagreement(self.rank, dict(zip(self.ranks, calls, strict=True))))
+
+    def _predicted_capacity(self) -> int:
+        return self._next_capacity.get(self._last_key, INITIAL_FRAME_BYTES)
 
     def _learn(self, size: int, key: int) -> None:
         """Notes the size of the payloads of a call with that key, which follows the last call."""

@@ -80,8 +80,8 @@ def backward(
         dy: like ``input``, of any strides.
         input: of the forward.
         weight: (C) or None.
-        statistics: (2, C), that the forward returned.
-        call: likewise.
+        statistics: (2, C), as returned by the forward.
+        call: as returned by the forward.
         bias_dtype: None without a bias.
         needed: which of input, weight and bias need a gradient.
     """

@@ -29,7 +29,7 @@ def _load() -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(LIBRARY))
     loaded.sources.restype = ctypes.c_char_p
     if loaded.sources().decode() != sources_hash():
-        raise OSError(f"compiled from other sources: run {COMMAND} or pip install syncnorm again")
+        raise OSError(f"outdated, its sources have changed: run {COMMAND} or pip install syncnorm again")
     return loaded
 
 

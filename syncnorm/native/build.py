@@ -1,4 +1,4 @@
-"""Compiles the C files of this folder into one shared library, beside them.
+"""Compiles the C files of this folder into one shared library in the same folder.
 
 It is C11 without headers of torch or Python, so one library serves all versions of both. The standard library is all
 that this file needs, because it runs before syncnorm is installed.
@@ -32,7 +32,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 
 def sources_hash(folder: Path = FOLDER) -> str:
-    """A hash of the C files and of this one, which the library contains: a library of other sources is not used."""
+    """A hash of the C files and of this one, which the library contains, so that an outdated library is noticed."""
     digest = hashlib.sha256()
     for file in [Path(__file__), *sorted(folder.glob("*.c"))]:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())

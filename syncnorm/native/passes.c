@@ -23,7 +23,7 @@ enum {
     STREAMED = 1 << 18, /* values of an output that is written past the caches, or more */
     TILE = 512,        /* channels whose sums and factors are at hand, in the L1 cache */
     SPAN = 2048,       /* values of one channel that are summed in fp32 */
-    ROW_SPAN = 256,    /* likewise where a channel's values are added one after the other */
+    ROW_SPAN = 256,    /* the same where a channel's values are added one after the other */
     FIRST_SPAN = 256,  /* values of the first span, which is read twice and should stay in the L2 cache */
     FIRST_ROWS = 8,
     ROWS = 4,          /* rows that are summed at once: one access to the sums for all of them */

@@ -64,7 +64,8 @@ def test_the_test_above_sees_torn_frames():
     assert any(run_ranks(_rank_exchanges_numbered_frames, args=(True,)))
 
 
-def _rank_0_writes_slowly() -> float:
+def _rank_0_writes_slowly() -> int:
+    """Polls before the frame was there."""
     rows, rank = shared_rows(), dist.get_rank()
     dist.barrier()
     began = time.monotonic()
@@ -74,14 +75,17 @@ def _rank_0_writes_slowly() -> float:
             time.sleep(0.1)
             frame[start : start + 16] = bytes(range(16))
     rows.publish(rank, 1)
+    polls = 0
     while not rows.arrived(1, began, 0.05):
+        polls += 1
         assert time.monotonic() - began < 10
     assert bytes(rows.frame(0, 1, 64)) == bytes(range(16)) * 4
-    return time.monotonic() - began
+    return polls
 
 
 def test_a_frame_is_seen_only_when_it_is_complete():
-    assert all(took > 0.4 for took in run_ranks(_rank_0_writes_slowly))
+    _, polls = run_ranks(_rank_0_writes_slowly)
+    assert polls > 0
 
 
 def connected_layer(**options: object) -> nn.Module:

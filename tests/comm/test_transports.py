@@ -43,7 +43,7 @@ def _rank_has_variable(values: list[str]) -> list[str]:
 def test_ranks_that_were_told_different_transports_all_say_so(values):
     for rank, errors in enumerate(run_ranks(_rank_has_variable, args=(values,), timeout=30)):
         for error in errors:
-            assert error.startswith(f"SyncNormError: rank {rank}: the ranks were told to use different transports")
+            assert error.startswith(f"SyncNormError: rank {rank}: the ranks chose different transports")
             assert f"rank 0: {values[0]}\n  rank 1: {values[1]}\n" in error
             assert "Set SYNCNORM_TRANSPORT, or transport= of syncnorm.convert, to the same value" in error
 

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 import syncnorm
-from syncnorm.comm.call import observers
+from syncnorm.comm.call import observing
 from syncnorm.testing import assert_close, batch_norm_oracle, run_ranks
 
 ROWS = (5, 2)
@@ -184,10 +184,8 @@ def net_with_eval_norm(name: str) -> nn.Module:
 def _rank_train_with_eval_norm(name: str) -> tuple[State, list[str]]:
     model = DistributedDataParallel(syncnorm.convert(net_with_eval_norm(name)))
     layers: list[str] = []
-    observer = lambda call, seconds: layers.append(call.layer)  # noqa: E731
-    observers.append(observer)
-    result = train(model, [mine(0), mine(1)])
-    observers.remove(observer)
+    with observing(lambda call, seconds: layers.append(call.layer)):
+        result = train(model, [mine(0), mine(1)])
     return result, layers
 
 

@@ -75,7 +75,7 @@ def test_a_library_of_other_sources_is_not_used(copy, library, changed):
         file.write("\n")
     there, _, absent = loaded(copy)
     assert not there
-    assert absent == f"compiled from other sources: run {COMMAND} or pip install syncnorm again"
+    assert absent == f"outdated, its sources have changed: run {COMMAND} or pip install syncnorm again"
 
 
 def test_a_damaged_library_is_not_used(copy):

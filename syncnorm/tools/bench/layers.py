@@ -1,6 +1,6 @@
 """The layer benchmark: a forward and a backward of each contender, on each row of the shape table.
 
-On CPUs contenders are timed call by call, as in a model (see `calls`), and in blocks of the same call beside that. On
+On CPUs contenders are timed call by call, as in a model (see `calls`), and also in blocks of the same call. On
 a GPU there are only blocks: inputs that take turns keep its caches cold, and the host launches ahead of it.
 
 Times are also related to the bandwidth of the memory: how fast it is, and how much of it a cache hides.

@@ -139,7 +139,7 @@ class LayerRow:
         return _named(self.peers, name)
 
     def in_blocks(self, name: str) -> Timing | None:
-        """The timing in blocks of the contender called ``name``, beside that call by call; None without calls."""
+        """The timing in blocks of the contender called ``name``; None if it was not also timed call by call."""
         return _named(self.blocks, name) if self.blocks else None
 
 

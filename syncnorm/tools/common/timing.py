@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from syncnorm.comm import Call, Kind
-from syncnorm.comm.call import observers
+from syncnorm.comm.call import observing
 
 T = TypeVar("T")
 
@@ -64,10 +64,9 @@ def record_exchanges(times: ExchangeTimes, model: nn.Module) -> Iterator[None]:
         for p in model.parameters()
         if p.requires_grad
     ]
-    observers.append(times.add)
     try:
-        yield
+        with observing(times.add):
+            yield
     finally:
-        observers.remove(times.add)
         for hook in hooks:
             hook.remove()

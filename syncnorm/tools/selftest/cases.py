@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import syncnorm
-from syncnorm.comm.call import Call, observers
+from syncnorm.comm.call import Call, observing
 from syncnorm.errors import SyncNormError
 from syncnorm.tools.selftest.case_context import Batch, CaseContext
 
@@ -204,16 +204,8 @@ class _CountCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]  # 
 
     calls = 0
 
-    def __enter__(self) -> _CountCollectives:
-        observers.append(self._count)
-        super().__enter__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        observers.remove(self._count)
-
-    def _count(self, call: Call, seconds: float) -> None:
+    def count(self, call: Call, seconds: float) -> None:
+        """Counts an exchange."""
         self.calls += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -227,7 +219,7 @@ def _silent_evaluation(context: CaseContext) -> None:
     layer = batch.layer(context)
     calls = {}
     for training in (True, False):
-        with _CountCollectives() as counter:  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        with _CountCollectives() as counter, observing(counter.count):  # type: ignore[no-untyped-call]  # torch leaves it untyped
             layer.train(training)(batch.x(context).requires_grad_()).backward(batch.dy(context))
         calls[training] = counter.calls
     context.check(f"no collective in evaluation ({calls[False]} seen)", calls[False] == 0)
