@@ -14,7 +14,7 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import NamedTuple
@@ -94,12 +94,15 @@ class Exchange:
         group: a process group of at least two ranks.
         attempt: how many exchanges of this group were closed before this one.
         transport: how frames are to travel; compared by the ranks when they meet, and checked after that.
+        communicator: over which native collectives are to run, "own" or "job"; likewise compared.
     """
 
-    def __init__(self, group: dist.ProcessGroup, attempt: int = 0, transport: str = "auto"):
+    def __init__(
+        self, group: dist.ProcessGroup, attempt: int = 0, transport: str = "auto", communicator: str = "own"
+    ):
         self.ranks = dist.get_process_group_ranks(group)
         self.rank = dist.get_rank()
-        self.calls = attempt * _MAX_CALLS  # the same on all ranks
+        self.calls = self.first_call = attempt * _MAX_CALLS  # the same on all ranks
         self.idle_since = math.inf
         # Frames must have one size even if ranks disagree. So it is predicted from what all ranks know: the largest
         # frame that ever followed the last call that all of them agreed on.
@@ -109,7 +112,10 @@ class Exchange:
         self._inspector = StallInspector(self._flags)
         self._user_group = weakref.ref(group)
         self._chosen = transport
+        self._communicator = communicator
         self._transport: Transport | None = None
+        self._on_failure: Callable[[], None] | None = None
+        self._observed = True  # False while ranks compare a call without exchanging its values
         self._entering = threading.Lock()
         self._pending: Call | None = None
         self._closed_because = ""
@@ -120,6 +126,11 @@ class Exchange:
     def transport(self) -> str:
         """How frames travel; empty before the first exchange has connected the ranks."""
         return "" if self._transport is None else self._transport.description
+
+    @property
+    def watches(self) -> bool:
+        """Whether :meth:`watch` was called."""
+        return self._on_failure is not None
 
     @property
     def closed(self) -> bool:
@@ -143,6 +154,42 @@ class Exchange:
             received = self._receive(self._begin(call, vectors, values, waits=True))
         self._complete()
         return received
+
+    def compare(self, call: Call) -> None:
+        """Compares ``call`` with those of the other ranks; its values travel in another way. Raises as a call."""
+        self._observed = False
+        try:
+            self(call)
+        finally:
+            self._observed = True
+
+    def skip(self, call: Call) -> None:
+        """Counts ``call``, which is not compared.
+
+        Raises:
+            SyncNormError: the exchange is closed.
+        """
+        self._enter(call)
+        self.calls += 1
+        self._complete()
+
+    def watch(self, on_failure: Callable[[], None]) -> None:
+        """Has ``on_failure`` called, in a thread, if another rank fails: this one may wait for it elsewhere."""
+        self._on_failure = on_failure
+
+    def leave(self, reason: str) -> None:
+        """Ends the exchanges of the group, because this rank ``reason``."""
+        if not self._closed_because:
+            self._close(reason)
+
+    def peers_failed(self, failures: dict[int, str]) -> None:
+        """Ends the exchanges on this rank because of those of other ranks, with their reasons."""
+        if not self._closed_because:
+            reasons = [f"rank {rank} {reason or 'failed'}" for rank, reason in failures.items()]
+            self._closed_because = " and ".join(reasons) or "another rank failed"
+            self._flags.post_failure("")
+        if self._on_failure is not None:
+            self._on_failure()
 
     def start(self, call: Call, vectors: Sequence[Tensor]) -> PendingExchange:
         """Starts an exchange. No other one may start before it is complete."""
@@ -324,7 +371,7 @@ class Exchange:
         self._observe(call, began)
 
     def _observe(self, call: Call, began: float) -> None:
-        for observer in observers:
+        for observer in observers if self._observed else ():
             observer(call, time.perf_counter() - began)
 
     def _connect(self, call: Call, timeout_s: float = math.inf) -> Transport:
@@ -333,10 +380,8 @@ class Exchange:
         assert group is not None, "the caller holds a reference"
         timeout_s = min(timeout_s, timeout_of(group))
         try:
-            meet(self._flags, self._inspector, call, timeout_s, self._chosen)
+            meet(self._flags, self._inspector, call, timeout_s, self._chosen, self._communicator)
             name = checked_transport(self._chosen)
-            if name == "native":  # the ranks may have met in an earlier call without frames
-                meet(self._flags, self._inspector, call, timeout_s, self._chosen, "frames")
             try:
                 # A lambda looks _connect up when it is called, so that tests can replace it.
                 self._transport = connect_ranks(
