@@ -41,7 +41,8 @@ class Peers:
         attempt: how often the ranks have connected or tried to.
         closed: earlier exchanges; kept because gloo may still write to their buffers.
         models: numbers models that have layers of the same names.
-        staged: whether all tensors are exchanged in frames, so that a rank that has joined can answer.
+        joins: the ids of torch's Joins that the ranks are in: all tensors are then exchanged in frames, so that a rank
+            that has joined can answer.
         transport: what :func:`set_transport` set; None for the default.
     """
 
@@ -50,7 +51,7 @@ class Peers:
     attempt: int = 0
     closed: list[Exchange] = field(default_factory=list)
     models: ModelNumbers = field(default_factory=ModelNumbers)
-    staged: bool = False
+    joins: set[int] = field(default_factory=set)
     transport: TransportName | None = None
 
     @property
@@ -100,7 +101,7 @@ def exchange_of(group: dist.ProcessGroup, device: torch.device) -> Exchange | No
     """
     check_not_inherited(group)
     peers = peers_of(group)
-    if peers.staged or (peers.chosen != "native" and exchanges_values(group, device)):
+    if peers.joins or (peers.chosen != "native" and exchanges_values(group, device)):
         return peers.exchange or _open(group)
     return None
 
@@ -214,6 +215,7 @@ def reopen(group: dist.ProcessGroup | None) -> None:
         peers.closed.append(peers.exchange)
         peers.exchange = None
         peers.native.clear()
+        peers.joins.clear()
 
 
 def gather_moments(

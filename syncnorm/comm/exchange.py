@@ -118,7 +118,7 @@ class Exchange:
         self._observed = True  # False while ranks compare a call without exchanging its values
         self._entering = threading.Lock()
         self._pending: Call | None = None
-        self._closed_because = ""
+        self.closed_because = ""
         self._reports: list[tuple[Transfer, str]] = []  # of errors, with what the store says instead of them
         _exchanges.add(self)
 
@@ -135,7 +135,7 @@ class Exchange:
     @property
     def closed(self) -> bool:
         """Whether this rank, or another one as far as is known, has left an exchange before it was complete."""
-        return bool(self._closed_because) or self._flags.any_failure()
+        return bool(self.closed_because) or self._flags.any_failure()
 
     def __call__(self, call: Call, vectors: Sequence[Tensor] = (), values: int = 0) -> Received:
         """Sends this rank's ``vectors`` to the other ranks and receives theirs.
@@ -179,14 +179,14 @@ class Exchange:
 
     def leave(self, reason: str) -> None:
         """Ends the exchanges of the group, because this rank ``reason``."""
-        if not self._closed_because:
+        if not self.closed_because:
             self._close(reason)
 
     def peers_failed(self, failures: dict[int, str]) -> None:
         """Ends the exchanges on this rank because of those of other ranks, with their reasons."""
-        if not self._closed_because:
+        if not self.closed_because:
             reasons = [f"rank {rank} {reason or 'failed'}" for rank, reason in failures.items()]
-            self._closed_because = " and ".join(reasons) or "another rank failed"
+            self.closed_because = " and ".join(reasons) or "another rank failed"
             self._flags.post_failure("")
         if self._on_failure is not None:
             self._on_failure()
@@ -270,10 +270,10 @@ class Exchange:
                 f"group at a time, because ranks match their exchanges by order. Give the model of each thread its "
                 f"own process group"
             )
-        if self._closed_because:
+        if self.closed_because:
             self._pending = None
             raise self._error_known_everywhere(
-                f"{call} cannot be synchronized over ranks {self.ranks} anymore: {self._closed_because}. To "
+                f"{call} cannot be synchronized over ranks {self.ranks} anymore: {self.closed_because}. To "
                 f"continue, call syncnorm.convert(model) again on all ranks, or restart the job from a checkpoint"
             )
 
@@ -287,7 +287,7 @@ class Exchange:
             known_everywhere(error)
             # Only its class: a training loop that looks for "out of memory" in messages must not find it in ours.
             reason += f", because of {type(error).__name__}"
-        self._closed_because = f"rank {self.rank} {reason}"
+        self.closed_because = f"rank {self.rank} {reason}"
         self._flags.post_failure(reason)
 
     def _error_known_everywhere(self, message: str) -> SyncNormError:
@@ -420,7 +420,7 @@ class _ClosedByErrors:
         exchange._pending = None
         if isinstance(error, _TransportError):
             message = exchange._inspector.explain_failure(call, error, self._reason)
-            exchange._closed_because = f"{call} failed"
+            exchange.closed_because = f"{call} failed"
             raise known_everywhere(SyncNormError(message)) from error.__cause__
         if not isinstance(known_everywhere(error), SyncNormError):
             exchange._close(f"left {call} before it was complete", error)
@@ -455,5 +455,5 @@ def _leave_connections_to_the_system() -> None:
     """Prevents the destruction of gloo's connections with unfinished work, which would wait for the other ranks."""
     deadline = time.monotonic() + _EXIT_S
     for exchange in list(_exchanges):
-        if exchange._report_pending(deadline) or exchange._closed_because:
+        if exchange._report_pending(deadline) or exchange.closed_because:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(exchange._transport))

@@ -81,9 +81,11 @@ class NativeCollectives:
         Raises:
             SyncNormError: the ranks make different calls, an earlier one was out of step, or another rank has failed.
         """
-        if self._mismatch.value:
-            self._raise_mismatch()
         exchange = self.exchange
+        if self._mismatch.value:
+            number, self._mismatch.value = self._mismatch.value, 0
+            if exchange is None or not exchange.closed_because:  # whose error, raised below, is the cause
+                self._raise_mismatch(number)
         number = 1 + (self._calls if exchange is None else exchange.calls)
         call = call._replace(number=call.number or number)
         if exchange is None:
@@ -105,8 +107,7 @@ class NativeCollectives:
             else:
                 self.exchange.leave(f"did not take part, because {reason}")
 
-    def _raise_mismatch(self) -> None:
-        number, self._mismatch.value = self._mismatch.value, 0
+    def _raise_mismatch(self, number: int) -> None:
         call = self._named.get(number % _NAMED_CALLS, f"call {number}")
         if self.exchange is not None:
             self.exchange.leave(f"was out of step in {call}")
