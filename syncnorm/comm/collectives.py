@@ -41,8 +41,9 @@ class Peers:
         attempt: how often the ranks have connected or tried to.
         closed: earlier exchanges; kept because gloo may still write to their buffers.
         models: numbers models that have layers of the same names.
-        joins: the ids of torch's Joins that the ranks are in: all tensors are then exchanged in frames, so that a rank
-            that has joined can answer.
+        joins: the ids of torch's Joins that the ranks are in. Frames then carry all values, so that a rank that has
+            joined can answer.
+        carries_cpu: whether the open exchange carries the values of tensors on CPUs.
         transport: what :func:`set_transport` set; None for the default.
     """
 
@@ -52,6 +53,7 @@ class Peers:
     closed: list[Exchange] = field(default_factory=list)
     models: ModelNumbers = field(default_factory=ModelNumbers)
     joins: set[int] = field(default_factory=set)
+    carries_cpu: bool = False
     transport: TransportName | None = None
 
     @property
@@ -59,9 +61,9 @@ class Peers:
         """The transport that was chosen on this rank; it may be an unknown name."""
         return self.transport or default_transport()
 
-    def frames_carry_values(self, device: torch.device) -> bool:
+    def carries(self, device: torch.device) -> bool:
         """Whether an exchange is open that carries the values of tensors on ``device``."""
-        return self.exchange is not None and device not in self.native
+        return self.exchange is not None and ((self.carries_cpu and device.type == "cpu") or bool(self.joins))
 
 
 class Gathered(NamedTuple):
@@ -101,8 +103,10 @@ def exchange_of(group: dist.ProcessGroup, device: torch.device) -> Exchange | No
     """
     check_not_inherited(group)
     peers = peers_of(group)
-    if peers.joins or (peers.chosen != "native" and exchanges_values(group, device)):
-        return peers.exchange or _open(group)
+    if peers.carries(device):
+        return peers.exchange
+    if peers.joins or (peers.exchange is None and peers.chosen != "native" and exchanges_values(group, device)):
+        return _open(group)
     return None
 
 
@@ -110,6 +114,7 @@ def _open(group: dist.ProcessGroup) -> Exchange:
     peers = peers_of(group)
     with _creating:
         if peers.exchange is None:
+            peers.carries_cpu = peers.chosen != "native" and exchanges_values(group, torch.device("cpu"))
             peers.exchange = Exchange(group, peers.attempt, peers.chosen, chosen_communicator())
         return peers.exchange
 
