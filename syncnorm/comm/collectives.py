@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncnorm.comm.call import Call, Kind
-from syncnorm.comm.communicator import chosen_communicator
 from syncnorm.comm.exchange import Exchange, failure_flags_of
 from syncnorm.comm.layer_names import ModelNumbers
 from syncnorm.comm.native import (
@@ -25,6 +24,7 @@ from syncnorm.comm.native import (
     gather,
     has_other_ranks,
     reduce,
+    settings,
 )
 from syncnorm.comm.process_groups import alive, check_not_inherited
 from syncnorm.comm.transports import TransportName, checked_transport, default_transport
@@ -115,7 +115,7 @@ def _open(group: dist.ProcessGroup) -> Exchange:
     with _creating:
         if peers.exchange is None:
             peers.carries_cpu = peers.chosen != "native" and exchanges_values(group, torch.device("cpu"))
-            peers.exchange = Exchange(group, peers.attempt, peers.chosen, chosen_communicator())
+            peers.exchange = Exchange(group, peers.attempt, peers.chosen, settings())
         return peers.exchange
 
 

@@ -22,11 +22,21 @@ from syncnorm.errors import InputError, known_everywhere
 
 # A collective of some KiB is bound by latency: more thread blocks would only take multiprocessors from convolutions.
 _MAX_CTAS = 2
+COMMUNICATOR = "SYNCNORM_COMMUNICATOR", ("own", "job")  # "job": that of the user's group
 
 
-def chosen_communicator() -> str:
-    """The value of ``SYNCNORM_COMMUNICATOR``, "own" if it is not set; checked after the ranks have compared it."""
-    return os.environ.get("SYNCNORM_COMMUNICATOR") or "own"
+def chosen(name: str, allowed: tuple[str, ...]) -> str:
+    """The value of an environment variable; the first one of ``allowed`` if it is not set.
+
+    To be called when the ranks have compared their values, so that all of them raise.
+
+    Raises:
+        InputError: none of ``allowed``.
+    """
+    value = os.environ.get(name) or allowed[0]
+    if value not in allowed:
+        raise known_everywhere(InputError(f"{name} must be {' or '.join(allowed)}, got {value!r}"))
+    return value
 
 
 def backend_of(group: dist.ProcessGroup, device: torch.device) -> str:
@@ -70,16 +80,10 @@ class Communicator:
         _wait(self._connected().allreduce([values], options))
 
     def _connected(self) -> Any:
-        """What runs collectives; made at the first one, when the ranks have compared what they chose.
-
-        Raises:
-            InputError: ``SYNCNORM_COMMUNICATOR`` is neither "own" nor "job", the communicator of the user's group.
-        """
+        """What runs collectives; made at the first one, when the ranks have compared what they chose."""
         if self._chosen is None:
-            chosen = chosen_communicator()
-            if chosen not in ("own", "job"):
-                raise known_everywhere(InputError(f"SYNCNORM_COMMUNICATOR must be own or job, got {chosen!r}"))
-            if self.backend == "nccl" and self.group.size() > 1 and chosen == "own":
+            own = chosen(*COMMUNICATOR) == "own"
+            if self.backend == "nccl" and self.group.size() > 1 and own:
                 self._own = _own_nccl(self.group, self._attempt)
             self._chosen = self._own or self.group
         return self._chosen

@@ -94,11 +94,11 @@ class Exchange:
         group: a process group of at least two ranks.
         attempt: how many exchanges of this group were closed before this one.
         transport: how frames are to travel; compared by the ranks when they meet, and checked after that.
-        communicator: over which native collectives are to run, "own" or "job"; likewise compared.
+        native_settings: what was chosen for native collectives; likewise compared.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, attempt: int = 0, transport: str = "auto", communicator: str = "own"
+        self, group: dist.ProcessGroup, attempt: int = 0, transport: str = "auto", native_settings: str = ""
     ):
         self.ranks = dist.get_process_group_ranks(group)
         self.rank = dist.get_rank()
@@ -112,7 +112,7 @@ class Exchange:
         self._inspector = StallInspector(self._flags)
         self._user_group = weakref.ref(group)
         self._chosen = transport
-        self._communicator = communicator
+        self._native_settings = native_settings
         self._transport: Transport | None = None
         self._on_failure: Callable[[], None] | None = None
         self._observed = True  # False while ranks compare a call without exchanging its values
@@ -380,7 +380,7 @@ class Exchange:
         assert group is not None, "the caller holds a reference"
         timeout_s = min(timeout_s, timeout_of(group))
         try:
-            meet(self._flags, self._inspector, call, timeout_s, self._chosen, self._communicator)
+            meet(self._flags, self._inspector, call, timeout_s, self._chosen, self._native_settings)
             name = checked_transport(self._chosen)
             try:
                 # A lambda looks _connect up when it is called, so that tests can replace it.

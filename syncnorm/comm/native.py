@@ -9,6 +9,7 @@ rank finds it and ends the collective that waits.
 """
 
 import ctypes
+import functools
 import os
 from collections.abc import Callable, Sequence
 
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncnorm.comm.call import Call, Kind
-from syncnorm.comm.communicator import Communicator, backend_of
+from syncnorm.comm.communicator import COMMUNICATOR, Communicator, backend_of, chosen
 from syncnorm.comm.exchange import Exchange
 from syncnorm.comm.frames import without_fake_mode
 from syncnorm.comm.gather import explained
@@ -25,6 +26,8 @@ from syncnorm.errors import SyncNormError, known_everywhere
 
 COMPARED_CALLS = 1000  # of a group; some ten steps of a ResNet-50
 _NAMED_CALLS = 4096  # the latest, for errors that name the layer
+SUM_FROM_RANKS = 64
+FORWARD = "SYNCNORM_FORWARD", ("auto", "gather", "sum")
 # Backends whose collectives the host does not wait for.
 _ON_THE_DEVICE = ("nccl", "xccl", "hccl")
 
@@ -40,6 +43,11 @@ def set_debug(enabled: bool) -> None:
     """
     global _debug
     _debug = enabled
+
+
+def settings() -> str:
+    """What the environment chooses for native collectives, as it is, for ranks to compare."""
+    return ", ".join(f"{name}={os.environ.get(name) or allowed[0]}" for name, allowed in (COMMUNICATOR, FORWARD))
 
 
 class NativeCollectives:
@@ -66,6 +74,12 @@ class NativeCollectives:
         self._mismatch = ctypes.c_int64.from_address(self.mismatch.data_ptr())
         if exchange is not None and not self._waits:
             exchange.watch(self.communicator.abort)
+
+    @functools.cached_property
+    def sums(self) -> bool:
+        """Whether forwards sum instead of gathering; the same on all ranks, which have compared their settings."""
+        forward = chosen(*FORWARD)
+        return forward == "sum" or (forward == "auto" and self.world_size >= SUM_FROM_RANKS)
 
     @property
     def compares(self) -> bool:
@@ -130,6 +144,7 @@ class NativeCall:
         mismatch: (), int64, in memory that the host reads without waiting: a kernel that finds another tag stores
             ``reported`` there.
         reported: a number by which this rank finds the call again.
+        sums: whether the moments of a forward are summed instead of gathered; the same on all ranks.
     """
 
     def __init__(self, collectives: NativeCollectives, call: Call, reported: int) -> None:
@@ -141,6 +156,9 @@ class NativeCall:
         self.tag = float((call.key() + call.number) % (2**24 // collectives.world_size))
         self.tag_sum = self.tag * collectives._tag_ranks
         self.mismatch = collectives.mismatch
+        # From many ranks a sum brings each rank fewer bytes than a gather. It takes the place of that of a forward
+        # if the statistics are fp32.
+        self.sums = call.kind == Kind.FORWARD and call.dtype == torch.float32 and collectives.sums
 
     def gather(self, packed: Tensor) -> Tensor:
         """``packed`` (n) of all ranks, in rank order: (W, n). On the current stream."""

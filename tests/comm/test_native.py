@@ -206,7 +206,8 @@ def _rank_uses_one_setting_each() -> list[str]:
 
 def test_ranks_with_different_communicators_raise():
     for rank, (error,) in enumerate(run_ranks(_rank_uses_one_setting_each, timeout=30)):
-        assert f"rank {rank}: the ranks chose different communicators:\n  rank 0: own\n  rank 1: job" in error
+        assert f"rank {rank}: the ranks have different settings:\n  rank 0: SYNCNORM_COMMUNICATOR=own," in error
+        assert "rank 1: SYNCNORM_COMMUNICATOR=job," in error
 
 
 def _rank_in_debug_mode() -> list[str]:
