@@ -153,8 +153,8 @@ def test_a_fake_world_in_one_process(world_size, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["syncnorm", "bench", *arguments])
     gathered = []
     native = importlib.import_module("syncnorm.comm.native")
-    gather = native.gather
-    monkeypatch.setattr(native, "gather", lambda *args: gathered.append(gather(*args)) or gathered[-1])
+    gather = native.NativeCall.gather
+    monkeypatch.setattr(native.NativeCall, "gather", lambda *args: gathered.append(gather(*args)) or gathered[-1])
     threads = torch.get_num_threads()
     assert main() == 0
     assert {rows.size(0) for rows in gathered} == {world_size}
