@@ -2,7 +2,7 @@
 
 A synced layer makes two collectives (``collectives``): one gather in the forward, one sum in the backward. On CPUs
 over gloo each is an ``exchange`` of ``frames`` whose headers ranks compare, through one of the ``transports``.
-Elsewhere, or if chosen, they are the ``native`` gather and all_reduce of the user's process group.
+Elsewhere, or if chosen, they are the ``native`` gather and all_reduce of torch.distributed, and frames only compare.
 """
 
 from syncnorm.comm.call import Call, Kind
@@ -15,6 +15,7 @@ from syncnorm.comm.collectives import (
     exchange_of,
     gather_moments,
     gather_sums,
+    native_call,
     peers_of,
     reduce_sums,
     reopen,
@@ -22,7 +23,7 @@ from syncnorm.comm.collectives import (
     transport_of,
 )
 from syncnorm.comm.exchange import Exchange
-from syncnorm.comm.native import set_debug
+from syncnorm.comm.native import NativeCall, set_debug
 from syncnorm.comm.transports import TransportName
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Exchange",
     "Gathered",
     "Kind",
+    "NativeCall",
     "Peers",
     "TransportName",
     "abort_peers",
@@ -38,6 +40,7 @@ __all__ = [
     "exchange_of",
     "gather_moments",
     "gather_sums",
+    "native_call",
     "peers_of",
     "reduce_sums",
     "reopen",

@@ -27,7 +27,8 @@ class Call(NamedTuple):
     Attributes:
         kind: why the rank takes part.
         layer: the layer's name.
-        number: counts the forwards of all layers over the group, from 1. A backward has the number of its forward.
+        number: counts the forwards of all layers over the group, from 1. A backward has the number of its forward,
+            or 0 if the host does not know it.
         channels: the number of channels.
         dtype: of the statistics.
         eps: of the layer.
@@ -53,7 +54,8 @@ class Call(NamedTuple):
         details = f"{self.channels} channels, {dtype} statistics, eps {self.eps:g}"
         if self.built and not self.layer.endswith(f" {self.built}"):
             details += f", no. {self.built} in order of construction"
-        return f"{pass_name} of {self.layer} (call {self.number} of the group; {details})"
+        place = f"call {self.number} of the group; " if self.number else ""
+        return f"{pass_name} of {self.layer} ({place}{details})"
 
     @property
     def payload_bytes(self) -> int:

@@ -14,13 +14,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncnorm.comm import native
 from syncnorm.comm.call import Call, Kind
-from syncnorm.comm.connecting import meet, timeout_of
 from syncnorm.comm.exchange import Exchange, failure_flags_of
 from syncnorm.comm.layer_names import ModelNumbers
+from syncnorm.comm.native import (
+    NativeCall,
+    NativeCollectives,
+    exchanges_values,
+    gather,
+    has_other_ranks,
+    reduce,
+    settings,
+)
 from syncnorm.comm.process_groups import alive, check_not_inherited
-from syncnorm.comm.stall_inspector import StallInspector
 from syncnorm.comm.transports import TransportName, checked_transport, default_transport
 from syncnorm.errors import REFUSED, InputError, SyncNormError, is_known_everywhere, known_everywhere
 
@@ -30,37 +36,34 @@ class Peers:
     """What this process stores for a process group.
 
     Attributes:
-        calls: number of forwards of all layers without an exchange; an exchange counts its own.
-        compared: the layers whose names ranks have compared, by kind of call.
-        exchange: the open exchange of frames, if there is one.
+        exchange: the open exchange of frames, if there is one. It carries values, or compares native calls.
+        native: the native collectives, by device.
         attempt: how often the ranks have connected or tried to.
         closed: earlier exchanges; kept because gloo may still write to their buffers.
         models: numbers models that have layers of the same names.
-        staged: whether all tensors are exchanged in frames, so that a rank that has joined can answer.
+        joins: the ids of torch's Joins that the ranks are in. Frames then carry all values, so that a rank that has
+            joined can answer.
+        carries_cpu: whether the open exchange carries the values of tensors on CPUs.
         transport: what :func:`set_transport` set; None for the default.
-        met: whether the ranks have agreed to call the native collectives.
     """
 
-    calls: int = 0
-    compared: set[tuple[Kind, str]] = field(default_factory=set)
     exchange: Exchange | None = None
+    native: dict[torch.device, NativeCollectives] = field(default_factory=dict)
     attempt: int = 0
     closed: list[Exchange] = field(default_factory=list)
     models: ModelNumbers = field(default_factory=ModelNumbers)
-    staged: bool = False
+    joins: set[int] = field(default_factory=set)
+    carries_cpu: bool = False
     transport: TransportName | None = None
-    met: bool = False
 
     @property
     def chosen(self) -> str:
         """The transport that was chosen on this rank; it may be an unknown name."""
         return self.transport or default_transport()
 
-    def is_first(self, call: Call) -> bool:
-        """Whether the layer makes a call of this kind for the first time."""
-        known = (call.kind, call.layer) in self.compared
-        self.compared.add((call.kind, call.layer))
-        return not known
+    def carries(self, device: torch.device) -> bool:
+        """Whether an exchange is open that carries the values of tensors on ``device``."""
+        return self.exchange is not None and ((self.carries_cpu and device.type == "cpu") or bool(self.joins))
 
 
 class Gathered(NamedTuple):
@@ -93,46 +96,70 @@ def _forget_latest(_: object) -> None:
 
 
 def exchange_of(group: dist.ProcessGroup, device: torch.device) -> Exchange | None:
-    """The exchange for tensors on ``device``; None if they are sent by the group's native collectives.
+    """The exchange that carries values on ``device``; None if the group's native collectives do.
 
     Raises:
         SyncNormError: this process was forked from a rank.
     """
     check_not_inherited(group)
     peers = peers_of(group)
-    if peers.exchange is not None and (device.type == "cpu" or peers.staged):
+    if peers.carries(device):
         return peers.exchange
-    if not peers.staged and (peers.chosen == "native" or not _has_choice(group, device)):
-        return None
+    if peers.joins or (peers.exchange is None and peers.chosen != "native" and exchanges_values(group, device)):
+        return _open(group)
+    return None
+
+
+def _open(group: dist.ProcessGroup) -> Exchange:
+    peers = peers_of(group)
     with _creating:
         if peers.exchange is None:
-            peers.exchange = Exchange(group, peers.attempt, peers.chosen)
+            peers.carries_cpu = peers.chosen != "native" and exchanges_values(group, torch.device("cpu"))
+            peers.exchange = Exchange(group, peers.attempt, peers.chosen, settings())
         return peers.exchange
 
 
-def _has_choice(group: dist.ProcessGroup, device: torch.device) -> bool:
-    """Whether tensors on ``device`` can be exchanged in frames or by native collectives."""
-    return device.type == "cpu" and "cpu:gloo" in dist.get_backend_config(group)
+def native_of(group: dist.ProcessGroup, device: torch.device) -> NativeCollectives:
+    """The native collectives of ``group`` for tensors on ``device``, where :func:`exchange_of` is None."""
+    peers = peers_of(group)
+    found = peers.native.get(device)
+    if found is None:
+        exchange = (peers.exchange or _open(group)) if has_other_ranks(group, device) else None
+        found = peers.native[device] = NativeCollectives(group, device, exchange)
+    return found
 
 
-def _meet(group: dist.ProcessGroup, device: torch.device, call: Call) -> None:
-    """Before the first native collective, makes sure that the other ranks do not exchange frames instead.
+def native_call(
+    kind: Kind,
+    layer_name: str,
+    channels: int,
+    dtype: torch.dtype,
+    eps: float,
+    group: dist.ProcessGroup,
+    device: torch.device,
+    number: int = 0,
+) -> NativeCall | None:
+    """Begins a native collective; None if frames carry the values of this group and device.
+
+    Args:
+        kind: what the call is for.
+        layer_name: the name of the layer, which ranks compare and errors mention.
+        channels: of the layer.
+        dtype: of the statistics.
+        eps: of the layer; 0 in a backward.
+        group: the process group.
+        device: of the tensors.
+        number: of the forward, for a backward.
 
     Raises:
-        SyncNormError: they do, or they do not come.
+        SyncNormError: the ranks make different calls, an earlier call was out of step, or another rank has failed.
+
+    Collective: all ranks of ``group`` must call, and then gather or sum.
     """
-    peers = peers_of(group)
-    if peers.met or not _has_choice(group, device):
-        return
-    flags = failure_flags_of(group, peers.attempt)
-    inspector = StallInspector(flags)
-    try:
-        meet(flags, inspector, call, timeout_of(group), peers.chosen)
-    except SyncNormError as error:
-        raise known_everywhere(error) from None
-    except RuntimeError as error:
-        raise known_everywhere(SyncNormError(inspector.explain_failure(call, error))) from error
-    peers.met = True
+    if exchange_of(group, device) is not None:
+        return None
+    built = peers_of(group).models.built(layer_name)
+    return native_of(group, device).begin(Call(kind, layer_name, number, channels, dtype, eps, built))
 
 
 def set_transport(group: dist.ProcessGroup | None, transport: TransportName | None) -> None:
@@ -152,7 +179,7 @@ def set_transport(group: dist.ProcessGroup | None, transport: TransportName | No
     if not isinstance(group, dist.ProcessGroup):  # this rank is outside of the group: an error at the first forward
         return
     peers = peers_of(group)
-    if (peers.exchange is not None or peers.met) and transport != peers.chosen:
+    if peers.exchange is not None and transport != peers.chosen:
         raise InputError(
             f"transport={transport!r}, but the ranks of this group have already connected in another way "
             f"({peers.chosen}). Choose it before the first forward, or create a new group"
@@ -166,11 +193,11 @@ def transport_of(group: dist.ProcessGroup | None) -> str:
     if not isinstance(group, dist.ProcessGroup) or not alive(group):
         return ""
     peers = peers_of(group)
+    if peers.native or peers.chosen == "native" or not exchanges_values(group, torch.device("cpu")):
+        over = {native.communicator.description for native in peers.native.values()} or {dist.get_backend(group)}
+        return f"native: the collectives of torch.distributed over {' and '.join(sorted(over))}"
     if peers.exchange is not None and peers.exchange.transport:
         return f"{peers.chosen}: {peers.exchange.transport}"
-    config = dist.get_backend_config(group)
-    if peers.chosen == "native" or "cpu:gloo" not in config:
-        return f"native: the collectives of torch.distributed over {dist.get_backend(group)}"
     return f"{peers.chosen}, not connected yet"
 
 
@@ -192,6 +219,8 @@ def reopen(group: dist.ProcessGroup | None) -> None:
     if peers.exchange is not None:
         peers.closed.append(peers.exchange)
         peers.exchange = None
+        peers.native.clear()
+        peers.joins.clear()
 
 
 def gather_moments(
@@ -220,17 +249,17 @@ def gather_moments(
         counts = count.view(1, 1) if isinstance(count, Tensor) else [count]
         return Gathered(torch.cat([m.view(-1) for m in moments]).unsqueeze(0), counts, 0)
     channels = first.size(-1)
-    peers = peers_of(group)
-    exchange = exchange_of(group, first.device)
-    number = 1 + (peers.calls if exchange is None else exchange.calls)
-    call = Call(Kind.FORWARD, layer_name, number, channels, first.dtype, eps, peers.models.built(layer_name))
-    if exchange is None:
-        _meet(group, first.device, call)
-        peers.calls += 1
+    native = native_call(Kind.FORWARD, layer_name, channels, first.dtype, eps, group, first.device)
+    if native is not None:
         # full() and not tensor(): a fill is a kernel, while a copy of host memory would synchronize with a GPU.
         packed = count.view(1).to(first.dtype) if isinstance(count, Tensor) else first.new_full((1,), count)
-        gathered = native.gather([*(m.view(-1) for m in moments), packed], group, call, peers.is_first(call))
-        return Gathered(gathered[:, :-1], gathered[:, -1:], number)
+        gathered = gather([*(m.view(-1) for m in moments), packed], native)
+        return Gathered(gathered[:, :-1], gathered[:, -1:], native.number)
+    exchange = exchange_of(group, first.device)
+    assert exchange is not None, "there is no native call"
+    number = exchange.calls + 1
+    built = peers_of(group).models.built(layer_name)
+    call = Call(Kind.FORWARD, layer_name, number, channels, first.dtype, eps, built)
     _check_has_data(first)
     received, counts, joined = exchange(call, moments, int(count))
     for row in joined:
@@ -282,11 +311,13 @@ def reduce_sums(
         yield lambda: sums
         return
     first = sums[0]
-    call = Call(kind, layer_name, number, first.numel(), first.dtype, built=peers_of(group).models.built(layer_name))
-    exchange = exchange_of(group, first.device)
-    if exchange is None:
-        yield native.reduce(sums, group, call, peers_of(group).is_first(call))
+    native = native_call(kind, layer_name, first.numel(), first.dtype, 0.0, group, first.device, number)
+    if native is not None:
+        yield reduce(sums, native)
         return
+    exchange = exchange_of(group, first.device)
+    assert exchange is not None, "there is no native call"
+    call = Call(kind, layer_name, number, first.numel(), first.dtype, built=peers_of(group).models.built(layer_name))
     _check_has_data(first)
     pending = exchange.start(call, sums)
     try:
@@ -313,8 +344,8 @@ def abort_peers(
 ) -> None:
     """Makes the other ranks raise ``cause: message`` where they wait for this rank.
 
-    Where ranks exchange no frames it reaches only those that have not met yet. It does nothing if the same was
-    reported while tracing: after a failed trace torch.compile may run the same code again in eager mode.
+    It does nothing if the same was reported while tracing: after a failed trace torch.compile may run the same code
+    again in eager mode.
     """
     if tracing:
         _reported_while_tracing.add(message)
@@ -322,11 +353,10 @@ def abort_peers(
         return _reported_while_tracing.remove(message)
     with suppress(SyncNormError):  # this rank's own error says more than one about peers that are gone
         exchange = exchange_of(group, device)
-        peers = peers_of(group)
         if exchange is not None:
             exchange.abort_peers(f"{cause}: {message}")
-        elif _has_choice(group, device) and not peers.met:
-            failure_flags_of(group, peers.attempt).post_failure(f"did not take part, because {cause}: {message}")
+        else:
+            native_of(group, device).refuse(f"{cause}: {message}")
 
 
 def abort_peers_with(error: BaseException, group: dist.ProcessGroup | None, device: torch.device) -> None:

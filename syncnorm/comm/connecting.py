@@ -41,9 +41,9 @@ def connect_ranks(
 
 
 def meet(
-    flags: FailureFlags, inspector: StallInspector, call: Call, timeout_s: float, transport: str, name: str = "here"
+    flags: FailureFlags, inspector: StallInspector, call: Call, timeout_s: float, transport: str, native_settings: str
 ) -> None:
-    """Waits until all ranks have come to their first exchange, and compares their transports and wire formats.
+    """Waits until all ranks have come to their first exchange, and compares their settings and wire formats.
 
     Args:
         flags: of the ranks.
@@ -51,24 +51,30 @@ def meet(
         call: that this rank is about to make.
         timeout_s: how long to wait.
         transport: that was chosen on this rank.
-        name: of the place where the ranks meet.
+        native_settings: likewise.
 
     Raises:
         RuntimeError: after ``timeout_s`` the ranks have not met, or another rank has failed.
-        SyncNormError: they have different transports or wire formats; raised on all ranks.
+        SyncNormError: they have different settings or wire formats; raised on all ranks.
     """
-    flags.post(name, f"{transport}\n{protocol()}")
+    flags.post("here", f"{transport}\n{native_settings}\n{protocol()}")
     began = time.perf_counter()
-    while len(notes := flags.by_rank(name) or {}) < len(flags.ranks):
+    while len(notes := flags.by_rank("here") or {}) < len(flags.ranks):
         seconds = time.perf_counter() - began
         inspector.check(call, 0, seconds)
         if seconds > timeout_s:
             raise RuntimeError(f"not all ranks came to their first synced layer within {seconds:.0f} s")
         time.sleep(min(0.2, 0.002 + seconds / 20))
-    chosen, protocols = ({rank: note.split("\n")[part] for rank, note in notes.items()} for part in (0, 1))
+    chosen, settings, protocols = (
+        {rank: note.split("\n")[part] for rank, note in notes.items()} for part in range(3)
+    )
     _check_equal(
         flags.rank, chosen, "the ranks chose different transports",
         "Set SYNCNORM_TRANSPORT, or transport= of syncnorm.convert, to the same value on all ranks",
+    )  # fmt: skip
+    _check_equal(
+        flags.rank, settings, "the ranks have different settings",
+        "Set these variables to the same values on all ranks",
     )  # fmt: skip
     _check_equal(
         flags.rank, protocols, "the ranks run incompatible versions of syncnorm",

@@ -14,7 +14,7 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import NamedTuple
@@ -94,12 +94,15 @@ class Exchange:
         group: a process group of at least two ranks.
         attempt: how many exchanges of this group were closed before this one.
         transport: how frames are to travel; compared by the ranks when they meet, and checked after that.
+        native_settings: what was chosen for native collectives; likewise compared.
     """
 
-    def __init__(self, group: dist.ProcessGroup, attempt: int = 0, transport: str = "auto"):
+    def __init__(
+        self, group: dist.ProcessGroup, attempt: int = 0, transport: str = "auto", native_settings: str = ""
+    ):
         self.ranks = dist.get_process_group_ranks(group)
         self.rank = dist.get_rank()
-        self.calls = attempt * _MAX_CALLS  # the same on all ranks
+        self.calls = self.first_call = attempt * _MAX_CALLS  # the same on all ranks
         self.idle_since = math.inf
         # Frames must have one size even if ranks disagree. So it is predicted from what all ranks know: the largest
         # frame that ever followed the last call that all of them agreed on.
@@ -109,10 +112,13 @@ class Exchange:
         self._inspector = StallInspector(self._flags)
         self._user_group = weakref.ref(group)
         self._chosen = transport
+        self._native_settings = native_settings
         self._transport: Transport | None = None
+        self._on_failure: Callable[[], None] | None = None
+        self._observed = True  # False while ranks compare a call without exchanging its values
         self._entering = threading.Lock()
         self._pending: Call | None = None
-        self._closed_because = ""
+        self.closed_because = ""
         self._reports: list[tuple[Transfer, str]] = []  # of errors, with what the store says instead of them
         _exchanges.add(self)
 
@@ -122,9 +128,14 @@ class Exchange:
         return "" if self._transport is None else self._transport.description
 
     @property
+    def watches(self) -> bool:
+        """Whether :meth:`watch` was called."""
+        return self._on_failure is not None
+
+    @property
     def closed(self) -> bool:
         """Whether this rank, or another one as far as is known, has left an exchange before it was complete."""
-        return bool(self._closed_because) or self._flags.any_failure()
+        return bool(self.closed_because) or self._flags.any_failure()
 
     def __call__(self, call: Call, vectors: Sequence[Tensor] = (), values: int = 0) -> Received:
         """Sends this rank's ``vectors`` to the other ranks and receives theirs.
@@ -143,6 +154,42 @@ class Exchange:
             received = self._receive(self._begin(call, vectors, values, waits=True))
         self._complete()
         return received
+
+    def compare(self, call: Call) -> None:
+        """Compares ``call`` with those of the other ranks; its values travel in another way. Raises as a call."""
+        self._observed = False
+        try:
+            self(call)
+        finally:
+            self._observed = True
+
+    def skip(self, call: Call) -> None:
+        """Counts ``call``, which is not compared.
+
+        Raises:
+            SyncNormError: the exchange is closed.
+        """
+        self._enter(call)
+        self.calls += 1
+        self._complete()
+
+    def watch(self, on_failure: Callable[[], None]) -> None:
+        """Has ``on_failure`` called, in a thread, if another rank fails: this one may wait for it elsewhere."""
+        self._on_failure = on_failure
+
+    def leave(self, reason: str) -> None:
+        """Ends the exchanges of the group, because this rank ``reason``."""
+        if not self.closed_because:
+            self._close(reason)
+
+    def peers_failed(self, failures: dict[int, str]) -> None:
+        """Ends the exchanges on this rank because of those of other ranks, with their reasons."""
+        if not self.closed_because:
+            reasons = [f"rank {rank} {reason or 'failed'}" for rank, reason in failures.items()]
+            self.closed_because = " and ".join(reasons) or "another rank failed"
+            self._flags.post_failure("")
+        if self._on_failure is not None:
+            self._on_failure()
 
     def start(self, call: Call, vectors: Sequence[Tensor]) -> PendingExchange:
         """Starts an exchange. No other one may start before it is complete."""
@@ -223,10 +270,10 @@ class Exchange:
                 f"group at a time, because ranks match their exchanges by order. Give the model of each thread its "
                 f"own process group"
             )
-        if self._closed_because:
+        if self.closed_because:
             self._pending = None
             raise self._error_known_everywhere(
-                f"{call} cannot be synchronized over ranks {self.ranks} anymore: {self._closed_because}. To "
+                f"{call} cannot be synchronized over ranks {self.ranks} anymore: {self.closed_because}. To "
                 f"continue, call syncnorm.convert(model) again on all ranks, or restart the job from a checkpoint"
             )
 
@@ -240,7 +287,7 @@ class Exchange:
             known_everywhere(error)
             # Only its class: a training loop that looks for "out of memory" in messages must not find it in ours.
             reason += f", because of {type(error).__name__}"
-        self._closed_because = f"rank {self.rank} {reason}"
+        self.closed_because = f"rank {self.rank} {reason}"
         self._flags.post_failure(reason)
 
     def _error_known_everywhere(self, message: str) -> SyncNormError:
@@ -324,7 +371,7 @@ class Exchange:
         self._observe(call, began)
 
     def _observe(self, call: Call, began: float) -> None:
-        for observer in observers:
+        for observer in observers if self._observed else ():
             observer(call, time.perf_counter() - began)
 
     def _connect(self, call: Call, timeout_s: float = math.inf) -> Transport:
@@ -333,10 +380,8 @@ class Exchange:
         assert group is not None, "the caller holds a reference"
         timeout_s = min(timeout_s, timeout_of(group))
         try:
-            meet(self._flags, self._inspector, call, timeout_s, self._chosen)
+            meet(self._flags, self._inspector, call, timeout_s, self._chosen, self._native_settings)
             name = checked_transport(self._chosen)
-            if name == "native":  # the ranks may have met in an earlier call without frames
-                meet(self._flags, self._inspector, call, timeout_s, self._chosen, "frames")
             try:
                 # A lambda looks _connect up when it is called, so that tests can replace it.
                 self._transport = connect_ranks(
@@ -375,7 +420,7 @@ class _ClosedByErrors:
         exchange._pending = None
         if isinstance(error, _TransportError):
             message = exchange._inspector.explain_failure(call, error, self._reason)
-            exchange._closed_because = f"{call} failed"
+            exchange.closed_because = f"{call} failed"
             raise known_everywhere(SyncNormError(message)) from error.__cause__
         if not isinstance(known_everywhere(error), SyncNormError):
             exchange._close(f"left {call} before it was complete", error)
@@ -410,5 +455,5 @@ def _leave_connections_to_the_system() -> None:
     """Prevents the destruction of gloo's connections with unfinished work, which would wait for the other ranks."""
     deadline = time.monotonic() + _EXIT_S
     for exchange in list(_exchanges):
-        if exchange._report_pending(deadline) or exchange._closed_because:
+        if exchange._report_pending(deadline) or exchange.closed_because:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(exchange._transport))

@@ -1,7 +1,8 @@
 """What a rank does while it waits: checks whether another one has failed, and after ten seconds warns who is missing.
 
 The inspector works on the rank that waits. The watchdog works on the rank that is waited for while it is somewhere
-else, for example in a barrier or in DDP: the error of that collective, if it ever raises, would name no layer.
+else, for example in a barrier or in DDP: the error of that collective, if it ever raises, would name no layer. It
+also looks for failed ranks where nothing else does, because values travel in native collectives.
 """
 
 import atexit
@@ -102,6 +103,13 @@ class Watched(Protocol):
     calls: int
     idle_since: float  # when the last exchange ended, by time.monotonic; infinite during an exchange
 
+    @property
+    def watches(self) -> bool:
+        """Whether it wants to know of failed ranks while it waits in no exchange."""
+
+    def peers_failed(self, failures: dict[int, str]) -> None:
+        """Called once, with the reasons of the ranks that failed."""
+
 
 class StallWatchdog(threading.Thread):
     """A thread that warns when other ranks wait for this one. It ends with the exchange that it watches.
@@ -125,6 +133,8 @@ class StallWatchdog(threading.Thread):
             if exchange is None:
                 return
             calls, idle_s = exchange.calls, time.monotonic() - exchange.idle_since
+            if exchange.watches and self._flags.any_failure():
+                return exchange.peers_failed(self._flags.failures() or {})
             del exchange
             if idle_s > _WATCHDOG_IDLE_S and calls >= warned:
                 warned = self._warn(calls, idle_s) or warned

@@ -120,9 +120,11 @@ def update_running_(
 def _blend_(running: Tensor, value: Tensor, factor: float | Tensor) -> None:
     """Running <- (1 - factor) * running + factor * value."""
     wide = running if running.dtype in (torch.float32, torch.float64) else running.float()
+    value = value.to(wide.dtype)
     if isinstance(factor, Tensor):  # fp64, since 0.1 rounded to fp32 would show in an fp64 buffer
         factor = factor.to(wide.dtype)
-    wide.lerp_(value.to(wide.dtype), factor)
+        value = torch.where(factor > 0, value, wide)  # zero times NaN would be NaN
+    wide.lerp_(value, factor)
     if wide is not running:
         running.copy_(wide)
 

@@ -29,7 +29,7 @@ def applies(input: Tensor, weight: Tensor | None, bias: Tensor | None, args: NoG
         and not checkpointing.in_backward()
         and input.numel() > 0
         and (running is None or native.can_track(running))
-        and comm.peers_of(group).exchange is not None  # the first call of all makes it, the usual way
+        and comm.peers_of(group).carries(_CPU)  # the first call of all connects them, the usual way
     )
 
 

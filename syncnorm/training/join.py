@@ -66,6 +66,7 @@ class _SyncedJoinable(Joinable):
             _notify_hooks[self._model].remove()
         _notify_hooks[self._model] = self._model.register_forward_pre_hook(self._notify)
         self._shadow.notify_hook = _notify_hooks[self._model]
+        self._shadow.begin()
         return self._shadow
 
     def _notify(self, *_: Any) -> None:
@@ -119,10 +120,14 @@ class _Shadow(JoinHook):
             group = process_groups.synced_group(module.process_group) if isinstance(module, Synced) else None
             if group is not None:
                 self._layers.setdefault(group, []).append(module)
-                comm.peers_of(group).staged = True
         self._threads: list[threading.Thread] = []
         self._error: Exception | None = None
         self.notify_hook: RemovableHandle | None = None
+
+    def begin(self) -> None:
+        """Has the layers exchange frames, which a rank without data can answer, until all ranks have run out."""
+        for group in self._layers:
+            comm.peers_of(group).joins.add(id(self))
 
     def main_hook(self) -> None:
         """Starts to answer exchanges in the first iteration without data on this rank."""
@@ -136,6 +141,8 @@ class _Shadow(JoinHook):
         for thread in self._threads:
             thread.join()
         self._threads = []
+        for group in self._layers:
+            comm.peers_of(group).joins.discard(id(self))
         if self.notify_hook is not None:
             self.notify_hook.remove()  # outside of Join a single rank may make a forward, without a collective
         self.raise_error()

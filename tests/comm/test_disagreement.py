@@ -10,8 +10,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import syncnorm
-from syncnorm import comm
-from syncnorm.comm import native
 from syncnorm.functional import sync_batch_norm
 from syncnorm.testing import RankError, assert_close, run_ranks
 
@@ -120,49 +118,6 @@ def test_a_rank_that_dies_is_named():
         message = str(caught.value.exceptions[rank])
         assert f"rank {rank}: forward of 0 (call 2 of the group; 4 channels" in message
         assert "waiting for ranks [2]" in message
-
-
-def _rank_native_calls_disagree() -> list[str]:
-    """With the native collectives, as on GPUs."""
-    errors, group, names = [], dist.group.WORLD, ["ab"[dist.get_rank()], "a"]
-    for name, number in zip(names, (1, 2), strict=True):
-        call = comm.Call(comm.Kind.FORWARD, name, number + 10 * dist.get_rank(), 4)
-        for collective in (native.gather, native.reduce):
-            try:
-                result = collective([torch.ones(5)], group, call, first=number == 1)
-                if callable(result):
-                    result()
-            except syncnorm.SyncNormError as error:
-                errors.append(str(error))
-    call = comm.Call(comm.Kind.FORWARD, "a", 1, 4)
-    assert native.gather([torch.full((3,), float(dist.get_rank()))], group, call, True).tolist() == [[0] * 3, [1] * 3]
-    assert native.reduce([torch.full((3,), 1.0 + dist.get_rank())], group, call, False)()[0].tolist() == [3] * 3
-    return errors
-
-
-def test_native_first_calls_compare_names_and_later_ones_a_tag():
-    for errors in run_ranks(_rank_native_calls_disagree):
-        assert len(errors) == 4
-        assert all("rank 0: forward of a" in t and "rank 1: forward of b" in t for t in errors[:2])
-        assert all("another rank did not run forward of a" in t for t in errors[2:])
-
-
-def _rank_in_debug_mode() -> str:
-    syncnorm.set_debug(True)
-    try:
-        call = comm.Call(comm.Kind.FORWARD, "ab"[dist.get_rank()], 5, 4)
-        native.gather([torch.ones(5)], dist.group.WORLD, call, first=False)
-    except syncnorm.SyncNormError as error:
-        return str(error)
-    finally:
-        syncnorm.set_debug(False)
-    return ""
-
-
-def test_in_debug_mode_all_calls_compare_names():
-    for error in run_ranks(_rank_in_debug_mode):
-        assert "rank 0: forward of a (call 5" in error
-        assert "rank 1: forward of b (call 5" in error
 
 
 def _rank_no_sync_stats_on_rank_0() -> dict[str, Tensor]:

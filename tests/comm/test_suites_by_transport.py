@@ -20,12 +20,7 @@ SUITES = (
     "long/test_fuzz.py",
 )
 # What torch's own collectives cannot promise, by words of the tests' names.
-NATIVE_LEAVES_OUT = (
-    "_rank_extra_forward",  # names are compared at a layer's first call only, unless SYNCNORM_DEBUG=1 is set
-    "test_after_an_error_the_group_is_usable",  # a rank's own error does not reach the others
-    "test_indistinguishable_segments",  # likewise
-    "test_a_rank_that_dies_is_named",  # gloo says that a connection was closed, and not whose
-)
+NATIVE_LEAVES_OUT = ("test_a_rank_that_dies_is_named",)  # gloo says that a connection was closed, and not whose
 # Faults in which ranks of native collectives end as those of other transports do. In the others gloo's collectives
 # abort a rank whose peer sends another number of values, or wait for one that has raised an error.
 NATIVE_FAULTS = ("nan", "version", "kill", "connect", "store", "fork")

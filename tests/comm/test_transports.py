@@ -140,7 +140,8 @@ def test_native_ranks_that_have_not_met_learn_of_an_error():
     (first,), (second,) = run_ranks(_native_rank_refuses_its_first_batch, timeout=30)
     assert second.startswith("InputError: ")
     assert "expected 4 channels in dimension 1, got 5" in second
-    assert "rank 1, which did not take part, because its own input was invalid" in first
+    assert "rank 1 did not take part in forward of 0 (call 1 of the group" in first
+    assert "because its own input was invalid" in first
     assert "expected 4 channels in dimension 1, got 5" in first
 
 

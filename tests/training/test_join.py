@@ -11,6 +11,7 @@ from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 import syncnorm
+from syncnorm import comm
 from syncnorm.testing import RankError, assert_close, run_ranks
 from syncnorm.training import joinable
 
@@ -152,3 +153,27 @@ def _rank_order_changes_everywhere() -> int:
 
 def test_the_order_of_layers_may_change_on_all_ranks():
     assert run_ranks(_rank_order_changes_everywhere) == [4, 4]
+
+
+def _rank_returns_to_native_collectives() -> tuple[list[bool], dict[str, Tensor]]:
+    net = syncnorm.convert(models.net(), transport="native")
+    ddp = DistributedDataParallel(net)
+    group, cpu = dist.group.WORLD, torch.device("cpu")
+    in_frames = [comm.exchange_of(group, cpu) is not None]
+    waiting = joinable(ddp)
+    in_frames.append(comm.exchange_of(group, cpu) is not None)
+    with Join([ddp, waiting]):
+        for x, dy in batches(dist.get_rank(), 1 + dist.get_rank()):
+            ddp(x).backward(dy)
+            in_frames.append(comm.exchange_of(group, cpu) is not None)
+    in_frames.append(comm.exchange_of(group, cpu) is not None)
+    ddp(batches(0, 1)[0][0])
+    return in_frames, net.state_dict()
+
+
+def test_after_join_layers_use_native_collectives_again():
+    results = run_ranks(_rank_returns_to_native_collectives)
+    for rank, (in_frames, _) in enumerate(results):
+        assert in_frames == [False, False] + [True] * (1 + rank) + [False]
+    for name, value in results[0][1].items():
+        assert torch.equal(value, results[1][1][name]), name
