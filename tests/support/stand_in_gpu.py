@@ -24,10 +24,32 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from syncnorm.layer.kernels import launch
+
 # Triton keeps compiled kernels by device: devices of their own for each stand-in, which no GPU has.
 _devices = itertools.count(100, 2)
 _BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _ACCESS = re.compile(r"\b(ld|st)\.(?:\w+(?:::\w+)*\.)*?global\.(?:[\w:]+\.)*?(?:v(\d)\.)?[busf](\d+)\b")
+
+
+class OnDevice(torch.Tensor):
+    """A tensor without data that says which device it is on, and where in memory; made by :func:`on_device`."""
+
+    index: int
+    address: int
+
+    def get_device(self) -> int:
+        return self.index
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def on_device(index: int, *shape: int, dtype: torch.dtype = torch.float32, address: int = 0) -> OnDevice:
+    """A tensor of device ``index`` at ``address``, for a stand-in GPU."""
+    tensor = torch.empty(shape, dtype=dtype, device="meta").as_subclass(OnDevice)
+    tensor.index, tensor.address = index, address
+    return tensor
 
 
 class Launch(NamedTuple):
@@ -65,8 +87,9 @@ class StandInGpu:
     Attributes:
         device: the current device at first; ``other`` is a second one of the same kind.
         launches: those recorded, oldest first.
+        loaded: the devices on which compiled kernels were loaded, in turn.
         selected: the devices that were made current, in turn, by ``torch.cuda.device`` and others.
-        load_error: raised instead of loading a kernel, if set, as the driver of a GPU does.
+        load_error: raised instead of loading a kernel, if set, as the driver of a GPU does; launch_error likewise.
     """
 
     def __init__(self, sm: int):
@@ -75,8 +98,10 @@ class StandInGpu:
         self.other = self.device + 1
         self.current = self.device
         self.launches: list[Launch] = []
+        self.loaded: list[int] = []
         self.selected: list[int] = []
         self.load_error: Exception | None = None
+        self.launch_error: Exception | None = None
         self.utils = self  # Triton's drivers have these functions in an object of their own
 
     def select(self, device: int) -> int:
@@ -112,6 +137,7 @@ class StandInGpu:
         """Module, function, registers, spills, threads in a block: the last is what Triton checks."""
         if self.load_error is not None:
             raise self.load_error
+        self.loaded.append(device)
         return 1, 1, 0, 0, 1024
 
     def launcher_cls(self, src: Any, metadata: Any) -> Any:
@@ -119,10 +145,16 @@ class StandInGpu:
         name, compiled_on = src.fn.fn.__name__, self.current
 
         def record(x: int, y: int, z: int, stream: int, *rest: Any) -> None:
+            if self.launch_error is not None:
+                raise self.launch_error
             kernels = src.fn.device_caches[compiled_on][0].values()
             kernel = next(each for each in kernels if each.hash == metadata.hash)
-            args = rest[-len(src.fn.arg_names) :]
-            self.launches.append(Launch(name, (x, y, z), kernel, self.current, stream, args))
+            _, _, launch_metadata, enter_hook, exit_hook, *args = rest
+            if enter_hook is not None:
+                enter_hook(launch_metadata)
+            self.launches.append(Launch(name, (x, y, z), kernel, self.current, stream, tuple(args)))
+            if exit_hook is not None:
+                exit_hook(launch_metadata)
 
         return record
 
@@ -131,15 +163,16 @@ class StandInGpu:
 def stand_in_gpu(sm: int = 90) -> Iterator[StandInGpu]:
     """Triton compiles for a GPU of compute capability ``sm`` (90 is 9.0), and launches are recorded.
 
-    Tensors of the ``meta`` device count as being on the current device.
+    Tensors of the ``meta`` device count as being on the current device, and the layer uses Triton's kernels for them.
     """
     gpu = StandInGpu(sm)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver, "_active", gpu)
+        patch.setattr(launch, "_DEVICE_TYPES", {"cuda", "meta"})
+        patch.setattr(launch, "_failures", {})
         # What `torch.cuda.device` calls, on entry and on exit.
         patch.setattr(torch.cuda, "_exchange_device", gpu.select)
         patch.setattr(torch.cuda, "_maybe_exchange_device", gpu.select)
-        patch.setattr(torch.cuda, "current_device", gpu.get_current_device)
         yield gpu
 
 

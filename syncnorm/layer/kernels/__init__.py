@@ -13,15 +13,12 @@ The module of each device has the same functions. ``x`` and ``dy`` are dense in 
   count are those of all ranks; ``begun`` may be overwritten
 """
 
-import functools
-import importlib.util
-import os
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from syncnorm.layer.kernels import cpu, cuda, native
+from syncnorm.layer.kernels import cpu, cuda, launch, native
 from syncnorm.layer.moments import Count, statistics_dtype
 from syncnorm.native import library
 
@@ -50,15 +47,9 @@ def for_device(device: torch.device) -> ModuleType:
     return cuda if device.type == "cuda" else cpu
 
 
-@functools.lru_cache
 def fused_for(device: torch.device) -> ModuleType | None:
-    """The passes that include a ReLU and a shortcut; None without Triton, or if it does not support the device.
-
-    Under ``TRITON_INTERPRET=1`` Triton supports the CPU, for tests.
-    """
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return None
-    if importlib.util.find_spec("triton") is None:
+    """The passes that include a ReLU and a shortcut; None if Triton's kernels are not used on the device."""
+    if not launch.passes_available(device):
         return None
     from syncnorm.layer.kernels import triton_passes  # not at the top: it imports a compiler
 
