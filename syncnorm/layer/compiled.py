@@ -125,7 +125,8 @@ def reduce_sums(
     sum_dy: Tensor, sum_dy_xmu: Tensor, number: Tensor, group: str, layer_name: str
 ) -> tuple[Tensor, Tensor]:
     """``comm.reduce_sums`` of a backward; ``number`` is what :func:`gather_moments` returned."""
-    with comm.reduce_sums([sum_dy, sum_dy_xmu], group_named(group), layer_name, int(number)) as finish:
+    known = int(number) if number.is_cpu else number  # the host would wait for a GPU
+    with comm.reduce_sums([sum_dy, sum_dy_xmu], group_named(group), layer_name, known) as finish:
         first, second = finish()
     return first.clone(), second.clone()  # the results of an operator must not share memory
 
@@ -155,8 +156,8 @@ def moments_in_one_read(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """``corrected_moments`` in one pass over x, once a compiler has fused the operators.
 
     Compiled, ``var_mean`` is Welford's algorithm in fp32, which loses digits if the mean is far above the standard
-    deviation. Differences from a value of the channel do not: of n values none is farther from their mean than sqrt(n)
-    standard deviations, and most are much nearer.
+    deviation. Differences from a value of the channel do not: of n values none is farther from their mean than
+    sqrt(n) standard deviations, and most are much nearer.
 
     Args:
         x: (batch, C, *spatial), not empty.
