@@ -23,9 +23,9 @@ from syncnorm import comm
 from syncnorm.layer import autograd, checkpointing, kernels
 from syncnorm.layer.arguments import ForwardCall, NoGradArgs
 from syncnorm.layer.checks import check_count
-from syncnorm.layer.kernels import launch
+from syncnorm.layer.kernels import cuda, launch
 from syncnorm.layer.kernels.cpu import per_channel
-from syncnorm.layer.moments import Running, statistics_dtype
+from syncnorm.layer.moments import statistics_dtype
 
 _DTYPES = torch.float32, torch.bfloat16, torch.float16
 _PLAIN = Tensor, torch.nn.Parameter
@@ -47,7 +47,7 @@ def applies(
         and _readable(input, weight, bias, residual)
         and (residual is None or same_layout(input, residual))
         and (mask is None or (type(mask) is Tensor and mask.device == input.device))
-        and (args.running is None or _can_track(args.running))
+        and (args.running is None or cuda.can_track(args.running))
         and comm.exchange_of(args.sync.group, input.device) is None
         and _works_on(input.device)
     )
@@ -64,13 +64,6 @@ def _readable(*tensors: Tensor | None) -> bool:
         if t is not None and (type(t) not in _PLAIN or t.dtype not in _DTYPES or t.is_neg() or t._is_zerotensor()):
             return False
     return True
-
-
-def _can_track(running: Running) -> bool:
-    mean, var, tracked, _ = running
-    if not (_readable(mean, var) and mean.is_contiguous() and var.is_contiguous()):
-        return False
-    return tracked is None or (tracked.dtype == torch.int64 and tracked.device == mean.device)
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 ``tests/layer/test_triton.py`` selects the interpreter.
 """
 
+import itertools
 import os
 
 import pytest
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 
 from syncnorm.layer import kernels, moments
-from syncnorm.layer.kernels import cpu, parts
+from syncnorm.layer.kernels import cpu, cuda, parts
 from syncnorm.layer.kernels.tiles import channel_tile, channel_tiles, row_tile, row_tiles
 from syncnorm.layer.kernels.triton_backward import finish, pack_sums
 from syncnorm.layer.kernels.triton_forward import merge, normalize, pack_moments
@@ -507,3 +508,21 @@ def test_offsets_of_64_bits(A, C, B):
             last = -(-A // tile_A) * tiles_B - 1
             _offsets_of_channels[(1,)](out, last, C - 1, A, C, B, tiles_B, shifted, tile_A, 64)
             assert out[:2].tolist() == [A * R - 1, A * B - 1]
+
+
+@pytest.mark.parametrize("momentum", [0.3, None])
+@pytest.mark.parametrize("counts", [(4, 0, 3), (0, 0)], ids=str)
+def test_the_merge_of_the_generic_passes(counts, momentum):
+    """On rows as the generic gather returns them, also NaN after a wrong tag; what the kernel cannot write to."""
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.cat([torch.rand(len(counts), 6, generator=generator) + 0.1, torch.tensor(counts).view(-1, 1)], 1)
+    for dtype, factor in itertools.product((torch.float32, torch.bfloat16, torch.float64), (1.0, torch.nan)):
+        rows, results = (clean * factor).to(DEVICE), []
+        for passes in (cuda, cpu):
+            buffers = torch.full((2, 3), 0.5, dtype=dtype, device=DEVICE)
+            running = moments.Running(*buffers.unbind(), torch.tensor(4, device=DEVICE), momentum)
+            assert cuda.can_track(running) == (dtype != torch.float64)
+            results.append([*passes.merge(rows[:, :-1], rows[:, -1:], 1e-5, running), *running[:3]])
+        for got, want in zip(*results, strict=True):
+            rtol = max(3e-7, torch.finfo(dtype).eps * 2)
+            torch.testing.assert_close(got, want, rtol=rtol, atol=1e-7, equal_nan=True)
