@@ -13,9 +13,6 @@ The module of each device has the same functions. ``x`` and ``dy`` are dense in 
   count are those of all ranks; ``begun`` may be overwritten
 """
 
-import functools
-import importlib.util
-import os
 from types import ModuleType
 
 import torch
@@ -48,21 +45,6 @@ def passes_for(x: Tensor, *others: Tensor | None) -> ModuleType:
 def for_device(device: torch.device) -> ModuleType:
     """The passes for a device; those in plain ATen (``cpu``) unless there are better ones."""
     return cuda if device.type == "cuda" else cpu
-
-
-@functools.lru_cache
-def fused_for(device: torch.device) -> ModuleType | None:
-    """The passes that include a ReLU and a shortcut; None without Triton, or if it does not support the device.
-
-    Under ``TRITON_INTERPRET=1`` Triton supports the CPU, for tests.
-    """
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return None
-    if importlib.util.find_spec("triton") is None:
-        return None
-    from syncnorm.layer.kernels import triton_passes  # not at the top: it imports a compiler
-
-    return triton_passes
 
 
 def moments_of(x: Tensor, eps: float, scratch: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor, Count]:
