@@ -11,7 +11,7 @@ import pytest
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-@pytest.mark.parametrize("file", ["test_passes.py", "test_two_ranks.py"])
+@pytest.mark.parametrize("file", ["test_passes.py", "test_sums.py", "test_two_ranks.py"])
 def test_the_kernels_under_tritons_interpreter(file):
     found = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/layer/interpreted/{file}"],
