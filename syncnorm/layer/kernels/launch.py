@@ -127,9 +127,9 @@ class _Forms:
 def _key_function(kernel: Any, types: tuple[type, ...]) -> Callable[..., object] | None:
     """A function of the arguments that is equal only for those that Triton compiles alike.
 
-    Triton compiles anew for other dtypes of pointers, for pointers that are divisible by 16 and others, for the
-    integer 1, for integers divisible by 16 and others (both unless ``do_not_specialize`` says otherwise), for integers
-    that need 64 bits, and for each value of a constexpr. None if this is not certain for the version of Triton.
+    Triton compiles anew for other dtypes of pointers, for pointers that are divisible by 16 and others, for integers
+    that need 64 bits, for the integer 1 and for those divisible by 16 (not if ``do_not_specialize`` names them), and
+    for each value of a constexpr. None if this is not certain for the version of Triton.
 
     Source: python/triton/runtime/jit.py and python/src/specialize.cc of Triton.
     """
