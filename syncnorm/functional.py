@@ -1,7 +1,8 @@
 """Batch normalization over the batch of all ranks.
 
 Read from top to bottom: what a user calls; the checks; the choice of a path. The usual path in training is
-``layer.autograd``: local moments, one gather, merge, normalize; in the backward reduce, one sum, apply.
+``layer.autograd``: local moments, one gather, merge, normalize; in the backward reduce, one sum, apply. On a GPU
+``layer.device_step`` does the same in few kernels.
 
 Shapes: C = channels, W = ranks of the group, N = values per channel over all ranks.
 Source: Ioffe and Szegedy, "Batch Normalization" (2015), algorithm 1 and the derivatives after it.
@@ -21,7 +22,7 @@ from syncnorm import comm
 from syncnorm.comm import process_groups
 from syncnorm.comm.process_groups import ProcessGroupLike
 from syncnorm.errors import REFUSED, InputError, SyncNormError
-from syncnorm.layer import checkpointing, checks, func_transforms, fused_relu, local
+from syncnorm.layer import checkpointing, checks, device_step, func_transforms, local
 from syncnorm.layer.arguments import NoGradArgs, Sync
 from syncnorm.layer.autograd import SyncBatchNormFunction, has_own_class, plain_tensor
 from syncnorm.layer.moments import Running
@@ -62,7 +63,7 @@ def sync_batch_norm(
             count, or none.
         residual: added to the output, as a residual block does with its shortcut; of a shape that broadcasts to it.
         relu: return the positive part of the sum. On a GPU with Triton, normalization, sum and ReLU are one pass
-            (``syncnorm.layer.fused_relu``); elsewhere sum and ReLU work in place.
+            (``syncnorm.layer.device_step``); elsewhere sum and ReLU work in place.
         num_batches_tracked: int64 scalar, incremented in training unless all ranks are empty.
         layer_name: the name by which ranks distinguish their calls and errors name the layer.
 
@@ -127,20 +128,22 @@ def batch_norm_over(
     mean, var = (None, None) if running is None else (running.mean, running.var)
     checks.check_vectors(input, running_mean=mean, running_var=var, weight=weight, bias=bias)
     checks.check_residual(input, residual)
-    padding = None
-    if mask is not None:
-        padding = ~mask.expand(input.size(0), *input.shape[2:]).unsqueeze(1)
+    args, padding = None, None
     if training:
         if not process_groups.syncing():
             sync, running = Sync(None, sync.layer_name), None
-        checks.check_training(input, weight, bias, running, eps, sync.group is not None, padding is not None)
-    if padding is not None:
+        checks.check_training(input, weight, bias, running, eps, sync.group is not None, mask is not None)
+        args = NoGradArgs(eps, Sync(sync.group, sync.layer_name, checkpointing.graph_owners()), None, running)
+        if device_step.applies(input, weight, bias, residual, mask, args):
+            return device_step.batch_norm(input, weight, bias, residual, mask, relu, args)
+    if mask is not None:
+        padding = ~mask.expand(input.size(0), *input.shape[2:]).unsqueeze(1)
         input = input.masked_fill(padding, 0)  # also NaN; and the gradient there is zero
-    if training:
-        args = NoGradArgs(eps, Sync(sync.group, sync.layer_name, checkpointing.graph_owners()), padding, running)
-        output = _in_training(input, weight, bias, args, residual, relu)
-    else:
+    if args is None:
         output = add_and_rectify(F.batch_norm(input, mean, var, weight, bias, eps=eps), residual, relu)
+    else:
+        args = args if padding is None else args._replace(padding=padding)
+        output = _in_training(input, weight, bias, args, residual, relu)
     return output if padding is None else output.masked_fill(padding, 0)
 
 
@@ -152,7 +155,7 @@ def _in_training(
     residual: Tensor | None,
     relu: bool,
 ) -> Tensor:
-    """The path for this call: local, compiled, fused with the ReLU, under ``torch.func``, or the usual one."""
+    """The path for this call: local, compiled, under ``torch.func``, or the usual one."""
     # A checkpointed forward under no_sync_stats may be recomputed outside of it, and must be recognized there.
     unsynced_checkpoint = bool(args.sync.graph_owners) and not process_groups.syncing()
     if args.sync.group is None and args.padding is None and not unsynced_checkpoint:
@@ -161,8 +164,6 @@ def _in_training(
         from syncnorm.layer import compiled  # not at the top: it imports the compiler, which takes two seconds
 
         output = compiled.batch_norm(input, weight, bias, args)
-    elif relu and args.padding is None and fused_relu.supports(input, residual):
-        return fused_relu.batch_norm_relu(input, weight, bias, residual, args)
     elif torch._C._functorch.peek_interpreter_stack() is not None:
         output = func_transforms.batch_norm(input, weight, bias, args)
     else:
@@ -188,7 +189,7 @@ def running_of(
 def add_and_rectify(output: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     """``relu(output + residual)``, either part only if requested; ``output`` may be overwritten."""
     if residual is not None:
-        output = output.add_(residual) if fused_relu.same_layout(residual, output) else output + residual
+        output = output.add_(residual) if device_step.same_layout(residual, output) else output + residual
     return output.relu_() if relu else output
 
 

@@ -285,7 +285,11 @@ def gather_sums(sums: Tensor, group: dist.ProcessGroup, layer_name: str, number:
 
 @contextmanager
 def reduce_sums(
-    sums: Sequence[Tensor], group: dist.ProcessGroup | None, layer_name: str, number: int, kind: Kind = Kind.BACKWARD
+    sums: Sequence[Tensor],
+    group: dist.ProcessGroup | None,
+    layer_name: str,
+    number: int | Tensor,
+    kind: Kind = Kind.BACKWARD,
 ) -> Iterator[Callable[[], Sequence[Tensor]]]:
     """Sums each of ``sums`` over all ranks, in one collective that is in progress while the block runs.
 
@@ -296,7 +300,8 @@ def reduce_sums(
         sums: vectors of one length and dtype, equally many on all ranks.
         group: the process group; None means this process alone.
         layer_name: as for :func:`gather_moments`.
-        number: the number that :func:`gather_moments` returned in the forward.
+        number: the number that :func:`gather_moments` returned in the forward; a tensor () on the device of the sums
+            if only the device knows it.
         kind: what the sums belong to.
 
     Yields:
@@ -311,13 +316,16 @@ def reduce_sums(
         yield lambda: sums
         return
     first = sums[0]
-    native = native_call(kind, layer_name, first.numel(), first.dtype, 0.0, group, first.device, number)
+    known, on_device = (0, number) if isinstance(number, Tensor) else (number, None)
+    native = native_call(kind, layer_name, first.numel(), first.dtype, 0.0, group, first.device, known)
     if native is not None:
-        yield reduce(sums, native)
+        yield reduce(sums, native, on_device)
         return
     exchange = exchange_of(group, first.device)
     assert exchange is not None, "there is no native call"
-    call = Call(kind, layer_name, number, first.numel(), first.dtype, built=peers_of(group).models.built(layer_name))
+    call = Call(
+        kind, layer_name, int(number), first.numel(), first.dtype, built=peers_of(group).models.built(layer_name)
+    )
     _check_has_data(first)
     pending = exchange.start(call, sums)
     try:

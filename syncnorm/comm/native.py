@@ -141,6 +141,7 @@ class NativeCall:
         number: of the call, among all of the group; for a backward, that of its forward.
         tag: to be sent behind the values, in their dtype.
         tag_sum: the sum of the tags of all ranks, exact in fp32.
+        tag_ranks: how many tags are summed.
         mismatch: (), int64, in memory that the host reads without waiting: a kernel that finds another tag stores
             ``reported`` there.
         reported: a number by which this rank finds the call again.
@@ -154,11 +155,17 @@ class NativeCall:
         self.reported = reported
         # fp32 represents integers exactly up to 2**24, also as a sum over ranks.
         self.tag = float((call.key() + call.number) % (2**24 // collectives.world_size))
-        self.tag_sum = self.tag * collectives._tag_ranks
+        self.tag_ranks = collectives._tag_ranks
+        self.tag_sum = self.tag * self.tag_ranks
         self.mismatch = collectives.mismatch
         # From many ranks a sum brings each rank fewer bytes than a gather. It takes the place of that of a forward
         # if the statistics are fp32.
         self.sums = call.kind == Kind.FORWARD and call.dtype == torch.float32 and collectives.sums
+
+    def tag_of(self, number: Tensor) -> Tensor:
+        """The tag (), int64, if the call had this number (), which only the device knows."""
+        tags = 2**24 // self._collectives.world_size
+        return (number + self._call.key() % tags) % tags
 
     def gather(self, packed: Tensor) -> Tensor:
         """``packed`` (n) of all ranks, in rank order: (W, n). On the current stream."""
@@ -194,12 +201,25 @@ def gather(vectors: Sequence[Tensor], call: NativeCall) -> Tensor:
     return torch.where(agree, rows[:, :-1], torch.nan)
 
 
-def reduce(vectors: Sequence[Tensor], call: NativeCall) -> Callable[[], tuple[Tensor, ...]]:
-    """A function that sums each of ``vectors``, of one dtype, over all ranks; NaN if tags were wrong."""
+def reduce(
+    vectors: Sequence[Tensor], call: NativeCall, number: Tensor | None = None
+) -> Callable[[], tuple[Tensor, ...]]:
+    """A function that sums each of ``vectors``, of one dtype, over all ranks; NaN if tags were wrong.
+
+    Args:
+        vectors: of this rank.
+        call: of all ranks.
+        number: the number of the call if only the device knows it.
+    """
 
     def finish() -> tuple[Tensor, ...]:
-        packed = call.sum_(torch.cat([*vectors, vectors[0].new_full((1,), call.tag)]))
-        agree = packed[-1].eq(call.tag_sum)
+        tag: Tensor = vectors[0].new_full((1,), call.tag)
+        expected: float | Tensor = call.tag_sum
+        if number is not None:
+            tag = call.tag_of(number).to(tag.dtype).view(1)
+            expected = tag * call.tag_ranks
+        packed = call.sum_(torch.cat([*vectors, tag]))
+        agree = packed[-1].eq(expected).all()
         call.report(agree)
         return torch.where(agree, packed[:-1], torch.nan).chunk(len(vectors))
 

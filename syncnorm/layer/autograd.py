@@ -108,13 +108,18 @@ class SyncBatchNormFunction(torch.autograd.Function):
                 if not differentiated and native_step.can_differentiate(dy, input, weight, statistics[0]):
                     return *native_step.backward(dy, input, weight, statistics[0], call, bias_dtype, needed), None
                 statistics = statistics[0].unbind(0)
-            compute = _Backward.apply if differentiated else backward
+            compute = differentiable_backward if differentiated else backward
             # Hooks of saved tensors may have changed the dtype.
             mean, invstd = (v.to(statistics_dtype(input.dtype)) for v in statistics)
             return *compute(dy, input, weight, mean, invstd, call, bias_dtype, needed)[:3], None
         except BaseException as error:
             comm.abort_peers_with(error, ctx.call.group, dy.device)
             raise
+
+
+def differentiable_backward(dy: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+    """Gradients of input, weight and bias: :func:`backward` with a derivative in turn."""
+    return _Backward.apply(dy, *args)  # type: ignore[no-any-return,no-untyped-call]  # torch leaves it untyped
 
 
 class _Backward(torch.autograd.Function):

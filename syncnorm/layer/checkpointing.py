@@ -23,6 +23,9 @@ from torch import Tensor
 from syncnorm.comm.process_groups import syncing
 from syncnorm.errors import SyncNormError
 from syncnorm.layer.arguments import ForwardCall
+from syncnorm.layer.moments import Running, update_running_
+
+UNKNOWN = -1  # a local count that only the device knows
 
 # The largest distance of a recomputed input from the first one, in standard deviations: more than rounding, or the
 # inverse of a reversible block, leaves, and less than two batches differ by.
@@ -44,7 +47,7 @@ class ForwardStatistics:
         moved: the storage of the running statistics that it updated; 0 for none, -1 if none may be updated.
         counted: whether ``num_batches_tracked`` includes this batch.
         fingerprint: mean and invstd of this rank's input, (2, C); None outside of checkpointing.
-        local_count: values per channel of this rank's input.
+        local_count: values per channel of this rank's input; ``UNKNOWN`` if only the device knows.
         backwards: how many backwards had begun before it.
         lookups: how often a recomputation has used it.
     """
@@ -76,6 +79,19 @@ class ForwardStatistics:
         self.moved, self.counted = moves if left[0] else self.moved, self.counted or counts
         return left
 
+    def complete(self, running: Running | None, moves: int, counts: bool) -> bool:
+        """Updates ``running`` as far as no run before this recomputation has; whether a caller is to move its own."""
+        moves_left, counts_left = self.left_to(moves, counts)
+        if running is not None and self.var is not None:
+            update_running_(running, self.mean, self.var, self.call.total_count, moves_left, counts_left)
+        return moves_left
+
+    def used_again(self) -> "ForwardStatistics":
+        """Notes that a recomputation uses the record."""
+        self.lookups += 1
+        _recorder.records.append(self)
+        return self
+
 
 class _Recorder(threading.local):
     """Where this thread's forwards append their records for `recording`."""
@@ -88,6 +104,14 @@ _remembered: "defaultdict[str, list[weakref.ref[ForwardStatistics]]]" = defaultd
 _hooks: "dict[CodeType, weakref.WeakSet[FunctionType]]" = {}  # graph owners that are hooks, by their code
 _backwards = 0  # that have begun
 _recorder = _Recorder()
+
+
+def updates_of(running: Running | None) -> tuple[int, bool]:
+    """What a forward with these running statistics updates, as :meth:`ForwardStatistics.note` takes it."""
+    if running is None:
+        return 0, False
+    moves = running.mean.untyped_storage()._cdata if running.momentum != 0 else 0
+    return moves, running.num_batches_tracked is not None
 
 
 def backward_begins() -> None:
@@ -155,6 +179,27 @@ def known(layer_name: str) -> bool:
     return bool(_remembered[layer_name])
 
 
+def only_candidate(layer_name: str, channels: int, local_count: int) -> ForwardStatistics | None:
+    """The record of the layer's first run in the segment that is being recomputed, if the segment has only one.
+
+    Unlike :func:`lookup` it compares no values, for which the host would have to wait for a GPU. A segment that does
+    not repeat its first run gets the statistics of that run, with no collective that the other ranks may not make.
+
+    Args:
+        layer_name: of the layer.
+        channels: of the input.
+        local_count: its values per channel on this rank, or ``UNKNOWN``.
+    """
+    candidates = {
+        id(record): record
+        for record in _of_recomputed_segments(hooks=True)
+        if record.call.layer_name == layer_name
+        and record.mean.numel() == channels
+        and record.local_count == local_count
+    }
+    return next(iter(candidates.values())).used_again() if len(candidates) == 1 else None
+
+
 def lookup(layer_name: str, fingerprint: Tensor, local_count: int, moves: int = 0) -> ForwardStatistics | None:
     """The record of the layer's first run with this input, or None.
 
@@ -163,14 +208,14 @@ def lookup(layer_name: str, fingerprint: Tensor, local_count: int, moves: int = 
     Args:
         layer_name: of the layer.
         fingerprint: mean and invstd of this rank's input, (2, C).
-        local_count: its values per channel.
+        local_count: its values per channel, or ``UNKNOWN``.
         moves: as of :meth:`ForwardStatistics.note`.
 
     Raises:
         SyncNormError: two first runs had this input on this rank, but different inputs on other ranks.
     """
     alive = [record for record in (ref() for ref in _remembered[layer_name]) if record is not None]
-    recomputed = _of_recomputed_segments(hooks=local_count == 0)
+    recomputed = _of_recomputed_segments(hooks=local_count <= 0)
     distances = {
         record: _distance(record.fingerprint, fingerprint)
         for record in [r for r in alive if any(r is other for other in recomputed)] or alive
@@ -190,17 +235,15 @@ def lookup(layer_name: str, fingerprint: Tensor, local_count: int, moves: int = 
         return None
     # The same input may come more than once: with other running statistics, or repeatedly within a segment, which
     # recomputes its forwards in their first order.
-    found = min(best, key=lambda record: (record.moved not in (0, -1, moves), record.lookups))
-    found.lookups += 1
-    _recorder.records.append(found)
-    return found
+    return min(best, key=lambda record: (record.moved not in (0, -1, moves), record.lookups)).used_again()
 
 
 def _of_recomputed_segments(hooks: bool) -> list[ForwardStatistics]:
     """Records held by the segments that are being recomputed.
 
     Functions are recognized by their context, whose backward runs. Hooks are recognized by their code and closure;
-    that is slower, and needed only on a rank without values, where the input does not distinguish segments.
+    that is slower, and needed only where the input's values do not distinguish segments: on a rank without values, or
+    if the host does not read them.
     """
     found = [record for context in _contexts("backward") for record in context.__dict__.get(_HELD, ())]
     frame = sys._getframe(1) if hooks else None

@@ -85,8 +85,9 @@ def gather_moments(
         tracks: whether the graph updates running statistics.
 
     Returns:
-        ``(mean (C), invstd (C), biased variance (C), count (), new (), number ())`` of the global batch. ``new`` is
-        the count with which the running statistics have yet to be updated: 0 in a recomputation.
+        ``(mean (C), invstd (C), biased variance (C), count (), new (), number ())`` of the global batch, all on the
+        device of ``mean``: a CUDA graph can hold no operator with a result on the CPU. ``new`` is the count with
+        which the running statistics have yet to be updated: 0 in a recomputation.
 
     Raises:
         InputError: as ``check_count``.
@@ -96,11 +97,12 @@ def gather_moments(
     sync = Sync(group_named(group), layer_name, checkpointing.graph_owners())
     whole, moves = global_moments(local, eps, sync, tracks=tracks)
     total = torch.as_tensor(whole.call.total_count, dtype=torch.float64, device=mean.device)
+    number = mean.new_full((), whole.call.number, dtype=torch.int64)  # a fill: the host would wait for a copy
     var, new = whole.var, total.clone()
     if not moves or var is None:
         var, new = torch.zeros_like(whole.mean), torch.zeros_like(total)
     # An operator must not return tensors that others hold.
-    return whole.mean.clone(), whole.invstd.clone(), var.clone(), total.clone(), new, torch.tensor(whole.call.number)
+    return whole.mean.clone(), whole.invstd.clone(), var.clone(), total.clone(), new, number
 
 
 @gather_moments.register_fake
@@ -114,8 +116,7 @@ def _(
     layer_name: str,
     tracks: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    number = torch.empty((), dtype=torch.int64, device="cpu")
-    total, new = (mean.new_empty((), dtype=torch.float64) for _ in range(2))
+    total, new, number = (mean.new_empty((), dtype=t) for t in (torch.float64, torch.float64, torch.int64))
     return torch.empty_like(mean), torch.empty_like(mean), torch.empty_like(mean), total, new, number
 
 
@@ -124,7 +125,8 @@ def reduce_sums(
     sum_dy: Tensor, sum_dy_xmu: Tensor, number: Tensor, group: str, layer_name: str
 ) -> tuple[Tensor, Tensor]:
     """``comm.reduce_sums`` of a backward; ``number`` is what :func:`gather_moments` returned."""
-    with comm.reduce_sums([sum_dy, sum_dy_xmu], group_named(group), layer_name, int(number)) as finish:
+    known = int(number) if number.is_cpu else number  # the host would wait for a GPU
+    with comm.reduce_sums([sum_dy, sum_dy_xmu], group_named(group), layer_name, known) as finish:
         first, second = finish()
     return first.clone(), second.clone()  # the results of an operator must not share memory
 
@@ -150,6 +152,26 @@ def batch_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, args: 
     return output  # type: ignore[no-any-return]  # torch leaves it untyped
 
 
+def moments_in_one_read(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``corrected_moments`` in one pass over x, once a compiler has fused the operators.
+
+    Compiled, ``var_mean`` is Welford's algorithm in fp32, which loses digits if the mean is far above the standard
+    deviation. Differences from a value of the channel do not: of n values none is farther from their mean than
+    sqrt(n) standard deviations, and most are much nearer.
+
+    Args:
+        x: (batch, C, *spatial), not empty.
+        eps: added to the variance.
+    """
+    dims = [d for d in range(x.dim()) if d != 1]
+    wide = x.to(moments.statistics_dtype(x.dtype))
+    pivot = wide
+    for d in dims:
+        pivot = pivot.narrow(d, 0, 1)
+    var, mean = torch.var_mean(wide - pivot, dims, correction=0)
+    return mean + pivot.flatten(), torch.rsqrt(var + eps)
+
+
 class _CompiledFunction(torch.autograd.Function):
     """``autograd.SyncBatchNormFunction`` for a tracer: the same maths, in operators that it can follow."""
 
@@ -170,7 +192,9 @@ class _CompiledFunction(torch.autograd.Function):
         if padding is not None and count > 0:
             local_mean, local_invstd, valid = masked_moments(input, eps, padding)
         elif count > 0:
-            local_mean, local_invstd = corrected_moments(input, eps)
+            # A GPU is bound by its memory. On a CPU the divisions of Welford's algorithm take longer than a read.
+            local_moments = corrected_moments if input.device.type == "cpu" else moments_in_one_read
+            local_mean, local_invstd = local_moments(input, eps)
         else:
             local_mean = input.new_zeros(input.size(1), dtype=moments.statistics_dtype(input.dtype))
             local_invstd = torch.ones_like(local_mean)

@@ -42,21 +42,19 @@ def global_moments(
         SyncNormError: as ``comm.gather_moments``.
     """
     mean, invstd, count = local
-    moves = int(tracks)
-    if running is not None and running.momentum != 0:
-        moves = running.mean.untyped_storage()._cdata
-    counts = tracks or (running is not None and running.num_batches_tracked is not None)
+    moves, counts = (1, True) if tracks else checkpointing.updates_of(running)
     recomputed = checkpointing.in_backward()
-    fingerprint = torch.stack([mean, invstd]) if sync.graph_owners or recomputed else mean
+    fingerprint, local_count = mean, 0
+    if sync.graph_owners or recomputed:
+        fingerprint, local_count = torch.stack([mean, invstd]), _known_to_the_host(count)
     if recomputed:
-        first = checkpointing.lookup(sync.layer_name, fingerprint, int(count), moves)
+        first = None
+        if not mean.is_cpu:
+            first = checkpointing.only_candidate(sync.layer_name, mean.numel(), local_count)
+        if first is None:
+            first = checkpointing.lookup(sync.layer_name, fingerprint, local_count, moves)
         if first is not None:
-            moves_left, counts_left = first.left_to(moves, counts)
-            if running is not None and first.var is not None:
-                moments.update_running_(
-                    running, first.mean, first.var, first.call.total_count, moves_left, counts_left
-                )
-            return first, moves_left
+            return first, first.complete(running, moves, counts)
         if sync.group is None and checkpointing.known(sync.layer_name):
             running = None  # the input is too far from the first one to be recognized, but was counted then
     gathered = comm.gather_moments((mean, invstd), count, eps, sync.group, sync.layer_name)
@@ -67,5 +65,10 @@ def global_moments(
     record = checkpointing.ForwardStatistics(merged_mean, merged_invstd, var, call)
     record.note(moves, counts)
     if sync.graph_owners:
-        checkpointing.remember(record, fingerprint, int(count), sync.graph_owners, node)
+        checkpointing.remember(record, fingerprint, local_count, sync.graph_owners, node)
     return record, moves != 0
+
+
+def _known_to_the_host(count: Count) -> int:
+    """The count, unless the host would have to wait for it."""
+    return int(count) if isinstance(count, int) or count.is_cpu else checkpointing.UNKNOWN

@@ -12,9 +12,11 @@ from cases import DTYPES, Case, laid_out
 from exchanges import recorded_exchanges
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
 import syncnorm
+from syncnorm import comm
 from syncnorm.testing import assert_close, batch_norm_oracle, run_ranks
 
 # Compilation takes seconds, and the ranks share the cores.
@@ -330,3 +332,41 @@ def test_the_fake_kernels_match_the_operators(dtype, valid):
     )
     number = torch.tensor(1)
     torch.library.opcheck(compiled.reduce_sums, (mean, invstd, number, compiled.NO_GROUP, "a"), test_utils=checks)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # of inductor's imports
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("shape", [(8, 16, 14, 14), (4096, 3)], ids=str)
+def test_moments_in_one_read_for_means_far_from_zero(shape, compiling):
+    """As ``corrected_moments``: the mean is right to its last place in fp32, and invstd hardly depends on it."""
+    from syncnorm.layer import compiled as layer_compiled
+
+    dims = [d for d in range(len(shape)) if d != 1]
+    torch._dynamo.reset()
+    found = layer_compiled.moments_in_one_read
+    found = torch.compile(found, fullgraph=True, dynamic=False) if compiling else found
+    for offset in (0.0, 1e2, 1e3, 1e4):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + offset
+        mean, invstd = found(x, 1e-5)
+        var, want = torch.var_mean(x.double(), dims, correction=0)
+        torch.testing.assert_close(mean.double(), want, rtol=1.2e-7, atol=3e-6)
+        torch.testing.assert_close(invstd.double(), (var + 1e-5).rsqrt(), rtol=2e-6, atol=0)
+
+
+def test_a_backward_has_the_tag_of_its_number_also_if_only_the_device_knows_the_number():
+    """So ranks with compiled and with eager layers agree on a GPU, too."""
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    try:
+        device = torch.device("cpu")
+        given = comm.Kind.BACKWARD, "a", 4, torch.float32, 0.0, dist.group.WORLD, device
+        for number in (1, 77, 2**22):
+            known, unknown = comm.native_call(*given, number), comm.native_call(*given)
+            assert float(unknown.tag_of(torch.tensor(number))) == known.tag
+            vectors = [torch.ones(4), torch.zeros(4)]
+            with comm.reduce_sums(vectors, dist.group.WORLD, "a", torch.tensor(number)) as finish:
+                assert torch.equal(
+                    torch.stack(finish()), torch.stack(vectors)
+                )  # the fake group returns what was sent
+    finally:
+        dist.destroy_process_group()

@@ -18,7 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from syncnorm.layer.kernels import cpu, cuda, launch, native
+from syncnorm.layer.kernels import cpu, cuda, native
 from syncnorm.layer.moments import Count, statistics_dtype
 from syncnorm.native import library
 
@@ -45,15 +45,6 @@ def passes_for(x: Tensor, *others: Tensor | None) -> ModuleType:
 def for_device(device: torch.device) -> ModuleType:
     """The passes for a device; those in plain ATen (``cpu``) unless there are better ones."""
     return cuda if device.type == "cuda" else cpu
-
-
-def fused_for(device: torch.device) -> ModuleType | None:
-    """The passes that include a ReLU and a shortcut; None if Triton's kernels are not used on the device."""
-    if not launch.passes_available(device):
-        return None
-    from syncnorm.layer.kernels import triton_passes  # not at the top: it imports a compiler
-
-    return triton_passes
 
 
 def moments_of(x: Tensor, eps: float, scratch: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor, Count]:

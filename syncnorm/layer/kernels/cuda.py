@@ -3,14 +3,16 @@
 Source: ATen/native/cuda/Normalization.cu; called as in torch/nn/modules/_functions.py.
 """
 
-import importlib.util
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
-from syncnorm.layer.kernels import cpu
+from syncnorm.layer.kernels import cpu, launch
 from syncnorm.layer.moments import Count, Running
+
+_NARROW = torch.float32, torch.bfloat16, torch.float16
 
 
 def local_moments(x: Tensor, eps: float, scratch: Tensor) -> tuple[Tensor, Tensor]:
@@ -22,13 +24,25 @@ def local_moments(x: Tensor, eps: float, scratch: Tensor) -> tuple[Tensor, Tenso
 def merge(
     moments_W2C: Tensor, counts: Sequence[int] | Tensor, eps: float, running: Running | None
 ) -> tuple[Tensor, Tensor, Tensor, Count]:
-    """One kernel with Triton, else operators of torch."""
-    if isinstance(counts, Tensor) and importlib.util.find_spec("triton") is not None:
-        from syncnorm.layer.kernels import triton_merge  # not at the top: it imports a compiler
+    """In Triton's kernel if it can be used, instead of some 25 small operators."""
+    supported = moments_W2C.dtype == torch.float32 and (running is None or can_track(running))
+    if isinstance(counts, Tensor) and supported and launch.passes_available(moments_W2C.device):
+        from syncnorm.layer.kernels import triton_forward  # not at the top: it imports a compiler
 
-        if triton_merge.supports(moments_W2C, running):
-            return triton_merge.merge(moments_W2C, counts, eps, running)
+        tags = torch.zeros_like(counts)  # which agree: those of the ranks have been compared
+        rows, unused = torch.cat([moments_W2C, counts, tags], dim=1), torch.empty_like(counts[0], dtype=torch.int64)
+        with suppress(launch.TritonFailed):
+            return triton_forward.merge(rows, eps, 0.0, unused, 0, running)
     return cpu.merge(moments_W2C, counts, eps, running)
+
+
+def can_track(running: Running) -> bool:
+    """Whether Triton's kernel can update the running statistics: dense ones up to fp32."""
+    for v in (running.mean, running.var):
+        if v.dtype not in _NARROW or not v.is_contiguous():
+            return False
+    tracked = running.num_batches_tracked
+    return tracked is None or (tracked.dtype == torch.int64 and tracked.device == running.mean.device)
 
 
 def normalize(

@@ -126,7 +126,8 @@ def _channel_tiles(shape: tuple[int, ...], channel_is_fastest: bool, itemsize: i
         vector = math.gcd(A * C * B, widest)  # so that no load reaches past the end of x
         shift = vector - math.gcd(B, vector)
         tile_B = min(power_of_2(B + shift), _CHANNEL_TILE_VALUES)
-        tile_C = min(power_of_2(C), max(1, 256 // tile_B))  # short rows: neighbors, whose values share cache lines
+        # Short rows: several channels, because neighboring rows share cache lines.
+        tile_C = min(power_of_2(C), max(1, _CHANNEL_TILE_VALUES // 4 // tile_B))
     tile_A = min(power_of_2(A), _CHANNEL_TILE_VALUES // (tile_C * tile_B))
     tiles_B = cdiv(B + shift, tile_B)
     tiles = cdiv(A, tile_A) * tiles_B

@@ -131,13 +131,15 @@ def _merged(count, origin, step, m2, axis: tl.constexpr):
     A mean is the unrounded sum ``origin + step``: rounded, means that are far from zero would lose the differences
     between them, which are a part of the variance.
     """
-    common = tl.max(tl.where(count > 0, origin, float("-inf")), axis, keep_dims=True)
-    apart = tl.where(count > 0, (origin - common) + step, 0.0)
     total = tl.sum(count, axis, keep_dims=True)
-    center = tl.sum(count * apart, axis, keep_dims=True) / tl.maximum(total, 1.0)
+    per_value = 1.0 / tl.maximum(total, 1.0)
+    origin = tl.where(count > 0, origin, 0.0)
+    common = tl.sum(count * origin, axis, keep_dims=True) * per_value  # near the mean; its rounding does not matter
+    apart = (origin - common) + step
+    center = tl.sum(count * apart, axis, keep_dims=True) * per_value
     apart -= center
     m2 = tl.sum(m2 + count * apart * apart, axis, keep_dims=True)
-    return total, tl.where(total > 0, common, 0.0), center, m2
+    return total, common, center, m2
 
 
 def merge(
