@@ -1,7 +1,7 @@
 """One step of a synced layer on a GPU, in each of its variants, and the same in fp64.
 
-The process group is torch's fake one, which needs one process: its gather copies the row of this rank to all ranks, and
-its sum is that of this rank alone.
+The process group is torch's fake one, which needs one process: its gather copies the row of this rank to all ranks,
+and its sum is that of this rank alone.
 """
 
 import os
