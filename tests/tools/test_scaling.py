@@ -14,7 +14,8 @@ from syncnorm import comm
 from syncnorm.comm import exchange_of
 from syncnorm.comm.frames import capacity_for
 from syncnorm.comm.gather import gather_rows
-from syncnorm.layer.global_sums import SUM_FROM_RANKS, pack_sums_of_moments, replaces_gather
+from syncnorm.comm.native import SUM_FROM_RANKS
+from syncnorm.layer.global_sums import pack_sums_of_moments
 from syncnorm.testing import run_ranks
 from syncnorm.tools.bench import Benchmark, BenchSettings, Parameters, scaling
 from syncnorm.tools.bench.cluster_model import (
@@ -123,9 +124,6 @@ def test_the_layer_sums_from_where_the_model_says():
     gpus = made_up(4096).gpus
     assert gpus.sum_pays_from_layer == SUM_FROM_RANKS
     assert gpus.sum_pays_from <= SUM_FROM_RANKS
-    assert replaces_gather(SUM_FROM_RANKS, torch.float32)
-    assert not replaces_gather(SUM_FROM_RANKS - 1, torch.float32)
-    assert not replaces_gather(4096, torch.float64)
 
 
 def test_the_bytes_of_a_sum_do_not_grow_with_the_world():
