@@ -138,13 +138,14 @@ def batch_norm_over(
             return device_step.batch_norm(input, weight, bias, residual, mask, relu, args)
     if mask is not None:
         padding = ~mask.expand(input.size(0), *input.shape[2:]).unsqueeze(1)
-        input = input.masked_fill(padding, 0)  # also NaN; and the gradient there is zero
+        # Also NaN; and the gradient there is zero. Not masked_fill: it would lose the memory format.
+        input = torch.where(padding, 0, input)
     if args is None:
         output = add_and_rectify(F.batch_norm(input, mean, var, weight, bias, eps=eps), residual, relu)
     else:
         args = args if padding is None else args._replace(padding=padding)
         output = _in_training(input, weight, bias, args, residual, relu)
-    return output if padding is None else output.masked_fill(padding, 0)
+    return output if padding is None else torch.where(padding, 0, output)
 
 
 def _in_training(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import re
+import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import ClassVar
@@ -18,6 +19,7 @@ import syncnorm
 from syncnorm import native
 from syncnorm.comm.transports import default_transport
 from syncnorm.comm.transports.discovery import create_file
+from syncnorm.layer.kernels import launch
 from syncnorm.tools.common.provenance import cpu_count, cpu_name
 from syncnorm.tools.common.records import Record
 
@@ -48,6 +50,8 @@ class Environment(Record):
             home directory.
         native: whether the layer's code in C is used, for which instruction set, or why not; empty in records of
             versions without it.
+        gpu_passes: whether layers use Triton's kernels or torch's on each GPU, and why; empty in records of versions
+            that did not try.
     """
 
     schema: ClassVar[str] = "syncnorm.env"
@@ -69,6 +73,7 @@ class Environment(Record):
     launcher: str | None
     variables: dict[str, str]
     native: str = ""
+    gpu_passes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         """Lines of ``name: value``, to paste into a bug report."""
@@ -89,6 +94,8 @@ class Environment(Record):
         yield "GPUs", "" if self.gpus else "none"
         for index, gpu in enumerate(self.gpus):
             yield f"  {index}", gpu
+            if index < len(self.gpu_passes):
+                yield "    passes", self.gpu_passes[index]
         yield "transport", self.transport
         yield "  shared memory", self.shared_memory or "no"
         yield "launcher", self.launcher or "none"
@@ -104,6 +111,7 @@ def environment() -> Environment:
         >>> environment().torch == torch.__version__
         True
     """
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     return Environment(
         syncnorm=syncnorm.__version__,
         torch=torch.__version__,
@@ -114,13 +122,14 @@ def environment() -> Environment:
         threads=torch.get_num_threads(),
         packages={name: _version(name) for name in PACKAGES},
         build={"CUDA": torch.version.cuda, "cuDNN": _cudnn(), "NCCL": _nccl(), "HIP": torch.version.hip},
-        gpus=[_gpu(index) for index in range(torch.cuda.device_count())],
+        gpus=[_gpu(device) for device in gpus],
         backends=_backends(),
         transport=default_transport(),
         shared_memory=_shared_memory(),
         launcher=launcher(os.environ),
         variables=variables(os.environ),
         native=f"no: {native.absent}" if native.library is None else f"yes, {native.instruction_set}",
+        gpu_passes=[_passes(device) for device in gpus],
     )
 
 
@@ -186,9 +195,26 @@ def _shared_memory() -> str | None:
     return f"a file in {Path(path).parent}"
 
 
-def _gpu(index: int) -> str:
-    found = torch.cuda.get_device_properties(index)
+def _gpu(device: torch.device) -> str:
+    found = torch.cuda.get_device_properties(device)
     return f"{found.name}, {found.total_memory / 2**30:.0f} GiB, compute capability {found.major}.{found.minor}"
+
+
+def _passes(device: torch.device) -> str:
+    """Which passes layers use on a GPU. Triton's are tried: whether it can compile is known after a first launch."""
+    if launch.passes_available(device):
+        from syncnorm.layer.kernels import triton_forward  # not at the top: it imports a compiler
+
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the reason is a part of what is returned
+                triton_forward.pack_moments(torch.ones(2, 1, device=device), eps=1e-5, tag=0.0, mask=None)
+        except launch.TritonFailed:
+            pass
+        except RuntimeError as error:  # no memory, or the GPU is in use exclusively
+            return f"not known: {error}"
+    reason = launch.unavailable(device)
+    return "Triton's kernels" if reason is None else f"torch's CUDA kernels: {reason}"
 
 
 def _backends() -> list[str]:

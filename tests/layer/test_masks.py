@@ -138,3 +138,13 @@ def test_second_derivatives_of_masked_statistics():
         for got, want in ((got_x, x.grad), (got_dy, dy.grad)):
             assert_close(valid(got, mask), want.split(counts)[rank], torch.float64)
             assert (got.masked_fill(mask.unsqueeze(1), 0) == 0).all()
+
+
+def test_a_mask_keeps_the_memory_format():
+    x = torch.randn(4, C, 5, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
+    mask = torch.rand(4, 5, 6) < 0.7
+    layer = syncnorm.SyncBatchNorm(C)
+    y = layer(x, mask=mask)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(x))
+    for each in (y, dx, layer.eval()(x, mask=mask)):
+        assert each.is_contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Runs ``tests/layer/interpreted`` in a process that selects Triton's interpreter before Triton is imported."""
+"""Runs tests of the kernels in a process that selects Triton's interpreter before Triton is imported."""
 
 import importlib.util
 import os
@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 
 
+FILES = "layer/interpreted/test_passes.py", "layer/interpreted/test_sums.py", "layer/interpreted/test_two_ranks.py"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-@pytest.mark.parametrize("file", ["test_passes.py", "test_two_ranks.py"])
+@pytest.mark.parametrize("file", [*FILES, "gpu/test_device_step.py"])
 def test_the_kernels_under_tritons_interpreter(file):
     found = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/layer/interpreted/{file}"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{file}"],
         cwd=Path(__file__).parents[2],
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""},
         capture_output=True,

@@ -12,6 +12,7 @@ import torch
 
 from syncnorm import native
 from syncnorm.__main__ import main
+from syncnorm.tools import env
 from syncnorm.tools.env import environment, launcher, variables
 
 
@@ -77,6 +78,53 @@ def test_native_code_is_named_or_the_reason_why_there_is_none(monkeypatch):
     monkeypatch.setattr(native, "library", None)
     monkeypatch.setattr(native, "absent", "turned off by SYNCNORM_NATIVE=0")
     assert environment().native == "no: turned off by SYNCNORM_NATIVE=0"
+
+
+class TestPassesOnAGpu:
+    """On a stand-in, whose tensors are those of the meta device."""
+
+    @pytest.fixture
+    def gpu(self, monkeypatch):
+        pytest.importorskip("triton")
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            pytest.skip("needs Triton's compiler")
+        from stand_in_gpu import stand_in_gpu
+
+        monkeypatch.setattr(env, "_gpu", lambda device: f"GPU {device.index}")
+        with stand_in_gpu() as gpu:
+            yield gpu
+
+    def test_triton_is_tried(self, gpu):
+        assert env._passes(torch.device("meta")) == "Triton's kernels"
+        assert gpu.names() == ["_moments_kernel"]
+
+    @pytest.mark.filterwarnings("error")
+    def test_the_reason_why_it_does_not_work(self, gpu):
+        gpu.load_error = RuntimeError("Failed to find C compiler.")
+        told = env._passes(torch.device("meta"))
+        assert told == "torch's CUDA kernels: RuntimeError: Failed to find C compiler."
+
+    def test_no_triton(self, gpu, monkeypatch):
+        monkeypatch.setattr(env.launch, "_installed", lambda: False)
+        assert "Triton is not installed" in env._passes(torch.device("meta"))
+        assert gpu.launches == []
+
+    def test_a_gpu_without_free_memory(self, gpu):
+        with mock.patch.object(torch, "ones", side_effect=torch.OutOfMemoryError("CUDA out of memory")):
+            assert env._passes(torch.device("meta")) == "not known: CUDA out of memory"
+
+    def test_each_gpu_has_a_line(self, gpu, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(env, "_passes", lambda device: f"those of {device.index}")
+        lines = str(environment()).splitlines()
+        first = lines.index("  0: GPU 0")
+        assert lines[first : first + 4] == [
+            "  0: GPU 0",
+            "    passes: those of 0",
+            "  1: GPU 1",
+            "    passes: those of 1",
+        ]
+        assert env.Environment.from_dict(json.loads(json.dumps(environment().to_dict()))) == environment()
 
 
 def test_what_ranks_of_this_host_can_share(monkeypatch, tmp_path):

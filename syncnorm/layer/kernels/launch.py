@@ -41,7 +41,7 @@ def launch(kernel: Any, grid: tuple[int, int], *args: Any) -> None:
     """Runs ``kernel[grid](*args)`` on the device of the first tensor, on its current stream.
 
     Args:
-        kernel: a function under ``triton.jit``, whose constexpr parameters are its last ones.
+        kernel: a function under ``triton.jit``.
         grid: number of programs along x and y.
         args: one for each parameter, in its order: tensors, numbers, bools and None.
 
@@ -125,32 +125,33 @@ class _Forms:
 
 
 def _key_function(kernel: Any, types: tuple[type, ...]) -> Callable[..., object] | None:
-    """A function of the device and the arguments: it is equal only for those that Triton compiles alike.
+    """A function of the arguments that is equal only for those that Triton compiles alike.
 
-    Triton compiles anew for other dtypes of pointers, for pointers that are divisible by 16 and others, for the
-    integer 1, for integers divisible by 16 and others, for integers that need 64 bits, and for each value of a
-    constexpr. None if the key would not be certain or the compiled form could not be launched.
+    Triton compiles anew for other dtypes of pointers, for pointers that are divisible by 16 and others, for integers
+    that need 64 bits, for the integer 1 and for those divisible by 16 (not if ``do_not_specialize`` names them), and
+    for each value of a constexpr. None if this is not certain for the version of Triton.
 
     Source: python/triton/runtime/jit.py and python/src/specialize.cc of Triton.
     """
-    constexprs = list(kernel.constexprs)
-    first_constexpr = len(types) - len(constexprs)
-    if not _known() or len(types) != len(kernel.arg_names) or constexprs != list(range(first_constexpr, len(types))):
+    if not _known() or len(types) != len(kernel.params):
         return None
     names, parts, pointers = [f"a{i}" for i in range(len(types))], [], []
-    for name, each in zip(names[:first_constexpr], types, strict=False):
-        if issubclass(each, Tensor):
+    for name, each, parameter in zip(names, types, kernel.params, strict=True):
+        if parameter.is_constexpr:
+            parts.append(name)
+        elif issubclass(each, Tensor):
             parts.append(f"{name}.dtype")
             pointers.append(f"{name}.data_ptr()")
+        elif each is int and parameter.do_not_specialize:
+            parts.append(f"{name} >> 31")
         elif each is int:
             # Bits 0 to 3 say whether 16 divides it, those from 31 on whether it needs 64 bits; 1 is a case apart.
             parts.append(f"1 if {name} == 1 else {name} & ~0x7FFFFFF0 | 16")
         elif each not in (float, bool, NoneType):  # of these the type says all
             return None
     aligned = f"({' | '.join(pointers)}) % 16 and ({', '.join(f'{pointer} % 16' for pointer in pointers)},)"
-    parts = [*parts, aligned, *names[first_constexpr:]]
     # Written out, because a loop over the arguments takes twice as long.
-    return eval(f"lambda {', '.join(names)}: ({', '.join(parts)})")  # type: ignore[no-any-return]
+    return eval(f"lambda {', '.join(names)}: ({', '.join([*parts, aligned])})")  # type: ignore[no-any-return]
 
 
 @functools.cache
