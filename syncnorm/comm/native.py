@@ -20,7 +20,7 @@ from torch import Tensor
 from syncnorm.comm.call import Call, Kind
 from syncnorm.comm.communicator import COMMUNICATOR, Communicator, backend_of, chosen
 from syncnorm.comm.exchange import Exchange
-from syncnorm.comm.frames import without_fake_mode
+from syncnorm.comm.frames import outside_of_modes, without_fake_mode
 from syncnorm.comm.gather import explained
 from syncnorm.errors import SyncNormError, known_everywhere
 
@@ -72,8 +72,9 @@ class NativeCollectives:
         self._calls = 0  # without an exchange
         self._named: dict[int, Call] = {}
         # A kernel stores here the number of a call whose tags were wrong, and the host reads it without waiting.
-        with without_fake_mode():
-            self.mismatch = torch.zeros((), dtype=torch.int64, pin_memory=device.type == "cuda")
+        # Whatever mode or transform the first call runs under.
+        with without_fake_mode(), outside_of_modes(), torch._C._DisableFuncTorch():
+            self.mismatch = torch.zeros((), dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
         self._mismatch = ctypes.c_int64.from_address(self.mismatch.data_ptr())
         if exchange is not None and not self._waits:
             exchange.watch(self.communicator.abort)
