@@ -1,6 +1,8 @@
 import io
 import itertools
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -388,3 +390,14 @@ def test_the_host_is_measured_in_fake_worlds_and_leaves_no_group_behind():
     assert {s.world_size for s in left_out} == {32}
     assert all(0 < s.seconds < 1 for s in (*fitted_to, *left_out))
     assert not dist.is_initialized()
+
+
+def test_the_documented_table_of_gpus_is_that_of_the_model():
+    documented = (Path(__file__).parents[2] / "examples" / "speed.md").read_text().splitlines()
+    lines = shown(render_simulation(made_up(4096), 2)).splitlines()
+    table = lines[next(i for i, line in enumerate(lines) if line.startswith("Simulated on GPUs")) :]
+    rows = [line for line in table if re.match(r" *[\d,]+( +(-|[\d,.]+)){6}$", line)]
+    assert len(rows) == 12
+    for row in rows:
+        if row.split()[0] in ("8", "16", "32", "64", "512", "1,024", "4,096"):
+            assert row in documented
