@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 
+FILES = "layer/interpreted/test_passes.py", "layer/interpreted/test_sums.py", "layer/interpreted/test_two_ranks.py"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-@pytest.mark.parametrize(
-    "file", ["layer/interpreted/test_passes.py", "layer/interpreted/test_two_ranks.py", "gpu/test_device_step.py"]
-)
+@pytest.mark.parametrize("file", [*FILES, "gpu/test_device_step.py"])
 def test_the_kernels_under_tritons_interpreter(file):
     found = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{file}"],

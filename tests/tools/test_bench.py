@@ -218,8 +218,33 @@ def test_files_of_version_1_say_that_they_timed_blocks_alone():
     assert (found.rows[0].calls, found.rows[0].in_blocks("syncnorm"), found.exchange) == (0, None, None)
     assert found.rows[0]["syncnorm"].ratio("local") == pytest.approx(0.6)
     assert "Timed in blocks of the same call" in printed(found)
-    with pytest.raises(ValueError, match=r"expected schema syncnorm\.bench version 2, got syncnorm\.bench 3"):
-        Benchmark.from_dict(data | {"schema_version": 3})
+    with pytest.raises(ValueError, match=r"expected schema syncnorm\.bench version 3, got syncnorm\.bench 4"):
+        Benchmark.from_dict(data | {"schema_version": 4})
+
+
+def test_files_of_version_2_are_read_without_what_they_say_about_nccl():
+    # Fields that version 2 had and version 3 has not, at the three places where it had them.
+    figures = {"latency": 1.0, "per_message": 1.0, "per_byte": 1.0}
+    arrangements = {"flat": 1.0, "two_level": None, "best_g": None, "grouped": None}
+    simulation = {
+        "largest": 2, "channels": 256, "model_channels": [64], "model_name": "a network", "group_size": 8,
+        "network": figures, "given": [], "fit_oversubscribed": False,
+        "ring": {"launch": 1.0, "hop": 1.0, "per_byte": 1.0},
+        "host": {"base": 1.0, "per_channel": 1.0, "per_row": 1.0, "per_value": 1.0}, "host_samples": [], "checks": [],
+        "worlds": [
+            {"world_size": 2, "layer_bytes": 1, "model_bytes": 2}
+            | dict.fromkeys(("layer", "model", "nccl_layer", "nccl_model"), arrangements)
+        ],
+        "pays_from": dict.fromkeys(
+            ("two_level_layer", "two_level_model", "grouped", "nccl_two_level_layer", "nccl_two_level_model")
+        ),
+    }  # fmt: skip
+    data = json.loads(json.dumps(made_up().to_dict())) | {"schema_version": 2, "simulation": simulation}
+    found = Benchmark.from_dict(data).simulation
+    assert found is not None
+    assert found.gpus is None
+    assert (found.worlds[0].layer.flat, found.pays_from.grouped, found.network.latency) == (1.0, None, 1.0)
+    assert "over NCCL" not in printed(Benchmark.from_dict(data))
 
 
 # --- what is shown

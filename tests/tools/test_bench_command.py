@@ -154,7 +154,7 @@ def test_a_quick_run_of_both_writes_what_it_measured(call, monkeypatch, tmp_path
     assert "Forward and backward of a layer, bf16, microseconds" in out
     assert "1 thread(s) per rank, gloo.\ntorch" in out
     found = json.loads(files["json"].read_text())
-    assert (found["schema"], found["schema_version"]) == ("syncnorm.bench", 2)
+    assert (found["schema"], found["schema_version"]) == ("syncnorm.bench", 3)
     assert (found["settings"]["what"], found["hardware"]["threads_per_rank"]) == ("all", 1)
     assert [(row["memory_format"], row["dtype"]) for row in found["rows"]] == [
         (layout, dtype) for dtype in ("fp32", "bf16") for layout in ("contiguous", "channels_last")

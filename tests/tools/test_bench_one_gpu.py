@@ -103,6 +103,21 @@ def test_torchs_layer_syncs_in_a_world_of_one_too(world_size, kind):
             layer(torch.randn(2, 3, 4, 4))
 
 
+@pytest.mark.filterwarnings("ignore:.*all_gather_into_tensor")  # torch 2.13 renamed it
+@pytest.mark.parametrize("shape", [(8 * 3,), (8, 3), (1, 8 * 3), (2, 4 * 3)])
+@pytest.mark.parametrize("name", ["all_gather_single", "all_gather_into_tensor"])
+def test_a_fake_world_gathers_into_any_shape(name, shape):
+    gather = getattr(dist, name, None)
+    if gather is None:
+        pytest.skip(f"this torch has no {name}")
+    row, rows = torch.arange(3.0), torch.empty(shape)
+    with fake_world(8, CPU):
+        getattr(dist, name)(rows, row)  # torch's layer uses (1, W n)
+        getattr(dist, name)(output_tensor=rows, input_tensor=row, group=dist.group.WORLD)
+    assert torch.equal(rows.view(8, 3), row.expand(8, 3))
+    assert getattr(dist, name) is gather
+
+
 # --- targets
 
 
@@ -153,8 +168,8 @@ def test_a_fake_world_in_one_process(world_size, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["syncnorm", "bench", *arguments])
     gathered = []
     native = importlib.import_module("syncnorm.comm.native")
-    gather = native.gather
-    monkeypatch.setattr(native, "gather", lambda *args: gathered.append(gather(*args)) or gathered[-1])
+    gather = native.NativeCall.gather
+    monkeypatch.setattr(native.NativeCall, "gather", lambda *args: gathered.append(gather(*args)) or gathered[-1])
     threads = torch.get_num_threads()
     assert main() == 0
     assert {rows.size(0) for rows in gathered} == {world_size}

@@ -13,19 +13,33 @@ import syncnorm
 from syncnorm import comm
 from syncnorm.comm import exchange_of
 from syncnorm.comm.frames import capacity_for
+from syncnorm.comm.gather import gather_rows
+from syncnorm.layer.global_sums import SUM_FROM_RANKS, pack_sums_of_moments, replaces_gather
 from syncnorm.testing import run_ranks
 from syncnorm.tools.bench import Benchmark, BenchSettings, Parameters, scaling
+from syncnorm.tools.bench.cluster_model import (
+    Cluster,
+    GpuCost,
+    backward_bytes,
+    by_gather,
+    by_sum,
+    by_two_gathers,
+    gathered_bytes,
+    of_layers,
+    reduced_bytes,
+    resnet50_channels,
+    sum_pays_from,
+    summed_bytes,
+)
 from syncnorm.tools.bench.cost_model import (
     Host,
     Network,
-    Ring,
     bytes_received,
     fit_host,
     fit_network,
     flat,
     frame_bytes,
     over_gloo,
-    over_nccl,
     two_level,
     two_level_pays_from,
     worlds_up_to,
@@ -40,7 +54,9 @@ from syncnorm.tools.report.scaling_terminal import render_scaling, render_simula
 
 NETWORK = Network(latency=100e-6, per_message=10e-6, per_byte=1e-9)
 HOST = Host(base=1e-3, per_channel=1e-7, per_row=1e-6, per_value=1e-8)
-RING = Ring(launch=5e-6, hop=2e-6, per_byte=1e-10)
+CLUSTER = Cluster(
+    launch=5e-6, hop=2e-6, per_byte=1e-10, tree_hop=3e-6, node_hop=1e-6, ring_node_hop=1.5e-6, node_per_byte=1e-11
+)
 
 
 # --- arithmetic, on made-up parameters
@@ -48,16 +64,16 @@ RING = Ring(launch=5e-6, hop=2e-6, per_byte=1e-10)
 
 def test_a_world_of_one_costs_nothing():
     assert over_gloo(NETWORK, HOST)(1, 64) == 0
-    assert over_nccl(RING)(1, 64) == 0
+    assert by_gather(CLUSTER, 1, 64).seconds == by_sum(CLUSTER, 1, 64).seconds == 0
     assert bytes_received(1, 64) == 0
 
 
 def test_the_flat_cost_is_linear_in_ranks_and_layers():
-    for cost in (over_gloo(NETWORK, HOST), over_nccl(Ring(5e-6, 2e-6, 0))):
-        one, four = flat(cost, [64]), flat(cost, [64] * 4)
-        steps = [one(w + 1) - one(w) for w in range(2, 50)]
-        assert steps == pytest.approx([steps[0]] * len(steps))
-        assert four(9) == pytest.approx(4 * one(9))
+    cost = over_gloo(NETWORK, HOST)
+    one, four = flat(cost, [64]), flat(cost, [64] * 4)
+    steps = [one(w + 1) - one(w) for w in range(2, 50)]
+    assert steps == pytest.approx([steps[0]] * len(steps))
+    assert four(9) == pytest.approx(4 * one(9))
 
 
 def test_an_exchange_by_hand():
@@ -65,11 +81,62 @@ def test_an_exchange_by_hand():
     assert frame_bytes(64) == 576
     assert over_gloo(NETWORK, HOST)(8, 64) == pytest.approx(2 * (100e-6 + 7 * 10.576e-6) + 8 * 1.64e-6)
     assert HOST.own(10) == pytest.approx(1.001e-3)
-    # 3 hops of 520 bytes; 6 hops of a quarter of 516.
-    assert over_nccl(RING)(4, 64) == pytest.approx(
-        5e-6 + 3 * (2e-6 + 520e-10) + 5e-6 + 6 * (2e-6 + 129e-10),
-    )
     assert bytes_received(8, 64) == 2 * 7 * 576
+
+
+def test_collectives_of_gpus_by_hand():
+    # On a node: 3 hops of 520 bytes; 6 hops of a ring, which a tree takes too, of a quarter of 516 or 1,552 bytes.
+    backward = 5e-6 + 6 * (1e-6 + 129e-11)
+    assert by_gather(CLUSTER, 4, 64) == approx(3 * 520 + 774, 5e-6 + 3 * (1e-6 + 520e-11) + backward)
+    assert by_sum(CLUSTER, 4, 64) == approx(6 * 388 + 774, 5e-6 + 6 * (1e-6 + 388e-11) + backward)
+    # On 4 nodes: a ring has 28 hops inside and 3 between them; a tree twice a chain of 7 hops and 2 hops between.
+    received = 2 * 31 / 32
+    backward = 5e-6 + 2 * (7 * 1e-6 + 2 * 3e-6) + received * 516 * 1e-10
+    gather = 5e-6 + 28 * 1.5e-6 + 3 * 2e-6 + 31 * 520 * 1e-10
+    assert by_gather(CLUSTER, 32, 64) == approx(31 * 520 + received * 516, gather + backward)
+    summed = 5e-6 + 2 * (7 * 1e-6 + 2 * 3e-6) + received * 1552 * 1e-10
+    assert by_sum(CLUSTER, 32, 64) == approx(received * (1552 + 516), summed + backward)
+    two = 5e-6 + 7 * (1e-6 + 520e-11) + 5e-6 + 3 * (3e-6 + 520e-10)
+    assert by_two_gathers(CLUSTER, 32, 64) == approx(10 * 520 + received * 516, two + backward)
+
+
+def approx(received, seconds):
+    return GpuCost(pytest.approx(received), pytest.approx(seconds))
+
+
+def test_the_sum_pays_from_where_each_larger_world_costs_less():
+    cluster, widths = Parameters().cluster(), resnet50_channels()
+    assert len(widths) == 53
+    assert sum(widths) == 26560
+    for channels in (widths, (64,), (2048,)):
+        found = sum_pays_from(cluster, channels, 1024)
+        gains = {
+            w: of_layers(by_sum, cluster, w, channels).seconds < of_layers(by_gather, cluster, w, channels).seconds
+            for w in range(8, 1025, 8)
+        }
+        assert all(gains[w] for w in gains if w >= found)
+        assert not gains[found - 8]
+    assert sum_pays_from(cluster, (64,), 8) is None
+
+
+def test_the_layer_sums_from_where_the_model_says():
+    gpus = made_up(4096).gpus
+    assert gpus.sum_pays_from_layer == SUM_FROM_RANKS
+    assert gpus.sum_pays_from <= SUM_FROM_RANKS
+    assert replaces_gather(SUM_FROM_RANKS, torch.float32)
+    assert not replaces_gather(SUM_FROM_RANKS - 1, torch.float32)
+    assert not replaces_gather(4096, torch.float64)
+
+
+def test_the_bytes_of_a_sum_do_not_grow_with_the_world():
+    worlds = {w.world_size: w for w in made_up(4096).gpus.worlds}
+    assert worlds[4096].gather.received > 400 * worlds[8].gather.received
+    assert worlds[4096].summed.received < 1.2 * worlds[8].summed.received
+    assert worlds[8].two_level is None
+    assert worlds[4096].summed.received < worlds[4096].two_level.received < worlds[4096].gather.received
+    # 1,023 rows of 4,096 values, a count and a tag: 16 MB.
+    backward = reduced_bytes(1024, backward_bytes(2048))
+    assert by_gather(CLUSTER, 1024, 2048).received - backward == 1023 * 4 * 4098
 
 
 def test_the_best_split_is_found_by_trying_all():
@@ -233,6 +300,9 @@ def test_the_tables_fit_and_name_what_is_oversubscribed():
     assert "they cost less than two levels from 16 ranks on" in given
     assert "oversubscribed" not in given
     assert "These figures hold only" not in given
+    assert "A sum costs less than a gather from 16 ranks on for all these layers together, and from 32" in given
+    on_a_node = " ".join(shown(render_simulation(made_up(8), 2)).split())
+    assert "A sum costs less than a gather nowhere up to 8 ranks for all these layers" in on_a_node
     assert "pays nowhere up to 4 ranks for a layer" in " ".join(shown(render_simulation(made_up(4), 2)).split())
 
 
@@ -267,6 +337,37 @@ def test_the_models_bytes_are_those_that_travel(channels):
         assert sizes == [("alltoall_base_", 2 * frame_bytes(channels))] * 2
         # Of what is handed in, a rank's own part does not travel.
         assert sum(size for _, size in sizes) // 2 == bytes_received(2, channels)
+
+
+class BytesHandedIn(TorchDispatchMode):
+    """The bytes of the tensors that collectives are called with: the output of a gather, and what is reduced."""
+
+    def __init__(self):
+        super().__init__()
+        self.nbytes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            tensors = [args[0]] if isinstance(args[0], torch.Tensor) else args[0]
+            self.nbytes.append(sum(t.nbytes for t in tensors))
+        return func(*args, **(kwargs or {}))
+
+
+def _rank_native_collectives(channels):
+    mean, invstd = torch.zeros(channels), torch.ones(channels)
+    row = pack_sums_of_moments(mean, invstd, 5, 1e-5, 1.0)
+    with BytesHandedIn() as handed_in:
+        gather_rows(torch.cat([mean, invstd, torch.ones(2)]), dist.group.WORLD, "the gather")
+        dist.all_reduce(row)
+        dist.all_reduce(torch.zeros(2 * channels + 1))
+    return handed_in.nbytes
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_the_models_bytes_are_those_of_native_collectives(world_size):
+    channels = 33
+    want = [world_size * gathered_bytes(channels), summed_bytes(channels), backward_bytes(channels)]
+    assert run_ranks(_rank_native_collectives, world_size, (channels,)) == [want] * world_size
 
 
 def _rank_native_exchange():

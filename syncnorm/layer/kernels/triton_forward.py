@@ -24,13 +24,15 @@ from syncnorm.layer.kernels.tiles import (
     row_tile,
     row_tiles,
 )
+from syncnorm.layer.kernels.triton_merged import outputs, running_arguments, store_merged
+from syncnorm.layer.kernels.triton_sums import store_sums
 from syncnorm.layer.moments import Running
 
 _MERGE_VALUES = 1024
 _MERGE_RANKS = 64
 
 
-def pack_moments(x: Tensor, eps: float, tag: float, mask: Tensor | None) -> Tensor:
+def pack_moments(x: Tensor, eps: float, tag: float, mask: Tensor | None, *, to_sum: bool = False) -> Tensor:
     """The row that a rank sends in the forward: ``[mean (C) | invstd (C) | count | tag]``, fp32, in one launch.
 
     Each thread sums values minus the first one that it met, and their squares; threads, then programs are merged by
@@ -41,9 +43,11 @@ def pack_moments(x: Tensor, eps: float, tag: float, mask: Tensor | None) -> Tens
         eps: added to the variance.
         tag: identifies the call; an integer below 2**24.
         mask: (batch, *spatial), bool, contiguous: True counts. None: all count.
+        to_sum: return the row of ``global_sums`` instead, (3C + 2) in fp64, which is summed and not gathered.
     """
     n = channel_tiles(x)
-    packed = torch.empty(2 * n.C + 2, device=x.device)
+    size, dtype = (3 * n.C + 2, torch.float64) if to_sum else (2 * n.C + 2, torch.float32)
+    packed = torch.empty(size, dtype=dtype, device=x.device)
     partial = torch.empty(n.parts, 4, n.C, device=x.device)
     launch(
         _moments_kernel, (n.tiles_C * n.parts, 1),
@@ -115,13 +119,16 @@ def _pack_moments(partial, packed, eps, tag, channel, C, parts, chunk: tl.conste
         m2 += m2_p + apart * apart * (count * share)
         count += count_p
     count, origin, step, m2 = _merged(count, origin, step, m2, 0)
-    exists = channel < C
-    # An empty rank: any finite invstd, whatever eps is.
-    var_eps = tl.where(count > 0, m2 / tl.maximum(count, 1.0) + eps, 1.0)
-    tl.store(packed + channel, origin + step, mask=exists)
-    tl.store(packed + C + channel, tl.div_rn(1.0, tl.sqrt_rn(var_eps)), mask=exists)
-    tl.store(packed + 2 * C + channel, count, mask=channel == 0)
-    tl.store(packed + 2 * C + 1 + channel, tl.full(channel.shape, 1.0, tl.float32) * tag, mask=channel == 0)
+    if packed.dtype.element_ty == tl.float64:
+        store_sums(packed, count, origin + step, m2, tag, channel, C)
+    else:
+        exists = channel < C
+        # An empty rank: any finite invstd, whatever eps is.
+        var_eps = tl.where(count > 0, m2 / tl.maximum(count, 1.0) + eps, 1.0)
+        tl.store(packed + channel, origin + step, mask=exists)
+        tl.store(packed + C + channel, tl.div_rn(1.0, tl.sqrt_rn(var_eps)), mask=exists)
+        tl.store(packed + 2 * C + channel, count, mask=channel == 0)
+        tl.store(packed + 2 * C + 1 + channel, tl.full(channel.shape, 1.0, tl.float32) * tag, mask=channel == 0)
 
 
 @triton.jit
@@ -163,21 +170,14 @@ def merge(
     """
     W, width = rows.shape
     C = width // 2 - 1
-    mean, invstd, var = torch.empty(3, C, device=rows.device)
-    count = torch.empty((), dtype=torch.float64, device=rows.device)
+    found = outputs(C, rows.device)
     tile_W = min(power_of_2(W), _MERGE_RANKS)
     tile_C = min(power_of_2(C), _MERGE_VALUES // tile_W)
-    programs = cdiv(C, tile_C)
-    running_mean, running_var, tracked, momentum = running or (None, None, None, 0.0)
-    # The cumulative average, of which all programs need the number of batches before one of them counts up.
-    arrived = semaphores(1, rows.device) if momentum is None else None
     launch(
-        _merge_kernel, (programs, 1),
-        rows, eps, tag, mean, invstd, var, count, mismatch, number,
-        running_mean, running_var, tracked, momentum or 0.0, arrived,
-        W, C, tile_W, tile_C,
+        _merge_kernel, (cdiv(C, tile_C), 1),
+        rows, eps, tag, *found, mismatch, number, *running_arguments(running, rows.device), W, C, tile_W, tile_C,
     )  # fmt: skip
-    return mean, invstd, var, count
+    return found
 
 
 @triton.jit(do_not_specialize=["number", "W", "C"])
@@ -215,40 +215,10 @@ def _merge_kernel(
         var_eps += n * per_value * (1.0 / (invstd_r * invstd_r) + apart * apart)
     var_eps = tl.sum(var_eps, 0, keep_dims=True)
 
-    # From here on in fp32, as in moments.merge and update_running_.
-    nan = float("nan")
-    merged = mean_c.to(tl.float32)
-    wide = tl.where(var_eps < eps, eps, var_eps).to(tl.float32)
-    tl.store(mean + channel, tl.where(in_step, merged, nan), mask=exists)
-    tl.store(invstd + channel, tl.where(in_step, tl.div_rn(1.0, tl.sqrt_rn(wide)), nan), mask=exists)
-    tl.store(var + channel, tl.where(in_step, wide - eps, nan), mask=exists)
-    counts = in_step & (total > 0)
-    counts_up = tl.program_id(0) == 0
-    if running_mean is not None:
-        factor = momentum
-        if arrived is not None:
-            seen = tl.load(tracked) + 1
-            factor = (1.0 / seen.to(tl.float64)).to(tl.float32)
-            counts_up = is_last(arrived, tl.num_programs(0))
-        factor = tl.where(counts, factor, 0.0)
-        unbiased = ((wide - eps).to(tl.float64) * (total / tl.maximum(total - 1, 1.0))).to(tl.float32)
-        _blend(running_mean + channel, merged, factor, exists)
-        _blend(running_var + channel, unbiased, factor, exists)
-    if counts_up:
-        tl.store(count, tl.where(in_step, total, nan))
-        if tracked is not None:
-            tl.store(tracked, tl.load(tracked) + counts.to(tl.int64))
-        if in_step == 0:
-            tl.store(mismatch, number)
-
-
-@triton.jit
-def _blend(running, value, factor, exists):
-    old = tl.load(running, mask=exists, other=0.0).to(tl.float32)
-    # The two branches of torch.lerp: a factor of 1 gives exactly ``value``.
-    new = tl.where(factor < 0.5, old + factor * (value - old), value - (value - old) * (1 - factor))
-    # NaN times zero is NaN, and an empty batch must change nothing whatever its moments are.
-    tl.store(running, tl.where(factor == 0, old, new).to(running.dtype.element_ty), mask=exists)
+    store_merged(
+        mean_c, var_eps, total, in_step, eps, mean, invstd, var, count, mismatch, number,
+        running_mean, running_var, tracked, momentum, arrived, channel, exists,
+    )  # fmt: skip
 
 
 def normalize(

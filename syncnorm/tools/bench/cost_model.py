@@ -1,8 +1,7 @@
 """The cost of synchronization in worlds too large to measure: arithmetic on a few parameters, without measuring.
 
-W = number of ranks, C = channels. A step of a layer is a forward and a backward: two exchanges over gloo, an
-all_gather and an all_reduce over NCCL. Times are seconds. Layers run one after the other, so the cost of a model is
-their sum.
+W = number of ranks, C = channels. A step of a layer is a forward and a backward: two exchanges over gloo. Times are
+seconds. Layers run one after the other, so the cost of a model is their sum. ``cluster_model`` is about GPUs.
 """
 
 from __future__ import annotations
@@ -46,33 +45,6 @@ class Network:
 
 
 @dataclass(frozen=True)
-class Ring:
-    """A ring of NCCL, in which each rank sends to the next.
-
-    Attributes:
-        launch: seconds per collective, independent of its size.
-        hop: seconds from one rank to the next.
-        per_byte: seconds per byte, 1 / bandwidth.
-    """
-
-    launch: float
-    hop: float
-    per_byte: float
-
-    def all_gather(self, world_size: int, num_bytes: int) -> float:
-        """Seconds for ``num_bytes`` per rank, forwarded W - 1 times."""
-        if world_size == 1:
-            return 0.0
-        return self.launch + (world_size - 1) * (self.hop + num_bytes * self.per_byte)
-
-    def all_reduce(self, world_size: int, num_bytes: int) -> float:
-        """Seconds for 2 (W - 1) hops, each with one of the W parts of ``num_bytes``."""
-        if world_size == 1:
-            return 0.0
-        return self.launch + 2 * (world_size - 1) * (self.hop + num_bytes / world_size * self.per_byte)
-
-
-@dataclass(frozen=True)
 class Host:
     """A rank's own work for the step of a layer on a tiny input, including merging the rows of all ranks.
 
@@ -112,20 +84,6 @@ def over_gloo(network: Network, host: Host) -> LayerCost:
     return lambda world_size, channels: (
         2 * network.exchange(world_size, frame_bytes(channels)) + host.merging(world_size, channels)
     )
-
-
-def over_nccl(ring: Ring) -> LayerCost:
-    """The two collectives of a layer; the time to merge on a GPU is not modeled.
-
-    In addition to the values of the channels, each carries one number that detects ranks that disagree, and the
-    gather the count.
-    """
-
-    def seconds(world_size: int, channels: int) -> float:
-        gathered, summed = _FP32_BYTES * (2 * channels + 2), _FP32_BYTES * (2 * channels + 1)
-        return ring.all_gather(world_size, gathered) + ring.all_reduce(world_size, summed)
-
-    return seconds
 
 
 def flat(layer: LayerCost, channels: Iterable[int]) -> StepCost:

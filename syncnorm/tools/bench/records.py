@@ -11,7 +11,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
-from syncnorm.tools.bench.old_records import from_version_1
+from syncnorm.tools.bench.old_records import from_version_1, from_version_2
 from syncnorm.tools.bench.scaling_records import Scaling, Simulation
 from syncnorm.tools.bench.shapes import DTYPES, Shape
 from syncnorm.tools.common.nets import RESNET_WIDTH
@@ -289,7 +289,7 @@ class Benchmark(Record):
     """
 
     schema: ClassVar[str] = "syncnorm.bench"
-    schema_version: ClassVar[int] = 2
+    schema_version: ClassVar[int] = 3
 
     settings: BenchSettings
     hardware: Hardware
@@ -311,13 +311,15 @@ class Benchmark(Record):
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Benchmark:
-        """As for any `Record`; also reads version 1, which timed layers in blocks alone."""
+        """As for any `Record`; also reads versions 1 and 2."""
         if data.get("schema") == cls.schema:
             # What `to_dict` adds follows from the other fields.
             lines = [{name: line[name] for name in line if name != "met"} for line in data.get("summary", ())]
             data = {**data, "summary": lines}
             if data.get("schema_version") == 1:
                 data = from_version_1(data)
+            if data.get("schema_version") == 2:
+                data = from_version_2(data)
         return super().from_dict(data)
 
     def to_dict(self) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from syncnorm.tools.bench.cost_model import Host, Network, Ring
+from syncnorm.tools.bench.cluster_model import Cluster, GpuCost
+from syncnorm.tools.bench.cost_model import Host, Network
 
 
 @dataclass(frozen=True)
@@ -113,15 +114,13 @@ class Arrangements:
 
 @dataclass(frozen=True)
 class SimulatedWorld:
-    """The bytes that a rank receives over gloo, and the cost of a step over gloo and over NCCL."""
+    """The bytes that a rank receives, and the cost of a step, over gloo."""
 
     world_size: int
     layer_bytes: int
     model_bytes: int
     layer: Arrangements
     model: Arrangements
-    nccl_layer: Arrangements
-    nccl_model: Arrangements
 
 
 @dataclass(frozen=True)
@@ -131,8 +130,46 @@ class BreakEven:
     two_level_layer: int | None
     two_level_model: int | None
     grouped: int | None
-    nccl_two_level_layer: int | None
-    nccl_two_level_model: int | None
+
+
+@dataclass(frozen=True)
+class GpuWorld:
+    """The cost of a step of a model's layers, by how the statistics of the forward meet.
+
+    Attributes:
+        world_size: number of ranks.
+        gather: every rank receives the rows of all others.
+        summed: one all_reduce.
+        two_level: a gather on each node, then one between nodes; None on one node, or if nodes would differ in size.
+    """
+
+    world_size: int
+    gather: GpuCost
+    summed: GpuCost
+    two_level: GpuCost | None
+
+
+@dataclass(frozen=True)
+class GpuSimulation:
+    """What the cost model predicts for a cluster of GPUs.
+
+    Attributes:
+        cluster: its parameters; assumed or given, never measured here.
+        model_name: name of the model.
+        model_channels: of its norm layers.
+        worlds: 2, 4, 8, ... ranks and the largest.
+        node: a world of one full node that gathers, as groups of its size do in any world.
+        sum_pays_from: the world of full nodes from which on a sum costs less than a gather; None if there is none.
+        sum_pays_from_layer: the same for the narrowest layer, which gains the least.
+    """
+
+    cluster: Cluster
+    model_name: str
+    model_channels: tuple[int, ...]
+    worlds: tuple[GpuWorld, ...]
+    node: GpuCost
+    sum_pays_from: int | None
+    sum_pays_from_layer: int | None
 
 
 @dataclass(frozen=True)
@@ -148,12 +185,12 @@ class Simulation:
         network: gloo.
         given: names of the network's parameters that the user gave; the others are fitted.
         fit_oversubscribed: whether one of the worlds of the fit had more ranks than cores.
-        ring: NCCL; assumed or given, never measured here.
         host: fitted to torch's ``fake`` process group.
         host_samples: the samples of that fit.
         checks: comparisons with measurements outside the fits.
         worlds: 2, 4, 8, ... and the largest.
         pays_from: break-even world sizes.
+        gpus: the same for GPUs; None in a record of an earlier version.
     """
 
     largest: int
@@ -164,9 +201,9 @@ class Simulation:
     network: Network
     given: tuple[str, ...]
     fit_oversubscribed: bool
-    ring: Ring
     host: Host
     host_samples: tuple[HostSample, ...]
     checks: tuple[ModelCheck, ...]
     worlds: tuple[SimulatedWorld, ...]
     pays_from: BreakEven
+    gpus: GpuSimulation | None = None

@@ -17,10 +17,19 @@ from syncnorm.comm.frames import capacity_for
 from syncnorm.comm.gather import gather_rows
 from syncnorm.errors import InputError
 from syncnorm.modules import SyncBatchNorm2d
+from syncnorm.tools.bench.cluster_model import (
+    RESNET50,
+    Cluster,
+    by_gather,
+    by_sum,
+    by_two_gathers,
+    of_layers,
+    resnet50_channels,
+    sum_pays_from,
+)
 from syncnorm.tools.bench.cost_model import (
     Host,
     Network,
-    Ring,
     StepCost,
     bytes_received,
     fit_host,
@@ -28,7 +37,6 @@ from syncnorm.tools.bench.cost_model import (
     flat,
     frame_bytes,
     over_gloo,
-    over_nccl,
     two_level,
     two_level_pays_from,
     worlds_up_to,
@@ -38,6 +46,8 @@ from syncnorm.tools.bench.measure import ContenderKey, Step, timed_in_blocks, wa
 from syncnorm.tools.bench.scaling_records import (
     Arrangements,
     BreakEven,
+    GpuSimulation,
+    GpuWorld,
     HostSample,
     ModelCheck,
     Scaling,
@@ -63,8 +73,7 @@ _HOST_BLOCK_SECONDS = 0.005
 class Parameters:
     """What the user can specify about a network; a parameter that is None is fitted to the measured worlds.
 
-    The defaults of the ring are those of NCCL's own cost model for a ring over a network with the low-latency
-    protocol (``src/graph/tuning.cc``: baseLat, hwLat), and 100 Gbit/s; they are not measured.
+    The defaults of NCCL are those of its own cost model, see `Cluster`, and 100 Gbit/s; they are not measured.
     """
 
     latency_us: float | None = None
@@ -101,9 +110,9 @@ class Parameters:
         per_byte = None if self.bandwidth_gb is None else 1e-9 / self.bandwidth_gb
         return fit_network(samples, _seconds(self.latency_us), _seconds(self.per_message_us), per_byte)
 
-    def ring(self) -> Ring:
-        """NCCL's ring."""
-        return Ring(self.nccl_launch_us * 1e-6, self.nccl_hop_us * 1e-6, 1e-9 / self.nccl_bandwidth_gb)
+    def cluster(self) -> Cluster:
+        """The cluster of GPUs."""
+        return Cluster(self.nccl_launch_us * 1e-6, self.nccl_hop_us * 1e-6, 1e-9 / self.nccl_bandwidth_gb)
 
 
 def _seconds(microseconds: float | None) -> float | None:
@@ -183,18 +192,18 @@ def simulate(
         host_samples: for the fit of the host.
         host_left_out: to check that fit.
     """
-    network, ring = parameters.network(scaling), parameters.ring()
+    network = parameters.network(scaling)
     host = fit_host([(s.world_size, s.channels, s.seconds) for s in host_samples])
     widths = model_channels()
-    costs = (over_gloo(network, host), over_nccl(ring))
-    layer, nccl_layer = (flat(cost, (_CHANNELS,)) for cost in costs)
-    model, nccl_model = (flat(cost, widths) for cost in costs)
+    cost = over_gloo(network, host)
+    layer, model = flat(cost, (_CHANNELS,)), flat(cost, widths)
     worlds = [
         SimulatedWorld(
             w,
             bytes_received(w, _CHANNELS),
             sum(bytes_received(w, c) for c in widths),
-            *(_arrangements(step, w) for step in (layer, model, nccl_layer, nccl_model)),
+            _arrangements(layer, w),
+            _arrangements(model, w),
         )
         for w in worlds_up_to(largest)
     ]
@@ -213,7 +222,6 @@ def simulate(
         given=parameters.given,
         fit_oversubscribed=scaling is not None
         and any(e.oversubscribed for e in scaling.exchanges if e.world_size in _FITTED_WORLDS),
-        ring=ring,
         host=host,
         host_samples=tuple(host_samples),
         checks=tuple(checks),
@@ -222,9 +230,28 @@ def simulate(
             two_level_layer=two_level_pays_from(layer, largest),
             two_level_model=two_level_pays_from(model, largest),
             grouped=grouped,
-            nccl_two_level_layer=two_level_pays_from(nccl_layer, largest),
-            nccl_two_level_model=two_level_pays_from(nccl_model, largest),
         ),
+        gpus=_simulate_gpus(largest, parameters.cluster()),
+    )
+
+
+def _simulate_gpus(largest: int, cluster: Cluster) -> GpuSimulation:
+    widths, full = resnet50_channels(), cluster.ranks_per_node
+
+    def world(world_size: int) -> GpuWorld:
+        gather, summed = (of_layers(layer, cluster, world_size, widths) for layer in (by_gather, by_sum))
+        several = world_size > full and world_size % full == 0
+        two_level = of_layers(by_two_gathers, cluster, world_size, widths) if several else None
+        return GpuWorld(world_size, gather, summed, two_level)
+
+    return GpuSimulation(
+        cluster=cluster,
+        model_name=RESNET50,
+        model_channels=widths,
+        worlds=tuple(map(world, worlds_up_to(largest))),
+        node=of_layers(by_gather, cluster, full, widths),
+        sum_pays_from=sum_pays_from(cluster, widths, largest),
+        sum_pays_from_layer=sum_pays_from(cluster, (min(widths),), largest),
     )
 
 

@@ -7,8 +7,9 @@ has ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from syncnorm.errors import InputError
 from syncnorm.tools.common.ranks import WAIT, Ranks
 
 DEFAULT_FAKE_RANKS = 8  # GPUs of a usual node
+_GATHERS = ("all_gather_single", "all_gather_into_tensor")
 
 
 def check_single_process(backend: str, ranks: int | None, device: str) -> int:
@@ -63,9 +65,31 @@ def fake_world(world_size: int, device: torch.device) -> Iterator[Ranks]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
         assert dist.group.WORLD is not None
-        yield Ranks(0, world_size, device, "fake", dist.group.WORLD)
+        with _gathers_into_any_shape():
+            yield Ranks(0, world_size, device, "fake", dist.group.WORLD)
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _gathers_into_any_shape() -> Iterator[None]:
+    """Lets the fake group gather into an output of any shape, as NCCL does; ``torch.nn.SyncBatchNorm`` uses (1, W n).
+
+    The group itself divides the first dimension among the ranks.
+    """
+
+    def flattening(gather: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda output_tensor, *args, **kwargs: gather(output_tensor.view(-1), *args, **kwargs)
+
+    # torch 2.11 has only the second name.
+    originals = {name: getattr(dist, name) for name in _GATHERS if hasattr(dist, name)}
+    try:
+        for name, gather in originals.items():
+            setattr(dist, name, flattening(gather))
+        yield
+    finally:
+        for name, gather in originals.items():
+            setattr(dist, name, gather)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from syncnorm.tools.report.bench_terminal import print_benchmark
 from syncnorm.tools.report.progress import counted_on_stderr
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
-_RING = Parameters()
+_DEFAULTS = Parameters()
 
 _RANKS = click.option(
     "--ranks", type=int, metavar="N", help=f"Ranks to start, {DEFAULT_RANKS} by default; not under a launcher."
@@ -212,7 +212,7 @@ def model(
     "--nccl-launch-us",
     type=float,
     metavar="US",
-    default=_RING.nccl_launch_us,
+    default=_DEFAULTS.nccl_launch_us,
     show_default=True,
     help="Simulated NCCL: per collective.",
 )
@@ -220,17 +220,17 @@ def model(
     "--nccl-hop-us",
     type=float,
     metavar="US",
-    default=_RING.nccl_hop_us,
+    default=_DEFAULTS.nccl_hop_us,
     show_default=True,
-    help="Simulated NCCL: per hop of a ring.",
+    help="Simulated NCCL: per hop of a ring between nodes.",
 )
 @click.option(
     "--nccl-bandwidth-gb",
     type=float,
     metavar="GB",
-    default=_RING.nccl_bandwidth_gb,
+    default=_DEFAULTS.nccl_bandwidth_gb,
     show_default=True,
-    help="Simulated NCCL: GB/s of a rank.",
+    help="Simulated NCCL: GB/s of a rank between nodes.",
 )
 @_JSON
 @click.option("--plot", "plot_file", type=_FILE, metavar="FILE.png", help="Plot the cost by the number of ranks.")

@@ -8,7 +8,14 @@ from math import inf
 from rich.console import RenderableType
 from rich.text import Text
 
-from syncnorm.tools.bench.scaling_records import Arrangements, Cost, ModelCheck, Scaling, Simulation
+from syncnorm.tools.bench.scaling_records import (
+    Arrangements,
+    Cost,
+    GpuSimulation,
+    ModelCheck,
+    Scaling,
+    Simulation,
+)
 from syncnorm.tools.report.consoles import PlainTable
 
 _CLUSTER = "--latency-us 30 --per-message-us 5 --bandwidth-gb 1.25"
@@ -50,10 +57,9 @@ def render_simulation(simulation: Simulation, cores: int) -> list[RenderableType
     if any(check.oversubscribed for check in simulation.checks):
         legend.append(_oversubscribed(cores))
     parts.append(_legend(legend))
-    for backend, prefix in (("gloo", ""), ("NCCL", "nccl_")):
-        parts += [_title(_worlds_title(simulation, backend)), _worlds_table(simulation, prefix)]
-    conclusions = Text("\n".join(_conclusions(simulation)))
-    return [*parts, _legend([_worlds_legend(simulation)]), _title("Break-even world sizes"), conclusions]
+    parts += [_title(_worlds_title(simulation)), _worlds_table(simulation), _legend([_worlds_legend(simulation)])]
+    parts += [_title("Break-even world sizes"), Text("\n".join(_conclusions(simulation)))]
+    return parts if simulation.gpus is None else [*parts, *_render_gpus(simulation.gpus)]
 
 
 _CHECKS = {
@@ -83,7 +89,7 @@ def _checks_table(checks: Sequence[ModelCheck], size: str) -> PlainTable:
 
 
 def _parameters(simulation: Simulation) -> Text:
-    network, ring, host = simulation.network, simulation.ring, simulation.host
+    network, host = simulation.network, simulation.host
 
     def source(name: str) -> str:
         return "given" if name in simulation.given else "fitted"
@@ -96,32 +102,29 @@ def _parameters(simulation: Simulation) -> Text:
         f"gloo: {_us(network.latency)} us per exchange ({source('latency_us')}), and for each other rank "
         f"{_us(network.per_message)} us ({source('per_message_us')}) and\n"
         f"its frame at {_bandwidth(network.per_byte)} ({source('bandwidth_gb')}).{fitted}\n"
-        f"NCCL: {_us(ring.launch)} us per collective, {_us(ring.hop)} us per hop of its ring, "
-        f"{_bandwidth(ring.per_byte)}; assumed or given, never measured here.\n"
         f"host: {_us(host.base)} us per step and {host.per_channel * 1e9:.2f} ns per channel in any world; merging, "
         f"{host.per_row * 1e9:.0f} ns per rank and\n{host.per_value * 1e9:.2f} ns per rank and channel "
         "(fitted to torch's fake process group)."
     )
 
 
-def _worlds_title(simulation: Simulation, backend: str) -> str:
-    parts = "exchanges and merging" if backend == "gloo" else "the collectives alone"
+def _worlds_title(simulation: Simulation) -> str:
     return (
-        f"Simulated over {backend}, {parts}: a layer of {simulation.channels} channels, microseconds, and\n"
+        f"Simulated over gloo, exchanges and merging: a layer of {simulation.channels} channels, microseconds, and\n"
         f"{simulation.model_name} of {len(simulation.model_channels)} layers, milliseconds"
     )
 
 
-def _worlds_table(simulation: Simulation, prefix: str) -> PlainTable:
+def _worlds_table(simulation: Simulation) -> PlainTable:
     grouped = f"groups\nof {simulation.group_size}"
     kinds = ("flat", "two-level\n(model only)", "best\nsplit", grouped)
-    received = () if prefix else ("KiB per\nlayer",)
-    table = _table("ranks", *received, *(f"layer\n{kinds[0]}", *kinds[1:]), *(f"model\n{kinds[0]}", *kinds[1:]))
+    table = _table(
+        "ranks", "KiB per\nlayer", *(f"layer\n{kinds[0]}", *kinds[1:]), *(f"model\n{kinds[0]}", *kinds[1:])
+    )
     for world in simulation.worlds:
-        received = () if prefix else (f"{world.layer_bytes / 1024:,.1f}",)
-        layer, model = (getattr(world, f"{prefix}{what}") for what in ("layer", "model"))
-        cells = (*_cells(layer, world.world_size, 1e6, 0), *_cells(model, world.world_size, 1e3, 2))
-        table.add_row(f"{world.world_size:,}", *received, *cells)
+        received = f"{world.layer_bytes / 1024:,.1f}"
+        cells = (*_cells(world.layer, world.world_size, 1e6, 0), *_cells(world.model, world.world_size, 1e3, 2))
+        table.add_row(f"{world.world_size:,}", received, *cells)
     return table
 
 
@@ -140,19 +143,19 @@ def _worlds_legend(simulation: Simulation) -> str:
         "statistics; the layer does so over gloo if g ranks share memory, and their messages then cost next to "
         f"nothing, which the model does not know. Groups of {size}: group_size={size}; a different layer, whose "
         f"statistics are those of {size} ranks. KiB: received by a rank in the forward and backward of a layer over "
-        "gloo. Steps are fp32, one layer after the other, without any overlap. NCCL: rings, also for the all_reduce, "
-        "for which NCCL may choose a tree, and without the time to merge on a GPU."
+        "gloo. Steps are fp32, one layer after the other, without any overlap."
     )
 
 
 def _conclusions(simulation: Simulation) -> list[str]:
     pays_from = simulation.pays_from
     channels, layers = simulation.channels, len(simulation.model_channels)
+    for_layer, for_model = (
+        _from(ranks, simulation.largest) for ranks in (pays_from.two_level_layer, pays_from.two_level_model)
+    )
     lines = [
-        f"Over gloo a two-level gather pays {_from(pays_from.two_level_layer, simulation)} for a layer of "
-        f"{channels} channels, and {_from(pays_from.two_level_model, simulation)} for the {layers} layers of the "
-        f"model. Over NCCL: {_from(pays_from.nccl_two_level_layer, simulation)} and "
-        f"{_from(pays_from.nccl_two_level_model, simulation)}. A world of a prime number of ranks cannot be split.",
+        f"Over gloo a two-level gather pays {for_layer} for a layer of {channels} channels, and {for_model} for the "
+        f"{layers} layers of the model. A world of a prime number of ranks cannot be split.",
         "It saves messages and bytes (W - 1 become g + W / g - 2) and merged rows, and costs one more latency. It "
         "pays earlier if the latency is small compared with the cost of a message and its frame, so for wide layers. "
         f"Here the latency is {_us(simulation.network.latency)} us, and a frame of {channels} channels costs "
@@ -190,15 +193,46 @@ def _grouped_conclusions(simulation: Simulation) -> list[str]:
     return lines
 
 
+def _render_gpus(gpus: GpuSimulation) -> list[RenderableType]:
+    """A table of the worlds, and what it assumes and shows."""
+    layers = f"the {len(gpus.model_channels)} norm layers of {gpus.model_name}"
+    kinds = ("gather", "sum", "two-level*")
+    table = _table("ranks", *(f"{kind}\n{unit}" for unit in ("MiB", "ms") for kind in kinds))
+    for world in gpus.worlds:
+        costs = (world.gather, world.summed, world.two_level)
+        received = ("-" if cost is None else f"{cost.received / 2**20:,.2f}" for cost in costs)
+        seconds = ("-" if cost is None else f"{cost.seconds * 1e3:,.2f}" for cost in costs)
+        table.add_row(f"{world.world_size:,}", *received, *seconds)
+    cluster, largest = gpus.cluster, gpus.worlds[-1].world_size
+    size = cluster.ranks_per_node
+    legend = (
+        "MiB received by a rank and milliseconds of collectives in a step, by the collective of the forward; that of "
+        "the backward is an all_reduce. Gather: of fp32 rows, by a ring. Sum: an all_reduce of fp64 rows, by a tree "
+        "or a ring. *Two-level, only in this model: a gather on each node, then one between nodes. None of this is "
+        f"measured. Assumed or given: nodes of {size} GPUs; {_us(cluster.launch)} us per collective; "
+        f"{_us(cluster.node_hop)} us per hop inside a node, or {_us(cluster.ring_node_hop)} in a ring over several; "
+        f"between nodes {_us(cluster.hop)} us in a ring and {_us(cluster.tree_hop)} in a tree or from node to node, "
+        f"and {_bandwidth(cluster.per_byte)} per rank. What GPUs compute is not included; the merge of gathered rows "
+        "also grows with the ranks."
+    )
+    conclusion = (
+        f"A sum costs less than a gather {_from(gpus.sum_pays_from, largest)} for all these layers together, and "
+        f"{_from(gpus.sum_pays_from_layer, largest)} for each of them; counted in full nodes. With "
+        f"group_size={size}, whose statistics are those of {size} ranks, they cost {gpus.node.seconds * 1e3:,.2f} ms "
+        "in any world."
+    )
+    return [_title(f"Simulated on GPUs over NCCL: {layers}"), table, _legend([legend]), Text(conclusion)]
+
+
 def _message_seconds(simulation: Simulation) -> float:
     """Seconds that one more rank adds to an exchange of the layer."""
     frame_bytes = simulation.worlds[0].layer_bytes / 2  # in a world of 2, a rank receives one frame per exchange
     return simulation.network.per_message + frame_bytes * simulation.network.per_byte
 
 
-def _from(world_size: int | None, simulation: Simulation) -> str:
+def _from(world_size: int | None, largest: int) -> str:
     if world_size is None:
-        return f"nowhere up to {simulation.largest:,} ranks"
+        return f"nowhere up to {largest:,} ranks"
     return f"from {world_size:,} ranks on"
 
 
