@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-
 FILES = "layer/interpreted/test_passes.py", "layer/interpreted/test_sums.py", "layer/interpreted/test_two_ranks.py"
 
 

@@ -188,7 +188,7 @@ def triton_failing() -> Iterator[None]:
     def fail(kernel: object, grid: object, *args: Tensor) -> None:
         raise launch._failed(args[0].get_device(), RuntimeError("Failed to find C compiler."))
 
-    device_step._works_on.cache_clear()
+    device_step.works_on.cache_clear()
     try:
         with (
             mock.patch.object(launch, "_failures", {}),
@@ -197,4 +197,4 @@ def triton_failing() -> Iterator[None]:
         ):
             yield
     finally:
-        device_step._works_on.cache_clear()
+        device_step.works_on.cache_clear()
