@@ -49,7 +49,7 @@ def applies(
         and (mask is None or (type(mask) is Tensor and mask.device == input.device))
         and (args.running is None or cuda.can_track(args.running))
         and comm.exchange_of(args.sync.group, input.device) is None
-        and _works_on(input.device)
+        and works_on(input.device)
     )
 
 
@@ -67,7 +67,7 @@ def _readable(*tensors: Tensor | None) -> bool:
 
 
 @functools.cache
-def _works_on(device: torch.device) -> bool:
+def works_on(device: torch.device) -> bool:
     """Whether Triton can compile and launch a kernel: learned before the first collective, which has to follow."""
     try:
         _forward_kernels().pack_moments(torch.zeros((1, 1), dtype=torch.float32, device=device), 1.0, 0.0, None)

@@ -19,6 +19,7 @@ import syncnorm
 from syncnorm import native
 from syncnorm.comm.transports import default_transport
 from syncnorm.comm.transports.discovery import create_file
+from syncnorm.layer import device_step
 from syncnorm.layer.kernels import launch
 from syncnorm.tools.common.provenance import cpu_count, cpu_name
 from syncnorm.tools.common.records import Record
@@ -203,14 +204,10 @@ def _gpu(device: torch.device) -> str:
 def _passes(device: torch.device) -> str:
     """Which passes layers use on a GPU. Triton's are tried: whether it can compile is known after a first launch."""
     if launch.passes_available(device):
-        from syncnorm.layer.kernels import triton_forward  # not at the top: it imports a compiler
-
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the reason is a part of what is returned
-                triton_forward.pack_moments(torch.ones(2, 1, device=device), eps=1e-5, tag=0.0, mask=None)
-        except launch.TritonFailed:
-            pass
+                device_step.works_on(device)
         except RuntimeError as error:  # no memory, or the GPU is in use exclusively
             return f"not known: {error}"
     reason = launch.unavailable(device)

@@ -1,6 +1,13 @@
-"""The layer on a GPU: two gloo ranks share one device. Skipped without a CUDA device."""
+"""The layer on a GPU, what only a GPU has: streams, graphs, several devices. Skipped without a CUDA device.
 
+Two gloo ranks share one device, or there is one process in a fake world of eight ranks (``device_steps``).
+"""
+
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,12 +15,21 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import syncnorm
-from syncnorm.layer import kernels
-from syncnorm.layer.kernels import cpu
-from syncnorm.testing import assert_close, batch_norm_oracle, run_ranks
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+from device_steps import VARIANTS, Step, fake_ranks, in_fp64, make_step, triton_failing
+
+import syncnorm
+from syncnorm.comm import process_groups
+from syncnorm.layer import kernels
+from syncnorm.layer.kernels import cpu, launch
+from syncnorm.testing import assert_close, batch_norm_oracle, run_ranks
+from syncnorm.tools.bench.single_process import world_of_one
+from syncnorm.tools.env import environment
+
+ROOT = Path(__file__).parents[2]
+two_cards = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -79,68 +95,175 @@ def test_passes_agree_with_plain_aten(layout):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-def without_host_sync(rows: int, relu: bool) -> None:
-    layer = syncnorm.SyncBatchNorm2d(8, device="cuda")
-    x = torch.randn(rows, 8, 5, 5, device="cuda", requires_grad=True)
-    dy = torch.randn(x.shape, device="cuda")
-    layer(x, relu=relu).backward(dy)  # compiles the kernels
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        layer(x, relu=relu).backward(dy)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.fixture
 def eight_ranks() -> Iterator[None]:
-    """torch's fake process group, because gloo would copy to the host."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
-    yield
-    dist.destroy_process_group()
+    with fake_ranks():
+        yield
 
 
 @pytest.mark.usefixtures("eight_ranks")
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize("rows", [4, 0])
-def test_no_host_sync(rows, relu):
-    without_host_sync(rows, relu)
+def test_an_empty_rank_does_not_wait_for_the_gpu(relu):
+    layer = syncnorm.SyncBatchNorm2d(8, device="cuda")
+    x = torch.randn(0, 8, 5, 5, device="cuda", requires_grad=True)
+    layer(x, relu=relu).backward(x)  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x, relu=relu).backward(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.usefixtures("eight_ranks")
-@pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize("rows", [4, 0])
-def test_a_step_is_captured_in_a_graph_and_replays(rows, relu):
-    layer, eager = (syncnorm.SyncBatchNorm2d(8, device="cuda") for _ in range(2))
-    x, dy = (torch.randn(rows, 8, 5, 5, device="cuda") for _ in range(2))
-    x.requires_grad_()
-
-    def step(layer: nn.Module) -> tuple[Tensor, Tensor]:
-        y = layer(x, relu=relu)
-        (dx,) = torch.autograd.grad(y, x, dy)
-        return y, dx
-
+def captured(step: Step, warm_up: Step) -> tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]:
+    """A graph of ``step``, and its results; ``warm_up`` runs before, on another stream, as a capture requires."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):  # warm-up, as a capture requires
-            step(layer)
+        for _ in range(3):
+            warm_up()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step(layer)
-    layer.load_state_dict(eager.state_dict())
+        results = step()
+    return graph, results
+
+
+def replay_and_compare(graph: torch.cuda.CUDAGraph, results: dict[str, Tensor], step: Step, eager: Step) -> None:
+    """Replays the graph of ``step`` on other values, and compares each replay with a step of ``eager``."""
     for seed in range(3):
         torch.manual_seed(seed)
         with torch.no_grad():
-            x.normal_(), dy.normal_()
+            for leaf, like in zip(step.leaves.values(), eager.leaves.values(), strict=True):
+                like.copy_(leaf.normal_())
+            eager.dy.copy_(step.dy.normal_())
         graph.replay()
-        for got, want in zip(captured, step(eager), strict=True):
-            torch.testing.assert_close(got, want)
-    for got, want in zip(layer.buffers(), eager.buffers(), strict=True):
-        torch.testing.assert_close(got, want)
+        for name, want in eager().items():
+            torch.testing.assert_close(results[name], want, msg=lambda m, name=name: f"{name}: {m}")
+        for name, want in eager.buffers.items():
+            torch.testing.assert_close(step.buffers[name], want, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.usefixtures("eight_ranks")
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_each_variant_is_captured_in_a_graph_and_replays(name, channels_last):
+    step, eager, warm_up = (make_step(VARIANTS[name], channels_last=channels_last) for _ in range(3))
+    graph, results = captured(step, warm_up)
+    replay_and_compare(graph, results, step, eager)
+
+
+@pytest.mark.usefixtures("eight_ranks")
+def test_an_empty_rank_is_captured():
+    step, eager, warm_up = (make_step(VARIANTS["ReLU"], shape=(0, 8, 5, 5)) for _ in range(3))
+    graph, results = captured(step, warm_up)
+    replay_and_compare(graph, results, step, eager)
+
+
+@pytest.mark.usefixtures("eight_ranks")
+def test_triton_fails_during_a_capture(monkeypatch):
+    step, eager, warm_up = (make_step(VARIANTS["ReLU"]) for _ in range(3))
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "passes_available", lambda device: False)
+        warm_up()  # torch's kernels
+    with triton_failing():
+        with pytest.warns(UserWarning, match="Failed to find C compiler"):
+            graph, results = captured(step, warm_up)
+        replay_and_compare(graph, results, step, eager)
+
+
+@pytest.mark.usefixtures("eight_ranks")
+@pytest.mark.parametrize("shape", [(2, 70_000, 2, 2), (4, 70_000)], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_more_channels_than_a_grid_has_rows(shape, channels_last):
+    if channels_last and len(shape) == 2:
+        pytest.skip("2-D has one format")
+    step = make_step(VARIANTS["ReLU"], channels_last=channels_last, shape=shape)
+    y = step.forward()
+    step = make_step(VARIANTS["ReLU"], channels_last=channels_last, shape=shape)
+    want = in_fp64(step, y)
+    for name, value in step().items():
+        assert_close(value, want[name], torch.float32)
+
+
+# A C compiler that is not there, in a process that has not compiled anything.
+WITHOUT_COMPILER = """
+import warnings
+from device_steps import VARIANTS, fake_ranks, in_fp64, make_step
+from syncnorm.layer.kernels import launch
+from syncnorm.testing import assert_close
+import torch
+
+with fake_ranks(), warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    y = make_step(VARIANTS["shortcut and ReLU"]).forward()
+    step = make_step(VARIANTS["shortcut and ReLU"])
+    want = in_fp64(step, y)
+    for name, value in step().items():
+        assert_close(value, want[name], torch.float32)
+(text,) = [str(each.message) for each in caught if "Triton" in str(each.message)]
+assert "/nowhere/cc" in text and "C compiler" in text, text
+assert not launch.passes_available(torch.device("cuda", 0))
+assert "/nowhere/cc" in launch.unavailable(torch.device("cuda", 0))
+"""
+
+
+def test_without_a_c_compiler_torchs_kernels_are_used(tmp_path):
+    env = os.environ | {"CC": "/nowhere/cc", "TRITON_CACHE_DIR": str(tmp_path)}
+    env["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests' / 'support'}"
+    done = subprocess.run([sys.executable, "-c", WITHOUT_COMPILER], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_env_says_that_tritons_kernels_are_used():
+    assert environment().gpu_passes[0] == "Triton's kernels"
+
+
+@two_cards
+@pytest.mark.usefixtures("eight_ranks")
+@pytest.mark.parametrize("passes", ["Triton", "torch"])
+@pytest.mark.parametrize("name", ["shortcut and ReLU", "mask", "average"])
+def test_an_input_on_another_device_than_the_current_one(name, passes, monkeypatch):
+    if passes == "torch":
+        monkeypatch.setattr(launch, "passes_available", lambda device: False)
+    assert torch.cuda.current_device() == 0
+    here, there = make_step(VARIANTS[name]), make_step(VARIANTS[name], device=torch.device("cuda", 1))
+    want, got = here(), there()
+    assert torch.cuda.current_device() == 0
+    for key, value in got.items():
+        assert value.device.index == 1
+        torch.testing.assert_close(value.cpu(), want[key].cpu())
+
+
+def _rank_on_its_own_card() -> Tensor:
+    device = torch.device("cuda", dist.get_rank())  # and no set_device
+    layer = syncnorm.SyncBatchNorm2d(3, device=device)
+    x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(dist.get_rank())).to(device).requires_grad_()
+    y = layer(x, relu=True)
+    y.sum().backward()
+    assert torch.cuda.current_device() == 0
+    return y.detach().cpu()
+
+
+@two_cards
+def test_two_ranks_on_two_cards_without_set_device():
+    x = torch.cat([torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(rank)) for rank in range(2)])
+    want = F.batch_norm(x.double(), None, None, training=True).relu()
+    assert_close(torch.cat(run_ranks(_rank_on_its_own_card, 2)), want, torch.float32)
+
+
+def test_over_nccl_in_a_world_of_one():
+    layer = syncnorm.SyncBatchNorm2d(3, device="cuda")
+    x = torch.randn(4, 3, 5, 5, device="cuda", requires_grad=True)
+    dy = torch.randn(4, 3, 5, 5, device="cuda")
+    (want,) = torch.autograd.grad(F.batch_norm(x.double(), None, None, training=True), x, dy.double())
+    with world_of_one("nccl", torch.device("cuda", 0)), process_groups.sync_in_world_of_one():
+        for _ in range(2):
+            y = layer(x)
+            assert type(y.grad_fn).__name__ == "_StepBackward"
+            (dx,) = torch.autograd.grad(y, x, dy)
+        torch.cuda.synchronize()
+    assert_close(dx, want, torch.float32)
 
 
 def test_a_converted_model_in_a_world_of_one():

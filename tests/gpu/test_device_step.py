@@ -15,12 +15,11 @@ from torch.utils.checkpoint import checkpoint
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
 
-from device_steps import DEVICE, INTERPRETED, VARIANTS, Variant, fake_ranks, in_fp64, make_step
+from device_steps import DEVICE, INTERPRETED, VARIANTS, Variant, fake_ranks, in_fp64, make_step, triton_failing
 
 import syncnorm
 from syncnorm.comm.communicator import Communicator
-from syncnorm.layer import device_step
-from syncnorm.layer.kernels import launch, triton_backward, triton_forward
+from syncnorm.layer.kernels import launch
 from syncnorm.testing import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # torch calls it a prototype
@@ -31,15 +30,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def eight_ranks() -> Iterator[None]:
     with fake_ranks():
         yield
-
-
-@pytest.fixture
-def forgetful(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What fails in a test is forgotten after it."""
-    monkeypatch.setattr(launch, "_failures", {})
-    device_step._works_on.cache_clear()
-    yield
-    device_step._works_on.cache_clear()
 
 
 @contextmanager
@@ -64,6 +54,8 @@ def test_each_variant_equals_fp64(name, channels_last, dtype, passes, monkeypatc
         pytest.skip("slow in the interpreter, and compared by other tests on the CPU")
     if passes == "torch":
         monkeypatch.setattr(launch, "passes_available", lambda device: False)
+    elif not launch.passes_available(DEVICE):
+        pytest.skip("needs Triton")
     step = make_step(VARIANTS[name], dtype, channels_last)
     y = step.forward("first")
     assert (type(y.grad_fn).__name__ == "_StepBackward") == (passes == "Triton")
@@ -139,25 +131,19 @@ def test_a_long_name_is_no_disagreement():
         assert step.forward("x" * 300).isfinite().all()
 
 
-def no_compiler(kernel: object, grid: object, *args: object) -> None:
-    raise launch._failed(-1 if INTERPRETED else DEVICE.index, RuntimeError("Failed to find C compiler."))
-
-
-@pytest.mark.usefixtures("forgetful")
-def test_where_triton_cannot_compile_torchs_kernels_do_the_same(monkeypatch):
+def test_where_triton_cannot_compile_torchs_kernels_do_the_same():
     step = make_step(VARIANTS["shortcut and ReLU"])
-    with monkeypatch.context() as patch:
-        patch.setattr(triton_forward, "launch", no_compiler)
-        patch.setattr(triton_backward, "launch", no_compiler)
+    with triton_failing():
         with pytest.warns(UserWarning, match="Failed to find C compiler") as caught:
             y = step.forward("first")
         assert len(caught) == 1
-    assert type(y.grad_fn).__name__ != "_StepBackward"
-    assert not launch.passes_available(DEVICE)
-    step = make_step(VARIANTS["shortcut and ReLU"])
-    want = in_fp64(step, y)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        got = step()
+        assert type(y.grad_fn).__name__ != "_StepBackward"
+        assert not launch.passes_available(DEVICE)
+        step = make_step(VARIANTS["shortcut and ReLU"])
+        want = in_fp64(step, y)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            got = step()
     for key, value in got.items():
         assert_close(value, want[key], torch.float32)
+    assert type(step.forward().grad_fn).__name__ == "_StepBackward"

@@ -81,11 +81,11 @@ def eight_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in (triton_forward, triton_backward):
         monkeypatch.setattr(module, "launch", lambda kernel, grid, *args: note(kernel.fn.__name__))
     monkeypatch.setattr(launch, "passes_available", lambda device: True)
-    device_step._works_on.cache_clear()
+    device_step.works_on.cache_clear()
     dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
     yield
     dist.destroy_process_group()
-    device_step._works_on.cache_clear()
+    device_step.works_on.cache_clear()
 
 
 FORWARD = ["_moments_kernel", "_merge_kernel", "_normalize_kernel"]

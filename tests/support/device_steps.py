@@ -8,12 +8,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 import syncnorm
+from syncnorm.layer import device_step
+from syncnorm.layer.kernels import launch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
@@ -175,3 +178,23 @@ def fake_ranks() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def triton_failing() -> Iterator[None]:
+    """Triton cannot compile, which this process has not met yet, and forgets at the end."""
+    from syncnorm.layer.kernels import triton_backward, triton_forward  # not at the top: Triton may not be installed
+
+    def fail(kernel: object, grid: object, *args: Tensor) -> None:
+        raise launch._failed(args[0].get_device(), RuntimeError("Failed to find C compiler."))
+
+    device_step.works_on.cache_clear()
+    try:
+        with (
+            mock.patch.object(launch, "_failures", {}),
+            mock.patch.object(triton_forward, "launch", fail),
+            mock.patch.object(triton_backward, "launch", fail),
+        ):
+            yield
+    finally:
+        device_step.works_on.cache_clear()

@@ -24,6 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from syncnorm.layer import device_step
 from syncnorm.layer.kernels import launch
 
 # Triton keeps compiled kernels by device: devices of their own for each stand-in, which no GPU has.
@@ -170,10 +171,12 @@ def stand_in_gpu(sm: int = 90) -> Iterator[StandInGpu]:
         patch.setattr(driver, "_active", gpu)
         patch.setattr(launch, "_DEVICE_TYPES", {"cuda", "meta"})
         patch.setattr(launch, "_failures", {})
+        device_step.works_on.cache_clear()
         # What `torch.cuda.device` calls, on entry and on exit.
         patch.setattr(torch.cuda, "_exchange_device", gpu.select)
         patch.setattr(torch.cuda, "_maybe_exchange_device", gpu.select)
         yield gpu
+    device_step.works_on.cache_clear()
 
 
 def resources(kernel: Any) -> Resources:

@@ -110,7 +110,7 @@ class TestPassesOnAGpu:
         assert gpu.launches == []
 
     def test_a_gpu_without_free_memory(self, gpu):
-        with mock.patch.object(torch, "ones", side_effect=torch.OutOfMemoryError("CUDA out of memory")):
+        with mock.patch.object(torch, "zeros", side_effect=torch.OutOfMemoryError("CUDA out of memory")):
             assert env._passes(torch.device("meta")) == "not known: CUDA out of memory"
 
     def test_each_gpu_has_a_line(self, gpu, monkeypatch):
