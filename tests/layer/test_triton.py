@@ -12,6 +12,7 @@ FILES = "layer/interpreted/test_passes.py", "layer/interpreted/test_sums.py", "l
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(550)
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 @pytest.mark.parametrize(
     ("file", "forward"),
@@ -24,6 +25,6 @@ def test_the_kernels_under_tritons_interpreter(file, forward):
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": "", "SYNCNORM_FORWARD": forward},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=500,
     )
     assert found.returncode == 0, found.stdout + found.stderr
