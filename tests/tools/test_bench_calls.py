@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from syncnorm import comm
 from syncnorm.testing import run_ranks
 from syncnorm.tools.bench import BenchSettings, calls, exchange_latency
 from syncnorm.tools.bench.calls import MAX_SKIPPED, OtherWork, call_by_call, one_clock, turns_to_fill
@@ -109,16 +110,20 @@ def test_turns():
 # --- the exchange
 
 
-def _rank_exchange():
+def _rank_exchange(transport):
     with initialized_ranks(CPU) as ranks:
+        comm.set_transport(dist.group.WORLD, transport)
         return measure_exchange(BenchSettings(what="layer", world_size=2, device="cpu", repetitions=1), ranks)
 
 
-def test_an_exchange_in_three_situations():
-    found, other = run_ranks(_rank_exchange, 2)
+@pytest.mark.parametrize(
+    ("transport", "description"), [(None, "shared memory, 2 ranks of one host"), ("native", "native")]
+)
+def test_an_exchange_in_three_situations(transport, description):
+    found, other = run_ranks(_rank_exchange, 2, (transport,))
     assert found == other
     assert found.num_bytes == 4096
-    assert found.transport == "shared memory, 2 ranks of one host"
+    assert found.transport == description
     assert [situation.name for situation in found.situations] == [BACK_TO_BACK, AFTER_WORK, ONE_LATE]
     for situation in found.situations:
         assert len(situation.seconds) == 20

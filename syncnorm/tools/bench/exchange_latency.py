@@ -10,7 +10,7 @@ from statistics import median, quantiles
 import torch
 import torch.distributed as dist
 
-from syncnorm.comm import exchange_of, gather_moments
+from syncnorm.comm import Kind, exchange_of, gather_moments, native_call
 from syncnorm.tools.bench.calls import OtherWork, call_by_call
 from syncnorm.tools.bench.measure import Step, warm_up
 from syncnorm.tools.bench.records import BenchSettings, ExchangeLatency, ExchangeSituation
@@ -73,7 +73,9 @@ class _Gather:
         self._moments = torch.ones(2, CHANNELS)  # packed, as the layer does on CPUs
 
     def __call__(self) -> None:
-        gather_moments((self._moments,), 1, _EPS, self.group, "the gather of the benchmark")
+        name, moments = "the gather of the benchmark", self._moments
+        native = native_call(Kind.FORWARD, name, CHANNELS, moments.dtype, _EPS, self.group, moments.device)
+        gather_moments((moments,), 1, _EPS, self.group, name, native)
 
 
 @dataclass
