@@ -118,7 +118,7 @@ def batch_norm(
         relu: without it there is no ReLU, and the function has a second derivative.
         args: the other arguments; ``padding`` is not read.
 
-    Collective: all ranks of the group, one gather; in the backward one sum.
+    Collective: all ranks of the group, one gather, or from many ranks on one sum; in the backward one sum.
     """
     return _Step.apply(input, weight, bias, residual, mask, relu, args)  # type: ignore[no-any-return,no-untyped-call]  # torch leaves it untyped
 
@@ -175,34 +175,44 @@ def _global_moments(x: Tensor, mask: Tensor | None, args: NoGradArgs, node: Any)
     assert group is not None, "applies() has checked it"
     moves, counts = checkpointing.updates_of(args.running)
     count = checkpointing.UNKNOWN if mask is not None and x.numel() > 0 else x.numel() // channels
-    pack_moments = _forward_kernels().pack_moments
     if checkpointing.in_backward():
         first = checkpointing.only_candidate(layer_name, channels, count)
         if first is None and checkpointing.known(layer_name):
-            moments = pack_moments(x, args.eps, 0.0, mask)[: 2 * channels].view(2, channels)
-            first = checkpointing.lookup(layer_name, moments, count, moves)
+            first = checkpointing.lookup(layer_name, _local_moments(x, mask, args.eps), count, moves)
         if first is not None:
             first.complete(args.running, moves, counts)
             return first
     call = comm.native_call(comm.Kind.FORWARD, layer_name, channels, torch.float32, args.eps, group, x.device)
     assert call is not None, "applies() has checked it"
-    packed = pack_moments(x, args.eps, call.tag, mask, to_sum=call.sums)
-    if call.sums:
-        summed = call.sum_(packed)
-        counts_of_ranks, merge, tag = summed[:1], _sum_kernels().merge_sums, call.tag_sum
-    else:
-        summed = call.gather(packed)
-        counts_of_ranks, merge, tag = summed[:, -2:-1], _forward_kernels().merge, call.tag
-    if count in (0, 1):  # with more the whole batch has more than one
-        check_count(counts_of_ranks, count)
-    mean, invstd, var, total = merge(summed, args.eps, tag, call.mismatch, call.reported, args.running)
+    packed = _forward_kernels().pack_moments(x, args.eps, call.tag, mask, to_sum=call.sums)
+    mean, invstd, var, total = _merged(call, packed, count, args)
     record = checkpointing.ForwardStatistics(mean, invstd, var, ForwardCall(total, group, layer_name, call.number))
     record.note(moves, counts)
     if owners:
-        if call.sums:  # which is this rank's no more
-            packed = pack_moments(x, args.eps, 0.0, mask)
-        checkpointing.remember(record, packed[: 2 * channels].view(2, channels), count, owners, node)
+        # A sum has overwritten the row of this rank.
+        local = _local_moments(x, mask, args.eps) if call.sums else packed[: 2 * channels].view(2, channels)
+        checkpointing.remember(record, local, count, owners, node)
     return record
+
+
+def _local_moments(x: Tensor, mask: Tensor | None, eps: float) -> Tensor:
+    """Mean and invstd of this rank's batch, (2, C), by which a recomputation is recognized."""
+    channels = x.size(1)
+    packed: Tensor = _forward_kernels().pack_moments(x, eps, 0.0, mask)
+    return packed[: 2 * channels].view(2, channels)
+
+
+def _merged(
+    call: comm.NativeCall, packed: Tensor, local_count: int, args: NoGradArgs
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(mean, invstd, var, count)`` of the global batch, from the row of this rank. One gather, or one sum."""
+    if call.sums:
+        rows, tag, merge = call.sum_(packed), call.tag_sum, _sum_kernels().merge_sums
+    else:
+        rows, tag, merge = call.gather(packed), call.tag, _forward_kernels().merge
+    if local_count in (0, 1):  # with more the whole batch has more than one
+        check_count(rows[:1] if call.sums else rows[:, -2:-1], local_count)
+    return merge(rows, args.eps, tag, call.mismatch, call.reported, args.running)  # type: ignore[no-any-return]  # of a module
 
 
 @once_differentiable

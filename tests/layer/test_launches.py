@@ -23,7 +23,7 @@ pytest.importorskip("triton")
 import syncnorm
 from syncnorm.comm import gather
 from syncnorm.layer import device_step
-from syncnorm.layer.kernels import launch, triton_backward, triton_forward
+from syncnorm.layer.kernels import launch, triton_backward, triton_forward, triton_sums
 
 # Views, and memory that is not written.
 LAUNCHES_NOTHING = {
@@ -78,7 +78,7 @@ def note(kernel: str) -> None:
 
 @pytest.fixture(autouse=True)
 def eight_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in (triton_forward, triton_backward):
+    for module in (triton_forward, triton_backward, triton_sums):
         monkeypatch.setattr(module, "launch", lambda kernel, grid, *args: note(kernel.fn.__name__))
     monkeypatch.setattr(launch, "passes_available", lambda device: True)
     device_step.works_on.cache_clear()
@@ -149,6 +149,17 @@ def test_a_step(name):
     assert forward.waits == backward.waits == []
     for gradient, leaf in zip(gradients, leaves, strict=True):
         assert (gradient.dtype, gradient.shape) == (leaf.dtype, leaf.shape)
+
+
+def test_a_forward_that_sums_instead_of_gathering(monkeypatch):
+    monkeypatch.setenv("SYNCNORM_FORWARD", "sum")
+    layer, x, _, _, dy = tensors(Case())
+    layer(x).backward(dy)
+    with counted() as forward:
+        layer(x)
+    assert forward.kernels == ["_moments_kernel", "_merge_sums_kernel", "_normalize_kernel"]
+    assert forward.collectives == ["allreduce_"]
+    assert forward.waits == []
 
 
 @pytest.mark.parametrize("mask", [None, (4, 6, 6)])

@@ -116,13 +116,21 @@ def _rank_step(case: Case) -> dict[str, Tensor | None]:
     }
 
 
-def _rank_steps(cases: dict[str, Case]) -> dict[str, dict[str, Tensor | None]]:
-    return {name: _rank_step(case) for name, case in cases.items()}
+def _rank_steps(cases: dict[str, Case], forward: str) -> dict[str, dict[str, Tensor | None]]:
+    os.environ["SYNCNORM_FORWARD"] = forward
+    try:
+        return {name: _rank_step(case) for name, case in cases.items()}
+    finally:
+        del os.environ["SYNCNORM_FORWARD"]
+
+
+SUMMED = "plain, NHWC", "empty rank", "mask, empty rank", "average", "recomputed"
 
 
 @pytest.fixture(scope="module")
-def found() -> list[dict[str, Any]]:
-    return run_ranks(_rank_steps, 2, (CASES,), timeout=100)
+def found() -> dict[str, list[dict[str, Any]]]:
+    cases = {"gather": CASES, "sum": {name: CASES[name] for name in SUMMED}}
+    return {forward: run_ranks(_rank_steps, 2, (of, forward), timeout=100) for forward, of in cases.items()}
 
 
 def counted(values: Tensor, mask: Tensor) -> Tensor:
@@ -137,9 +145,11 @@ def spread(values: Tensor, mask: Tensor) -> Tensor:
     return all_values.movedim(-1, 1)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_step_is_that_of_the_whole_batch(name, found):
-    case, ranks = CASES[name], [results[name] for results in found]
+@pytest.mark.parametrize(
+    ("forward", "name"), [*(("gather", name) for name in CASES), *(("sum", name) for name in SUMMED)]
+)
+def test_the_step_is_that_of_the_whole_batch(forward, name, found):
+    case, ranks = CASES[name], [results[name] for results in found[forward]]
     inputs, shortcuts, grads, masks = batch(case)
     # Where the ReLU is open is taken from the rank's output, because within rounding of zero either is correct.
     passed = [dy.double() * (got["y"] > 0) if case.relu else dy for dy, got in zip(grads, ranks, strict=True)]
