@@ -278,9 +278,12 @@ class TestFailure:
         with pytest.warns(UserWarning, match="active drivers"), pytest.raises(TritonFailed, match="active drivers"):
             launch(_scale, (1, 1), *arguments(gpu))
 
-    def test_an_error_at_a_later_launch_is_the_gpus(self, gpu):
+    @pytest.mark.parametrize("hooked", [False, True])
+    def test_an_error_at_a_later_launch_is_the_gpus(self, gpu, hooked, monkeypatch):
         launch(_scale, (1, 1), *arguments(gpu))
         gpu.launch_error = RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+        if hooked:  # Triton launches
+            monkeypatch.setattr(triton.knobs.runtime.launch_exit_hook, "calls", [lambda metadata: None])
         with pytest.raises(RuntimeError, match="illegal memory access") as failed:
             launch(_scale, (1, 1), *arguments(gpu))
         assert failed.value is gpu.launch_error
