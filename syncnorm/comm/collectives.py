@@ -224,7 +224,12 @@ def reopen(group: dist.ProcessGroup | None) -> None:
 
 
 def gather_moments(
-    moments: Sequence[Tensor], count: int | Tensor, eps: float, group: dist.ProcessGroup | None, layer_name: str
+    moments: Sequence[Tensor],
+    count: int | Tensor,
+    eps: float,
+    group: dist.ProcessGroup | None,
+    layer_name: str,
+    native: NativeCall | None = None,
 ) -> Gathered:
     """Gathers the moments of every rank, packed as ``[mean (C), invstd (C), count (1)]``.
 
@@ -235,6 +240,7 @@ def gather_moments(
         eps: the eps inside ``invstd``; ranks compare it.
         group: the process group; None means this process alone.
         layer_name: the name of the layer, which ranks compare and errors mention.
+        native: what :func:`native_call` returned for this forward; None if frames carry the moments.
 
     Returns:
         The moments of each rank in rank order, with the same bits on every rank.
@@ -249,7 +255,6 @@ def gather_moments(
         counts = count.view(1, 1) if isinstance(count, Tensor) else [count]
         return Gathered(torch.cat([m.view(-1) for m in moments]).unsqueeze(0), counts, 0)
     channels = first.size(-1)
-    native = native_call(Kind.FORWARD, layer_name, channels, first.dtype, eps, group, first.device)
     if native is not None:
         # full() and not tensor(): a fill is a kernel, while a copy of host memory would synchronize with a GPU.
         packed = count.view(1).to(first.dtype) if isinstance(count, Tensor) else first.new_full((1,), count)

@@ -84,6 +84,13 @@ def _forward_kernels() -> ModuleType:
 
 
 @functools.cache
+def _sum_kernels() -> ModuleType:
+    from syncnorm.layer.kernels import triton_sums  # as above
+
+    return triton_sums
+
+
+@functools.cache
 def _backward_kernels() -> ModuleType:
     from syncnorm.layer.kernels import triton_backward  # as above
 
@@ -179,16 +186,21 @@ def _global_moments(x: Tensor, mask: Tensor | None, args: NoGradArgs, node: Any)
             return first
     call = comm.native_call(comm.Kind.FORWARD, layer_name, channels, torch.float32, args.eps, group, x.device)
     assert call is not None, "applies() has checked it"
-    packed = pack_moments(x, args.eps, call.tag, mask)
-    rows = call.gather(packed)
+    packed = pack_moments(x, args.eps, call.tag, mask, to_sum=call.sums)
+    if call.sums:
+        summed = call.sum_(packed)
+        counts_of_ranks, merge, tag = summed[:1], _sum_kernels().merge_sums, call.tag_sum
+    else:
+        summed = call.gather(packed)
+        counts_of_ranks, merge, tag = summed[:, -2:-1], _forward_kernels().merge, call.tag
     if count in (0, 1):  # with more the whole batch has more than one
-        check_count(rows[:, -2:-1], count)
-    mean, invstd, var, total = _forward_kernels().merge(
-        rows, args.eps, call.tag, call.mismatch, call.reported, args.running
-    )
+        check_count(counts_of_ranks, count)
+    mean, invstd, var, total = merge(summed, args.eps, tag, call.mismatch, call.reported, args.running)
     record = checkpointing.ForwardStatistics(mean, invstd, var, ForwardCall(total, group, layer_name, call.number))
     record.note(moves, counts)
     if owners:
+        if call.sums:  # which is this rank's no more
+            packed = pack_moments(x, args.eps, 0.0, mask)
         checkpointing.remember(record, packed[: 2 * channels].view(2, channels), count, owners, node)
     return record
 

@@ -1,4 +1,4 @@
-"""From the moments of this rank's batch to those of the global batch: gather, merge, check, remember."""
+"""From the moments of this rank's batch to those of the global batch: gather or sum, merge, check, remember."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from syncnorm import comm
-from syncnorm.layer import checkpointing, kernels, moments
+from syncnorm.layer import checkpointing, global_sums, kernels, moments
 from syncnorm.layer.arguments import ForwardCall, Sync
 from syncnorm.layer.checks import check_count
 from syncnorm.layer.moments import Count
@@ -57,16 +57,34 @@ def global_moments(
             return first, first.complete(running, moves, counts)
         if sync.group is None and checkpointing.known(sync.layer_name):
             running = None  # the input is too far from the first one to be recognized, but was counted then
-    gathered = comm.gather_moments((mean, invstd), count, eps, sync.group, sync.layer_name)
-    check_count(gathered.counts, count)
-    merge = kernels.passes_for(mean).merge
-    merged_mean, merged_invstd, var, total = merge(gathered.moments, gathered.counts, eps, running)
-    call = ForwardCall(total, sync.group, sync.layer_name, gathered.number)
+    (merged_mean, merged_invstd, var, total), number = _merged(local, eps, sync, running)
+    call = ForwardCall(total, sync.group, sync.layer_name, number)
     record = checkpointing.ForwardStatistics(merged_mean, merged_invstd, var, call)
     record.note(moves, counts)
     if sync.graph_owners:
         checkpointing.remember(record, fingerprint, local_count, sync.graph_owners, node)
     return record, moves != 0
+
+
+def _merged(
+    local: tuple[Tensor, Tensor, Count], eps: float, sync: Sync, running: moments.Running | None
+) -> tuple[tuple[Tensor, Tensor, Tensor, Count], int]:
+    """``(mean, invstd, var, count)`` of the global batch, and the number of the call. One gather, or one sum."""
+    mean, invstd, count = local
+    group, name = sync.group, sync.layer_name
+    native = None
+    if group is not None:
+        kind = comm.Kind.FORWARD
+        native = comm.native_call(kind, name, mean.numel(), mean.dtype, eps, group, mean.device)
+    if native is not None and native.sums:
+        summed = native.sum_(global_sums.pack_sums_of_moments(mean, invstd, count, eps, native.tag))
+        check_count(summed[:1], count)
+        merged = global_sums.from_sums(summed, eps, native.tag_sum, native.mismatch, native.reported, running)
+        return merged, native.number
+    gathered = comm.gather_moments((mean, invstd), count, eps, group, name, native)
+    check_count(gathered.counts, count)
+    merge = kernels.passes_for(mean).merge
+    return merge(gathered.moments, gathered.counts, eps, running), gathered.number
 
 
 def _known_to_the_host(count: Count) -> int:

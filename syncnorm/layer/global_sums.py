@@ -21,21 +21,6 @@ from torch import Tensor
 from syncnorm.layer import moments
 from syncnorm.layer.moments import Count, Running
 
-# The number of ranks from which on a sum costs less than a gather for each layer of a ResNet-50, the narrowest, of 64
-# channels, included. From the cost model of ``syncnorm bench scaling --simulate 4096``, for nodes of 8 GPUs and with
-# the latencies of NCCL's own model; not measured. For all layers together it is 16 ranks.
-SUM_FROM_RANKS = 32
-
-
-def replaces_gather(world_size: int, dtype: torch.dtype) -> bool:
-    """Whether ranks sum their moments: alike on all ranks, which have the same group and statistics of one dtype.
-
-    Args:
-        world_size: of the group.
-        dtype: of the statistics. Means of 53 bits cannot be summed exactly, so fp64 is always gathered.
-    """
-    return world_size >= SUM_FROM_RANKS and dtype == torch.float32
-
 
 def pack_sums_of_moments(mean: Tensor, invstd: Tensor, count: Count, eps: float, tag: float) -> Tensor:
     """What this rank adds to the sum.

@@ -243,3 +243,26 @@ def test_gather_and_sum():
     for rows, total in run_ranks(_rank_gathers_and_sums, 3):
         assert rows.tolist() == [[0] * 3, [1] * 3, [2] * 3]
         assert_close(total, torch.full((3,), 6.0, dtype=torch.float64), torch.float32)
+
+
+def _rank_lists_its_collectives(forward: str) -> list[str]:
+    found = []
+    with (
+        mock.patch.dict("os.environ", SYNCNORM_FORWARD=forward),
+        mock.patch.object(native, "SUM_FROM_RANKS", 2),
+        mock.patch.object(native.NativeCall, "gather", lambda *args: found.append("gather") or gather(*args)),
+        mock.patch.object(native.NativeCall, "sum_", lambda *args: found.append("sum") or sum_(*args)),
+    ):
+        net = layers("a")
+        net["a"](torch.randn(3, 4)).backward(torch.randn(3, 4))
+        net.double()["a"](torch.randn(3, 4).double())
+    return found
+
+
+gather, sum_ = native.NativeCall.gather, native.NativeCall.sum_
+
+
+@pytest.mark.parametrize(("forward", "first"), [("", "sum"), ("auto", "sum"), ("gather", "gather"), ("sum", "sum")])
+def test_from_many_ranks_on_forwards_sum(forward, first):
+    for found in run_ranks(_rank_lists_its_collectives, args=(forward,)):
+        assert found == [first, "sum", "gather"]  # fp64 is always gathered

@@ -28,19 +28,23 @@ OF_SHARED_MEMORY = {name for name, kind in faults.KINDS.items() if type(kind).__
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def run(transport: str, *command: str) -> None:
-    environ = os.environ | {"SYNCNORM_TRANSPORT": transport, "PYTHONPATH": str(Path(syncnorm.__file__).parents[1])}
+def run(transport: str, *command: str, forward: str = "auto") -> None:
+    environ = os.environ | {"SYNCNORM_TRANSPORT": transport, "SYNCNORM_FORWARD": forward}
+    environ["PYTHONPATH"] = str(Path(syncnorm.__file__).parents[1])
     ended = subprocess.run(
         [sys.executable, *command], env=environ, cwd=TESTS.parent, capture_output=True, text=True, timeout=800
     )
     assert ended.returncode == 0, ended.stdout[-5000:] + ended.stderr[-2000:]
 
 
-@pytest.mark.parametrize(("transport", "leaves_out"), [("gloo", ()), ("native", NATIVE_LEAVES_OUT)])
-def test_the_suites_pass(transport, leaves_out):
+@pytest.mark.parametrize(
+    ("transport", "forward", "leaves_out"),
+    [("gloo", "auto", ()), ("native", "gather", NATIVE_LEAVES_OUT), ("native", "sum", NATIVE_LEAVES_OUT)],
+)
+def test_the_suites_pass(transport, forward, leaves_out):
     chosen = ["-k", " and ".join(f"not {name}" for name in leaves_out)] if leaves_out else []
     files = [str(TESTS / name) for name in SUITES]
-    run(transport, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", *files, *chosen)
+    run(transport, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", *files, *chosen, forward=forward)
 
 
 @pytest.mark.parametrize(

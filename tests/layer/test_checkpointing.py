@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import syncnorm
 from syncnorm.layer import checkpointing
+from syncnorm.layer.arguments import Sync
+from syncnorm.layer.global_moments import global_moments
 from syncnorm.testing import assert_close, run_ranks
 
 SPLITS = (3, 5, 0)
@@ -147,3 +149,27 @@ def _rank_equal_inputs_on_rank_0() -> str:
 
 def test_indistinguishable_segments_are_an_error():
     assert "cannot tell which of 2 checkpointed forwards" in run_ranks(_rank_equal_inputs_on_rank_0, timeout=30)[0]
+
+
+@pytest.mark.parametrize("count", [4, "of a mask"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_on_a_gpu_segments_are_recognized_without_reading_values(reentrant, count):
+    """The meta device stands for the GPU: its tensors have no values, and reading one raises."""
+    used: list[checkpointing.ForwardStatistics] = []
+    on_device = torch.tensor(4, device="meta")
+
+    def segment(x: Tensor) -> Tensor:
+        sync = Sync(None, "layer", checkpointing.graph_owners())
+        mean, invstd = (torch.empty(3, device="meta") for _ in range(2))
+        used.append(global_moments((mean, invstd, count if count == 4 else on_device), 1e-5, sync)[0])
+        return x.sin().sin()
+
+    inputs = [torch.empty(4, 3, device="meta", requires_grad=True) for _ in range(3)]
+    outputs = [
+        checkpoint(segment, x, use_reentrant=reentrant, preserve_rng_state=False, determinism_check="none")
+        for x in inputs
+    ]
+    for i in (1, 2, 0):
+        outputs[i].sum().backward()
+    assert len({id(record) for record in used[:3]}) == 3
+    assert [id(record) for record in used[3:]] == [id(used[i]) for i in (1, 2, 0)]

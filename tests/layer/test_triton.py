@@ -13,12 +13,15 @@ FILES = "layer/interpreted/test_passes.py", "layer/interpreted/test_sums.py", "l
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-@pytest.mark.parametrize("file", [*FILES, "gpu/test_device_step.py"])
-def test_the_kernels_under_tritons_interpreter(file):
+@pytest.mark.parametrize(
+    ("file", "forward"),
+    [*((file, "auto") for file in FILES), (FILES[2], "sum"), ("gpu/test_device_step.py", "auto")],
+)
+def test_the_kernels_under_tritons_interpreter(file, forward):
     found = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{file}"],
         cwd=Path(__file__).parents[2],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""},
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": "", "SYNCNORM_FORWARD": forward},
         capture_output=True,
         text=True,
         timeout=110,

@@ -1,6 +1,8 @@
 import io
 import itertools
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from syncnorm import comm
 from syncnorm.comm import exchange_of
 from syncnorm.comm.frames import capacity_for
 from syncnorm.comm.gather import gather_rows
-from syncnorm.layer.global_sums import SUM_FROM_RANKS, pack_sums_of_moments, replaces_gather
+from syncnorm.comm.native import SUM_FROM_RANKS
+from syncnorm.layer.global_sums import pack_sums_of_moments
 from syncnorm.testing import run_ranks
 from syncnorm.tools.bench import Benchmark, BenchSettings, Parameters, scaling
 from syncnorm.tools.bench.cluster_model import (
@@ -123,9 +126,6 @@ def test_the_layer_sums_from_where_the_model_says():
     gpus = made_up(4096).gpus
     assert gpus.sum_pays_from_layer == SUM_FROM_RANKS
     assert gpus.sum_pays_from <= SUM_FROM_RANKS
-    assert replaces_gather(SUM_FROM_RANKS, torch.float32)
-    assert not replaces_gather(SUM_FROM_RANKS - 1, torch.float32)
-    assert not replaces_gather(4096, torch.float64)
 
 
 def test_the_bytes_of_a_sum_do_not_grow_with_the_world():
@@ -390,3 +390,14 @@ def test_the_host_is_measured_in_fake_worlds_and_leaves_no_group_behind():
     assert {s.world_size for s in left_out} == {32}
     assert all(0 < s.seconds < 1 for s in (*fitted_to, *left_out))
     assert not dist.is_initialized()
+
+
+def test_the_documented_table_of_gpus_is_that_of_the_model():
+    documented = (Path(__file__).parents[2] / "examples" / "speed.md").read_text().splitlines()
+    lines = shown(render_simulation(made_up(4096), 2)).splitlines()
+    table = lines[next(i for i, line in enumerate(lines) if line.startswith("Simulated on GPUs")) :]
+    rows = [line for line in table if re.match(r" *[\d,]+( +(-|[\d,.]+)){6}$", line)]
+    assert len(rows) == 12
+    for row in rows:
+        if row.split()[0] in ("8", "16", "32", "64", "512", "1,024", "4,096"):
+            assert row in documented

@@ -48,7 +48,7 @@ def pack_moments(x: Tensor, eps: float, tag: float, mask: Tensor | None, *, to_s
     n = channel_tiles(x)
     size, dtype = (3 * n.C + 2, torch.float64) if to_sum else (2 * n.C + 2, torch.float32)
     packed = torch.empty(size, dtype=dtype, device=x.device)
-    partial = torch.empty(n.parts, 4, n.C, device=x.device)
+    partial = torch.empty(n.parts, 4, n.C, dtype=torch.float32, device=x.device)
     launch(
         _moments_kernel, (n.tiles_C * n.parts, 1),
         x, mask, packed, partial, semaphores(n.tiles_C, x.device), eps, tag, *n,

@@ -11,7 +11,7 @@ from syncnorm.layer.moments import Running
 
 def outputs(C: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Memory for ``mean (C), invstd (C), biased variance (C)``, fp32, and ``count ()``, fp64."""
-    mean, invstd, var = torch.empty(3, C, device=device)
+    mean, invstd, var = torch.empty(3, C, dtype=torch.float32, device=device)
     return mean, invstd, var, torch.empty((), dtype=torch.float64, device=device)
 
 

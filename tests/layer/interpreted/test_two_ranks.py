@@ -5,6 +5,7 @@ The collectives are gloo's own, as NCCL's would be on GPUs.
 
 import gc
 import os
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import pytest
@@ -295,3 +296,49 @@ def test_a_segment_under_no_sync_stats():
     (dx, want, before, after), _ = run_ranks(_rank_unsynced_segment, 2)
     torch.testing.assert_close(dx, want, rtol=1e-5, atol=1e-6)
     assert torch.equal(before, after)
+
+
+def _rank_under_modes() -> list[Tensor]:
+    """Gradients of a step under other defaults, which are those of the group's first call; then without them."""
+    comm.set_transport(None, "native")
+    found = []
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    x, dy = (torch.randn(3, CHANNELS, 2, 2, generator=generator) for _ in range(2))
+    for changed in (True, False):
+        layer, inputs = syncnorm.SyncBatchNorm2d(CHANNELS), x.clone().requires_grad_()
+        torch.set_default_dtype(torch.float64 if changed else torch.float32)
+        try:
+            with torch.device("meta") if changed else nullcontext():
+                y = layer(inputs, relu=True)
+                y.backward(dy)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        found += [y.detach(), inputs.grad, layer.weight.grad, layer.running_var]
+    return found
+
+
+def test_the_defaults_of_torch_do_not_matter():
+    for found in run_ranks(_rank_under_modes, 2):
+        for got, want in zip(found[:4], found[4:], strict=True):
+            assert torch.equal(got, want)
+
+
+def _rank_with_a_trainable_shortcut_alone(dtype: torch.dtype) -> Tensor:
+    comm.set_transport(None, "native")
+    layer = syncnorm.SyncBatchNorm2d(CHANNELS).requires_grad_(False)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    x, dy = (torch.randn(3, CHANNELS, 2, 2, generator=generator) for _ in range(2))
+    # fp64 is not the kernels' step; that rank makes no collective, either.
+    shortcut = torch.zeros_like(x, dtype=dtype).requires_grad_()
+    mask = torch.rand(3, 2, 2, generator=generator) < 0.7
+    y = layer(x, mask, residual=shortcut, relu=True)
+    if dist.get_rank() == 0:
+        y.backward(dy.to(y.dtype))
+        return torch.stack([shortcut.grad, dy.masked_fill(~mask.unsqueeze(1), 0) * (y.detach() > 0)])
+    return torch.zeros(2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_backward_for_the_shortcut_alone_needs_no_other_rank(dtype):
+    got, want = run_ranks(_rank_with_a_trainable_shortcut_alone, 2, (dtype,))[0]
+    assert torch.equal(got, want)
