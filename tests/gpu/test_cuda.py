@@ -145,9 +145,11 @@ def replay_and_compare(graph: torch.cuda.CUDAGraph, results: dict[str, Tensor], 
 
 
 @pytest.mark.usefixtures("eight_ranks")
+@pytest.mark.parametrize("forward", ["gather", "sum"])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_each_variant_is_captured_in_a_graph_and_replays(name, channels_last):
+def test_each_variant_is_captured_in_a_graph_and_replays(name, channels_last, forward, monkeypatch):
+    monkeypatch.setenv("SYNCNORM_FORWARD", forward)
     step, eager, warm_up = (make_step(VARIANTS[name], channels_last=channels_last) for _ in range(3))
     graph, results = captured(step, warm_up)
     replay_and_compare(graph, results, step, eager)

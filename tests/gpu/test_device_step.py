@@ -70,8 +70,25 @@ def test_each_variant_equals_fp64(name, channels_last, dtype, passes, monkeypatc
     assert got["x"].is_contiguous(memory_format=layout)
 
 
+@pytest.mark.parametrize("passes", ["Triton", "torch"])
+@pytest.mark.parametrize("name", ["plain", "mask and ReLU", "average"])
+def test_a_forward_that_sums_equals_fp64(name, passes, monkeypatch):
+    monkeypatch.setenv("SYNCNORM_FORWARD", "sum")
+    if passes == "torch":
+        monkeypatch.setattr(launch, "passes_available", lambda device: False)
+    y = make_step(VARIANTS[name]).forward("first")
+    step = make_step(VARIANTS[name])
+    want = in_fp64(step, y, "sum")
+    got = step() | {f"running {key}": value for key, value in step.buffers.items()}
+    for key, value in got.items():
+        assert_close(value, want[key], torch.float32)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing waits on the CPU")
+@pytest.mark.parametrize("forward", ["gather", "sum"])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_step_does_not_wait_for_the_gpu(name):
+def test_a_step_does_not_wait_for_the_gpu(name, forward, monkeypatch):
+    monkeypatch.setenv("SYNCNORM_FORWARD", forward)
     step = make_step(VARIANTS[name])
     step()
     with no_host_sync():
@@ -99,13 +116,17 @@ def test_a_recomputed_step_does_not_wait_for_the_gpu(name, reentrant):
     torch.testing.assert_close(step.x.grad, plain["x"])
 
 
-@pytest.mark.parametrize("pass_name", ["gather", "sum_"])
-def test_a_wrong_tag_gives_nan_and_an_error_at_the_next_call(pass_name, monkeypatch):
+@pytest.mark.parametrize(
+    ("forward", "out_of_step_in"), [("gather", "forward"), ("sum", "forward"), ("gather", "backward")]
+)
+def test_a_wrong_tag_gives_nan_and_an_error_at_the_next_call(forward, out_of_step_in, monkeypatch):
+    monkeypatch.setenv("SYNCNORM_FORWARD", forward)
     name = "encoder." * 37 + "norm"  # 300 characters
     step = make_step(VARIANTS["ReLU"])
     step.name = name
     step()
     before = {key: value.clone() for key, value in step.buffers.items()}
+    pass_name = "gather" if (forward, out_of_step_in) == ("gather", "forward") else "sum_"
     collective = getattr(Communicator, pass_name)
 
     def out_of_step(self: Communicator, *tensors: torch.Tensor) -> object:
@@ -115,9 +136,9 @@ def test_a_wrong_tag_gives_nan_and_an_error_at_the_next_call(pass_name, monkeypa
 
     with monkeypatch.context() as patch, no_host_sync():
         patch.setattr(Communicator, pass_name, out_of_step)
-        poisoned = step.forward() if pass_name == "gather" else step()["x"]
+        poisoned = step.forward() if out_of_step_in == "forward" else step()["x"]
     assert poisoned.isnan().all()
-    if pass_name == "gather":
+    if out_of_step_in == "forward":
         assert all(torch.equal(step.buffers[key], value) for key, value in before.items())
     with pytest.raises(syncnorm.SyncNormError, match="another rank did not run") as raised:
         step()

@@ -18,6 +18,7 @@ from triton.runtime.build import compile_module_from_src
 from triton.runtime.jit import JITFunction
 
 from syncnorm.layer.kernels import launch as launching
+from syncnorm.layer.kernels import triton_backward, triton_forward
 from syncnorm.layer.kernels.launch import TritonFailed, launch, passes_available, unavailable
 
 META = torch.device("meta")
@@ -278,13 +279,38 @@ class TestFailure:
         with pytest.warns(UserWarning, match="active drivers"), pytest.raises(TritonFailed, match="active drivers"):
             launch(_scale, (1, 1), *arguments(gpu))
 
-    def test_an_error_at_a_later_launch_is_the_gpus(self, gpu):
+    @pytest.mark.parametrize("hooked", [False, True])
+    def test_an_error_at_a_later_launch_is_the_gpus(self, gpu, hooked, monkeypatch):
         launch(_scale, (1, 1), *arguments(gpu))
         gpu.launch_error = RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+        if hooked:  # Triton launches
+            monkeypatch.setattr(triton.knobs.runtime.launch_exit_hook, "calls", [lambda metadata: None])
         with pytest.raises(RuntimeError, match="illegal memory access") as failed:
             launch(_scale, (1, 1), *arguments(gpu))
         assert failed.value is gpu.launch_error
         assert launching._failures == {}
+
+
+@pytest.mark.parametrize("shape", [(2, 70_000, 2, 2), (4, 70_000), (3, 70_000, 1)], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_more_channels_than_a_grid_has_rows(gpu, shape, channels_last):
+    """Along y and z a GPU takes no more than 65,535 programs, which the stand-in refuses as a driver does."""
+    layout = torch.channels_last if channels_last and len(shape) == 4 else torch.contiguous_format
+    x = torch.empty(shape, device=META).contiguous(memory_format=layout)
+    vector, count = torch.empty(shape[1], device=META), torch.empty((), dtype=torch.float64, device=META)
+    mismatch = torch.zeros((), dtype=torch.int64)
+    row = triton_forward.pack_moments(x, 1e-5, 1.0, None)
+    triton_forward.merge(row.expand(8, -1), 1e-5, 1.0, mismatch, 1, None)
+    triton_forward.normalize(x, *[vector] * 4, None, None, True, x)
+    packed, _ = triton_backward.pack_sums(x, x, *[vector] * 4, None, None, True, 1.0, vector, vector)
+    triton_backward.finish(x, x, *[vector] * 4, None, packed, count, True, 8.0, mismatch, 1, x)
+    assert len(gpu.launches) == 5
+
+
+def test_a_grid_that_is_too_large_is_refused(gpu):
+    launch(_scale, (1, 1), *arguments(gpu))
+    with pytest.raises(RuntimeError, match="a grid of 1, 70000, 1"):
+        launch(_scale, (1, 70_000), *arguments(gpu))
 
 
 def test_devices_without_triton(monkeypatch):

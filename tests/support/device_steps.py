@@ -125,12 +125,13 @@ def make_step(
     return Step(variant, leaves["x"], dy, leaves, buffers, mask)
 
 
-def in_fp64(step: Step, y: Tensor) -> dict[str, Tensor]:
+def in_fp64(step: Step, y: Tensor, forward: str = "gather") -> dict[str, Tensor]:
     """What ``step`` returns, and the running statistics after it, if it has not run yet.
 
     Args:
         step: of the fake group.
         y: its output: where the ReLU is open is taken from there, because near zero rounding decides.
+        forward: whether ranks gather moments, which gives all ranks those of this one, or sum them.
     """
     variant, dims = step.variant, [0, *range(2, step.x.dim())]
     counts = torch.ones_like(step.x, dtype=torch.bool) if step.mask is None else step.mask.unsqueeze(1)
@@ -154,7 +155,7 @@ def in_fp64(step: Step, y: Tensor) -> dict[str, Tensor]:
     dz = step.dy.double().masked_fill(~counts, 0)
     dz = dz * (y > 0) if variant.relu else dz
     sum_dz, sum_dz_xmu = dz.sum(dims, keepdim=True), (dz * xmu).sum(dims, keepdim=True)
-    total = n * WORLD  # the gather has given all ranks this rank's count, and the sums are this rank's
+    total = n * WORLD if forward == "gather" else n
     dx = vector("weight", 1.0) * invstd * (dz - sum_dz / total - xmu * invstd.square() * sum_dz_xmu / total)
     found = {"y": z.masked_fill(~counts, 0), "x": dx.masked_fill(~counts, 0), "shortcut": dz}
     found |= {"weight": (sum_dz_xmu * invstd).flatten(), "bias": sum_dz.flatten()}

@@ -148,6 +148,8 @@ class StandInGpu:
         def record(x: int, y: int, z: int, stream: int, *rest: Any) -> None:
             if self.launch_error is not None:
                 raise self.launch_error
+            if not (1 <= x < 2**31 and 1 <= y < 2**16 and 1 <= z < 2**16):
+                raise RuntimeError(f"Triton Error [CUDA]: invalid argument: a grid of {x}, {y}, {z}")
             kernels = src.fn.device_caches[compiled_on][0].values()
             kernel = next(each for each in kernels if each.hash == metadata.hash)
             _, _, launch_metadata, enter_hook, exit_hook, *args = rest
