@@ -21,9 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ROW_TILE_VALUES = 4096
-_CHANNEL_TILE_VALUES = 1024  # the sums of a program are tiles too, in registers
 _LOAD_BYTES = 16
+_ROW_TILE_BYTES = 8192
+_CHANNEL_TILE_BYTES = 4096  # the sums of a program are tiles too, in registers
+_NEIGHBORS_BYTES = 64  # of the channels of a tile, if the channel is the fastest axis: two sectors of a cache line
 _PROGRAMS = 1024  # of a kernel that sums: several for each multiprocessor of any GPU
 _PARTS = 128  # of a channel: the last program reads the results of all of them
 _CHUNK_VALUES = 1024  # that it reads at once
@@ -97,9 +98,14 @@ def row_tiles(x: Tensor) -> RowTiles:
     return _row_tiles(x.shape, x.stride(1) == 1, x.itemsize)
 
 
-def channel_tiles(x: Tensor) -> ChannelTiles:
-    """The division of a dense x for a pass that sums over each channel."""
-    return _channel_tiles(x.shape, x.stride(1) == 1, x.itemsize)
+def channel_tiles(x: Tensor, small: bool = False) -> ChannelTiles:
+    """The division of a dense x for a pass that sums over each channel.
+
+    Args:
+        x: dense; it may be empty.
+        small: for a pass that needs more registers per value.
+    """
+    return _channel_tiles(x.shape, x.stride(1) == 1, x.itemsize, small)
 
 
 @functools.lru_cache(1024)
@@ -109,30 +115,30 @@ def _row_tiles(shape: tuple[int, ...], channel_is_fastest: bool, itemsize: int) 
     vector = math.gcd(R, _LOAD_BYTES // itemsize)
     group = vector if B % vector == 0 else 1
     # What depends on the channel is computed once per column of a tile: prefer many rows, if a warp has columns.
-    rows = min(power_of_2(A), _ROW_TILE_VALUES // 256)
-    tile_R = min(power_of_2(R), _ROW_TILE_VALUES // rows)
-    return RowTiles(A, R, B, vector, group, min(power_of_2(A), _ROW_TILE_VALUES // tile_R), tile_R)
+    values = _ROW_TILE_BYTES // itemsize // (2 if vector == 1 else 1)  # each load needs registers for its address
+    tile_R = min(power_of_2(R), values // min(power_of_2(A), values // 256))
+    tile_A = min(power_of_2(A), values // tile_R)
+    return RowTiles(A, R, B, vector, group, tile_A, tile_R)
 
 
 @functools.lru_cache(1024)
-def _channel_tiles(shape: tuple[int, ...], channel_is_fastest: bool, itemsize: int) -> ChannelTiles:
+def _channel_tiles(shape: tuple[int, ...], channel_is_fastest: bool, itemsize: int, small: bool) -> ChannelTiles:
     A, C, B = _rows_channels_positions(shape, channel_is_fastest)
-    widest = _LOAD_BYTES // itemsize
-    shift = 0
+    # Of all values: no load may reach past the end of x.
+    vector = math.gcd(C if B == 1 else A * C * B, _LOAD_BYTES // itemsize)
+    shift = 0 if B == 1 else vector - math.gcd(B, vector)  # the most values by which a row begins within a load
+    values = _CHANNEL_TILE_BYTES // itemsize // (2 if small or vector == 1 else 1)
     if B == 1:
-        vector = math.gcd(C, widest)
-        tile_C, tile_B = min(power_of_2(C), 32), 1
+        tile_C, tile_B = min(power_of_2(C), _NEIGHBORS_BYTES // itemsize), 1
     else:
-        vector = math.gcd(A * C * B, widest)  # so that no load reaches past the end of x
-        shift = vector - math.gcd(B, vector)
-        tile_B = min(power_of_2(B + shift), _CHANNEL_TILE_VALUES)
+        tile_B = min(power_of_2(B + shift), values)
         # Short rows: several channels, because neighboring rows share cache lines.
-        tile_C = min(power_of_2(C), max(1, _CHANNEL_TILE_VALUES // 4 // tile_B))
-    tile_A = min(power_of_2(A), _CHANNEL_TILE_VALUES // (tile_C * tile_B))
+        tile_C = min(power_of_2(C), max(1, values // 4 // tile_B))
+    tile_A = min(power_of_2(A), values // (tile_C * tile_B))
     tiles_B = cdiv(B + shift, tile_B)
     tiles = cdiv(A, tile_A) * tiles_B
     parts = max(1, min(tiles, _PARTS, _PROGRAMS // cdiv(C, tile_C)))
-    chunk = min(power_of_2(parts), _CHUNK_VALUES // tile_C)
+    chunk = min(_PARTS, _CHUNK_VALUES // tile_C)
     return ChannelTiles(A, C, B, tiles_B, parts, vector, shift > 0, tile_A, tile_C, tile_B, chunk)
 
 
@@ -206,9 +212,10 @@ def channel_tile(
         if shifted:
             row = (a * C + channel) * B
             aligned = row // vector * vector
-            position = start + column - (row - aligned)
+            head = (row - aligned).to(tl.int32)
+            position = start + column - head
             # Alike for all values of a load.
-            loaded = row_exists & (start + column // vector * vector - (row - aligned) < B)
+            loaded = row_exists & (start + column // vector * vector - head < B)
             inside = row_exists & (position >= 0) & (position < B)
             at = aligned + (start + column)
         else:
@@ -219,6 +226,12 @@ def channel_tile(
             at = (a * C + channel) * B + position
         place = a * B + position
     return at, loaded, inside, place
+
+
+@triton.jit
+def sum_over_tile(values):
+    """(tile_A, tile_C, tile_B) -> (1, tile_C, 1)."""
+    return tl.sum(tl.sum(values, 2, keep_dims=True), 0, keep_dims=True)
 
 
 @triton.jit

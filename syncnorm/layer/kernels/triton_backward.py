@@ -13,7 +13,16 @@ from torch import Tensor
 
 from syncnorm.layer.kernels.launch import launch
 from syncnorm.layer.kernels.parts import is_last, semaphores
-from syncnorm.layer.kernels.tiles import SIZES, affine, channel_tile, channel_tiles, per_channel, row_tile, row_tiles
+from syncnorm.layer.kernels.tiles import (
+    SIZES,
+    affine,
+    channel_tile,
+    channel_tiles,
+    per_channel,
+    row_tile,
+    row_tiles,
+    sum_over_tile,
+)
 
 
 def pack_sums(
@@ -99,8 +108,8 @@ def _sums_kernel(
         sum_dz_xmu += tl.where(counts, gradient * xmu, 0.0)
 
     mine = partial + part * 2 * C + channel
-    tl.store(mine, _sum(sum_dz), mask=exists)
-    tl.store(mine + C, _sum(sum_dz_xmu), mask=exists)
+    tl.store(mine, sum_over_tile(sum_dz), mask=exists)
+    tl.store(mine + C, sum_over_tile(sum_dz_xmu), mask=exists)
     if is_last(arrived + group, parts):
         _pack_sums(partial, packed, d_weight, d_bias, invstd_c, tag, channel, C, parts, chunk, tile_C)
 
@@ -117,7 +126,7 @@ def _pack_sums(
         at = partial + part * 2 * C + channel
         sum_dz += tl.load(at, mask=exists, other=0.0, cache_modifier=".cg")
         sum_dz_xmu += tl.load(at + C, mask=exists, other=0.0, cache_modifier=".cg")
-    total_dz, total_dz_xmu = _sum(sum_dz), _sum(sum_dz_xmu)
+    total_dz, total_dz_xmu = sum_over_tile(sum_dz), sum_over_tile(sum_dz_xmu)
     exists = channel < C
     tl.store(packed + channel, total_dz, mask=exists)
     tl.store(packed + C + channel, total_dz_xmu, mask=exists)
@@ -126,12 +135,6 @@ def _pack_sums(
         tl.store(d_bias + channel, total_dz.to(d_bias.dtype.element_ty), mask=exists)
     if d_weight is not None:
         tl.store(d_weight + channel, (total_dz_xmu * invstd_c).to(d_weight.dtype.element_ty), mask=exists)
-
-
-@triton.jit
-def _sum(tile):
-    """(1, tile_C, 1), the sum per channel."""
-    return tl.sum(tl.sum(tile, 2, keep_dims=True), 0, keep_dims=True)
 
 
 def finish(

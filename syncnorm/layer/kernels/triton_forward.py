@@ -23,6 +23,7 @@ from syncnorm.layer.kernels.tiles import (
     power_of_2,
     row_tile,
     row_tiles,
+    sum_over_tile,
 )
 from syncnorm.layer.kernels.triton_merged import outputs, running_arguments, store_merged
 from syncnorm.layer.kernels.triton_sums import store_sums
@@ -35,8 +36,8 @@ _MERGE_RANKS = 64
 def pack_moments(x: Tensor, eps: float, tag: float, mask: Tensor | None, *, to_sum: bool = False) -> Tensor:
     """The row that a rank sends in the forward: ``[mean (C) | invstd (C) | count | tag]``, fp32, in one launch.
 
-    Each thread sums values minus the first one that it met, and their squares; threads, then programs are merged by
-    Chan's formula. So the variance is right to fp32 rounding however far the mean is from zero.
+    Each program sums the differences to one value of the channel, and their squares; programs are merged by Chan's
+    formula. So the variance is right to fp32 rounding however far the mean is from zero.
 
     Args:
         x: dense (``kernels.dense``), up to fp32; empty on a rank without values, whose mean is 0 and invstd finite.
@@ -45,7 +46,7 @@ def pack_moments(x: Tensor, eps: float, tag: float, mask: Tensor | None, *, to_s
         mask: (batch, *spatial), bool, contiguous: True counts. None: all count.
         to_sum: return the row of ``global_sums`` instead, (3C + 2) in fp64, which is summed and not gathered.
     """
-    n = channel_tiles(x)
+    n = channel_tiles(x, small=mask is not None)
     size, dtype = (3 * n.C + 2, torch.float64) if to_sum else (2 * n.C + 2, torch.float32)
     packed = torch.empty(size, dtype=dtype, device=x.device)
     partial = torch.empty(n.parts, 4, n.C, dtype=torch.float32, device=x.device)
@@ -64,36 +65,53 @@ def _moments_kernel(
 ):  # fmt: skip
     tiles_C = tl.cdiv(C, tile_C)
     group, part = tl.program_id(0) % tiles_C, tl.program_id(0) // tiles_C
+    channel = group * tile_C + tl.arange(0, tile_C)[None, :, None]
+    exists = channel < C
+    if mask is None:
+        # A value of each channel, from the middle of the program's first tile.
+        sample_a = (part // tiles_B).to(tl.int64) * tile_A
+        position = tl.minimum(part % tiles_B * tile_B + tile_B // 2, B - 1)
+        sample = tl.load(x + (sample_a * C + channel) * B + position, mask=exists & (sample_a < A), other=0.0)
+        origin = sample.to(tl.float32)
+    else:
+        # That may be padding. The first value that each thread meets which is not.
+        sample = 0.0
+        origin = tl.zeros((tile_A, tile_C, tile_B), tl.float32)
     count = tl.zeros((tile_A, tile_C, tile_B), tl.float32)
-    first = tl.zeros((tile_A, tile_C, tile_B), tl.float32)
     sum_ = tl.zeros((tile_A, tile_C, tile_B), tl.float32)
     squares = tl.zeros((tile_A, tile_C, tile_B), tl.float32)
-    # Every parts-th tile: all programs together go through x from its beginning to its end.
-    for tile in range(part, tl.cdiv(A, tile_A) * tiles_B, parts):
+    # Every parts-th tile: all programs together go through x from its beginning to its end. Two tiles at a time, so
+    # that enough loads are on their way, if there are registers.
+    AT_A_TIME: tl.constexpr = 1 if shifted or mask is not None else 2
+    for tile in tl.range(part, tl.cdiv(A, tile_A) * tiles_B, parts, loop_unroll_factor=AT_A_TIME):
         at, loaded, inside, place = channel_tile(
             tile, group * tile_C, A, C, B, tiles_B, vector, shifted, tile_A, tile_C, tile_B
         )
-        value = tl.load(x + at, mask=loaded, other=0.0).to(tl.float32)
+        value = tl.load(x + at, mask=loaded, other=sample).to(tl.float32)
         if mask is not None:
             inside = inside & (tl.load(mask + place, mask=inside, other=0) != 0)
-        first = tl.where(count == 0, value, first)
-        apart = tl.where(inside, value - first, 0.0)
+            origin = tl.where((count == 0) & inside, value, origin)
+        apart = value - origin
+        if shifted or mask is not None:
+            apart = tl.where(inside, apart, 0.0)
         count += inside.to(tl.float32)
         sum_ += apart
         squares += apart * apart
-    step = sum_ / tl.maximum(count, 1.0)
-    m2 = squares - sum_ * step
-    m2 = tl.where(m2 < 0, 0.0, m2)  # keeps NaN
-    count, first, step, m2 = _merged(count, first, step, m2, 2)
-    count, first, step, m2 = _merged(count, first, step, m2, 0)
-
-    channel = group * tile_C + tl.arange(0, tile_C)[None, :, None]
-    exists = channel < C
+    total = sum_over_tile(count)
+    per_value = 1.0 / tl.maximum(total, 1.0)
+    if mask is not None:  # from one origin per thread to one per channel
+        common = sum_over_tile(count * origin) * per_value
+        shift = origin - common
+        squares += shift * (2 * sum_ + count * shift)
+        sum_ += count * shift
+        origin = common
+    step = sum_over_tile(sum_) * per_value
+    m2 = sum_over_tile(squares - step * (2 * sum_ - count * step))
     mine = partial + part * 4 * C + channel
-    tl.store(mine, count, mask=exists)
-    tl.store(mine + C, first, mask=exists)
+    tl.store(mine, total, mask=exists)
+    tl.store(mine + C, origin, mask=exists)
     tl.store(mine + 2 * C, step, mask=exists)
-    tl.store(mine + 3 * C, m2, mask=exists)
+    tl.store(mine + 3 * C, tl.where(m2 < 0, 0.0, m2), mask=exists)  # keeps NaN
     if is_last(arrived + group, parts):
         _pack_moments(partial, packed, eps, tag, channel, C, parts, chunk, tile_C)
 
@@ -118,7 +136,7 @@ def _pack_moments(partial, packed, eps, tag, channel, C, parts, chunk: tl.conste
         step += apart * share
         m2 += m2_p + apart * apart * (count * share)
         count += count_p
-    count, origin, step, m2 = _merged(count, origin, step, m2, 0)
+    count, origin, step, m2 = _merged(count, origin, step, m2)
     if packed.dtype.element_ty == tl.float64:
         store_sums(packed, count, origin + step, m2, tag, channel, C)
     else:
@@ -132,20 +150,20 @@ def _pack_moments(partial, packed, eps, tag, channel, C, parts, chunk: tl.conste
 
 
 @triton.jit
-def _merged(count, origin, step, m2, axis: tl.constexpr):
-    """Moments of the union along an axis, all zero if it is empty.
+def _merged(count, origin, step, m2):
+    """Moments of the union over the first axis, all zero if it is empty.
 
     A mean is the unrounded sum ``origin + step``: rounded, means that are far from zero would lose the differences
     between them, which are a part of the variance.
     """
-    total = tl.sum(count, axis, keep_dims=True)
+    total = tl.sum(count, 0, keep_dims=True)
     per_value = 1.0 / tl.maximum(total, 1.0)
     origin = tl.where(count > 0, origin, 0.0)
-    common = tl.sum(count * origin, axis, keep_dims=True) * per_value  # near the mean; its rounding does not matter
+    common = tl.sum(count * origin, 0, keep_dims=True) * per_value  # near the mean; its rounding does not matter
     apart = (origin - common) + step
-    center = tl.sum(count * apart, axis, keep_dims=True) * per_value
+    center = tl.sum(count * apart, 0, keep_dims=True) * per_value
     apart -= center
-    m2 = tl.sum(m2 + count * apart * apart, axis, keep_dims=True)
+    m2 = tl.sum(m2 + count * apart * apart, 0, keep_dims=True)
     return total, common, center, m2
 
 

@@ -106,7 +106,8 @@ def assert_packed(packed: Tensor, mean: Tensor, var: Tensor, count: int) -> None
     C = mean.numel()
     assert packed.dtype == torch.float32
     assert packed.shape == (2 * C + 2,)
-    torch.testing.assert_close(packed[:C].double(), mean, rtol=2e-7, atol=2e-7)
+    # In units of the standard deviation, which is about 1 in these tests, and in units in the last place.
+    torch.testing.assert_close(packed[:C].double(), mean, rtol=1e-7, atol=5e-7)
     torch.testing.assert_close(packed[C : 2 * C].double(), (var + EPS).rsqrt(), rtol=5e-7, atol=0)
     assert packed[2 * C :].tolist() == [count, TAG]
 
@@ -179,7 +180,7 @@ def test_a_value_that_is_not_finite_shows_in_its_channel_alone(value):
 LARGE = [
     ((300, 6), False, torch.float32),  # many rows
     ((3, 4, 40, 37), False, torch.float32),  # many tiles of a row
-    ((30, 4, 7, 7), False, torch.bfloat16),  # rows that begin within a load
+    ((60, 4, 7, 7), False, torch.bfloat16),  # rows that begin within a load
 ]
 
 
@@ -189,8 +190,8 @@ def _small_tiles(monkeypatch):
     from syncnorm.layer.kernels import tiles
 
     for name, value in {
-        "_CHANNEL_TILE_VALUES": 128,
-        "_ROW_TILE_VALUES": 512,
+        "_CHANNEL_TILE_BYTES": 512,
+        "_ROW_TILE_BYTES": 2048,
         "_PARTS": 9,
         "_CHUNK_VALUES": 8,
     }.items():
