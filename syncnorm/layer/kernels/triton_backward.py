@@ -55,8 +55,8 @@ def pack_sums(
         The row, (2C + 1), fp32; and ``dz``, the gradient of the shortcut, if ``y`` is given, else None.
     """
     n = channel_tiles(x)
-    packed = torch.empty(2 * n.C + 1, device=x.device)
-    partial = torch.empty(n.parts, 2, n.C, device=x.device)
+    packed = torch.empty(2 * n.C + 1, dtype=torch.float32, device=x.device)
+    partial = packed.new_empty(n.parts, 2, n.C)
     dz = None if y is None else torch.empty_like(x)
     launch(
         _sums_kernel, (n.tiles_C * n.parts, 1),

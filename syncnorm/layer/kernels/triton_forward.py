@@ -44,8 +44,8 @@ def pack_moments(x: Tensor, eps: float, tag: float, mask: Tensor | None) -> Tens
         mask: (batch, *spatial), bool, contiguous: True counts. None: all count.
     """
     n = channel_tiles(x, small=mask is not None)
-    packed = torch.empty(2 * n.C + 2, device=x.device)
-    partial = torch.empty(n.parts, 4, n.C, device=x.device)
+    packed = torch.empty(2 * n.C + 2, dtype=torch.float32, device=x.device)
+    partial = packed.new_empty(n.parts, 4, n.C)
     launch(
         _moments_kernel, (n.tiles_C * n.parts, 1),
         x, mask, packed, partial, semaphores(n.tiles_C, x.device), eps, tag, *n,
@@ -181,8 +181,8 @@ def merge(
     """
     W, width = rows.shape
     C = width // 2 - 1
-    mean, invstd, var = torch.empty(3, C, device=rows.device)
-    count = torch.empty((), dtype=torch.float64, device=rows.device)
+    mean, invstd, var = rows.new_empty(3, C)
+    count = rows.new_empty((), dtype=torch.float64)
     tile_W = min(power_of_2(W), _MERGE_RANKS)
     tile_C = min(power_of_2(C), _MERGE_VALUES // tile_W)
     programs = cdiv(C, tile_C)
