@@ -166,6 +166,20 @@ def test_a_rank_of_padding_alone_sends_what_an_empty_one_does():
     assert torch.equal(packed, pack_moments(x[:0], EPS, TAG, None))
 
 
+def test_whatever_dtype_new_tensors_have_by_default():
+    x = like_x((6, 5, 7, 3), torch.float32, False, 0)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        packed = pack_moments(x, EPS, TAG, None)
+        mean, invstd, *_ = merge(packed[None], EPS, TAG, no_mismatch(), NUMBER, None)
+        sums, _ = pack_sums(x, x, mean, invstd, None, None, None, None, False, TAG, None, None)
+    finally:
+        torch.set_default_dtype(before)
+    assert_packed(packed, *expected_moments(x))
+    assert {t.dtype for t in (mean, invstd, sums)} == {torch.float32}
+
+
 @ignores_numpy
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_value_that_is_not_finite_shows_in_its_channel_alone(value):
@@ -179,8 +193,8 @@ def test_a_value_that_is_not_finite_shows_in_its_channel_alone(value):
 
 LARGE = [
     ((300, 6), False, torch.float32),  # many rows
-    ((3, 4, 40, 37), False, torch.float32),  # many tiles of a row
-    ((60, 4, 7, 7), False, torch.bfloat16),  # rows that begin within a load
+    ((3, 2, 40, 37), False, torch.float32),  # many tiles of a row
+    ((40, 2, 7, 7), False, torch.bfloat16),  # rows that begin within a load
 ]
 
 
@@ -495,11 +509,13 @@ def _offsets_of_channels(
 
 
 @pytest.mark.parametrize(
-    ("A", "C", "B"), [(2**20, 64, 112 * 112), (2**33, 64, 1), (2, 64, 2**27), (1, 8, 2**31 + 16)], ids=str
+    ("A", "C", "B"),
+    [(2**20, 64, 112 * 112), (2**26, 64, 1), (2**33, 64, 1), (2, 64, 2**27), (1, 8, 2**31 + 16)],
+    ids=str,
 )
 def test_offsets_of_64_bits(A, C, B):
     out = torch.zeros(3, dtype=torch.int64, device=DEVICE)
-    R, tile_A, tile_R = C * B, 2, 64
+    R, tile_A, tile_R = C * B, 16, 64  # the index of the last tile has 32 bits, as in a kernel
     last = -(-A // tile_A) * -(-R // tile_R) - 1
     _offsets_of_rows[(1,)](out, last, A, R, B, tile_A, tile_R)
     assert out.tolist() == [A * R - 1, C - 1, A * B - 1] if B > 1 else [A * R - 1, C - 1, A - 1]
