@@ -70,6 +70,7 @@ class NativeCollectives:
         # The fake backend returns this rank's own values instead of their sum.
         self._tag_ranks = 1 if self.communicator.backend == "fake" else self.world_size
         self._calls = 0  # without an exchange
+        self._begun = False  # whether ranks have agreed on a call whose collective this rank has not joined yet
         self._named: dict[int, Call] = {}
         # A kernel stores here the number of a call whose tags were wrong, and the host reads it without waiting.
         # Whatever mode or transform the first call runs under.
@@ -99,7 +100,7 @@ class NativeCollectives:
         Raises:
             SyncNormError: the ranks make different calls, an earlier one was out of step, or another rank has failed.
         """
-        exchange = self.exchange
+        exchange, self._begun = self.exchange, False
         if self._mismatch.value:
             number, self._mismatch.value = self._mismatch.value, 0
             if exchange is None or not exchange.closed_because:  # whose error, raised below, is the cause
@@ -115,12 +116,14 @@ class NativeCollectives:
         else:
             exchange.skip(call)
         self._named[number % _NAMED_CALLS] = call
+        self._begun = True
         return NativeCall(self, call, number)
 
     def refuse(self, reason: str) -> None:
-        """Makes the other ranks raise: this rank does not take part in the next call."""
+        """Makes the other ranks raise: this rank does not take part in the call that has begun, or the next."""
         if self.exchange is not None:
-            if self.compares:
+            # Where the call has begun, the others do not wait for frames but in the collective.
+            if self.compares and not self._begun:
                 self.exchange.abort_peers(reason)
             else:
                 self.exchange.leave(f"did not take part, because {reason}")
@@ -176,6 +179,7 @@ class NativeCall:
         communicator = self._collectives.communicator
         with explained(self._call, communicator.group):
             communicator.gather(rows.view(-1), packed)
+        self._collectives._begun = False
         return rows
 
     def sum_(self, packed: Tensor) -> Tensor:
@@ -183,6 +187,7 @@ class NativeCall:
         communicator = self._collectives.communicator
         with explained(self._call, communicator.group):
             communicator.sum_(packed)
+        self._collectives._begun = False
         return packed
 
     def report(self, agree: Tensor) -> None:

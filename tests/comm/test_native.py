@@ -6,7 +6,7 @@ gloo stands in for NCCL, with ranks that wait for no comparison after the first 
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import ClassVar
 from unittest import mock
@@ -175,6 +175,31 @@ def test_ranks_learn_of_an_input_that_another_one_refused(compared_calls):
     else:  # the collective that waited was ended, its result is NaN, and the next call says why
         assert first[0] == "RuntimeError: all values are NaN"
         assert f"rank 1 did not take part, because its own input was invalid: {refused}" in first[1]
+
+
+def _rank_runs_out_of_memory_in_a_call() -> list[str]:
+    with like_nccl(1000, own=True):
+        net = layers("a")
+        x = torch.randn(3, 4, requires_grad=True)
+        y = net["a"](x)
+        fails = dist.get_rank() == 1
+        with (
+            mock.patch.object(native.NativeCall, "sum_", side_effect=MemoryError("none left"))
+            if fails
+            else nullcontext()
+        ):
+            errors = errors_of(lambda: y.backward(torch.randn(3, 4)), lambda: net["a"](x))
+        syncnorm.convert(net)
+        return errors + errors_of(lambda: refuse_nan(net["a"](x)))
+
+
+def test_ranks_do_not_wait_for_one_that_failed_between_comparison_and_collective():
+    (first, second) = run_ranks(_rank_runs_out_of_memory_in_a_call, timeout=30)
+    assert second[0].startswith("MemoryError: none left")
+    assert first[0] == "no error"  # on a GPU the host does not wait for the collective, which was ended
+    for errors in (first, second):
+        assert "rank 1 did not take part, because it raised MemoryError: none left" in errors[1]
+        assert errors[2] == "no error"
 
 
 def _rank_describes_its_communicator(setting: str) -> tuple[str, list[dict], list[str]]:
