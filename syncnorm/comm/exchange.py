@@ -155,11 +155,15 @@ class Exchange:
         self._complete()
         return received
 
-    def compare(self, call: Call) -> None:
-        """Compares ``call`` with those of the other ranks; its values travel in another way. Raises as a call."""
+    def compare(self, call: Call, flag: bool = False) -> bool:
+        """Compares ``call`` with those of the other ranks; its values travel in another way. Raises as a call.
+
+        Returns:
+            Whether ``flag`` is true on any rank.
+        """
         self._observed = False
         try:
-            self(call)
+            return any(self(call, values=flag).values)
         finally:
             self._observed = True
 

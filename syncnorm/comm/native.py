@@ -40,9 +40,10 @@ _debug = os.environ.get("SYNCNORM_DEBUG", "") not in ("", "0")
 def set_debug(enabled: bool) -> None:
     """Sets whether ranks compare layer, width and dtype before every collective also on GPUs.
 
-    All ranks must set the same value. On CPUs ranks always compare them, and this changes nothing. Over NCCL they
-    compare them in the first 1,000 calls of a group; after that the comparison makes the hosts, but not the GPUs,
-    wait for each other twice per layer. ``SYNCNORM_DEBUG=1`` in the environment has the same effect.
+    All ranks must set the same value; before the first 1,000 calls of a group one rank that sets True is enough.
+    On CPUs ranks always compare them, and this changes nothing. Over NCCL they compare them in those first calls;
+    after that the comparison makes the hosts, but not the GPUs, wait for each other twice per layer.
+    ``SYNCNORM_DEBUG=1`` in the environment has the same effect.
     """
     global _debug
     _debug = enabled
@@ -70,6 +71,7 @@ class NativeCollectives:
         # The fake backend returns this rank's own values instead of their sum.
         self._tag_ranks = 1 if self.communicator.backend == "fake" else self.world_size
         self._calls = 0  # without an exchange
+        self._debugged = False  # whether any rank was in debug mode at the last comparison: the same on all ranks
         self._begun = False  # whether ranks have agreed on a call whose collective this rank has not joined yet
         self._named: dict[int, Call] = {}
         # A kernel stores here the number of a call whose tags were wrong, and the host reads it without waiting.
@@ -92,7 +94,7 @@ class NativeCollectives:
         exchange = self.exchange
         if exchange is None:
             return False
-        return self._waits or _debug or exchange.calls - exchange.first_call < COMPARED_CALLS
+        return self._waits or _debug or self._debugged or exchange.calls - exchange.first_call < COMPARED_CALLS
 
     def begin(self, call: Call) -> "NativeCall":
         """Begins a call, whose number is that of the forward that it belongs to, or 0 for a forward.
@@ -112,7 +114,7 @@ class NativeCollectives:
         elif self.compares:
             # A compiled backward over a GPU does not know its number on the host; the tag contains it.
             known = self._waits or call.kind == Kind.FORWARD
-            exchange.compare(call if known else call._replace(number=0))
+            self._debugged = exchange.compare(call if known else call._replace(number=0), _debug)
         else:
             exchange.skip(call)
         self._named[number % _NAMED_CALLS] = call

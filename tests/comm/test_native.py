@@ -250,6 +250,24 @@ def test_in_debug_mode_all_calls_are_compared():
         assert "rank 1: forward of b (call 1" in error
 
 
+def _rank_sees_another_one_in_debug_mode() -> tuple[list[str], list[str]]:
+    with like_nccl(compared_calls=1):
+        syncnorm.set_debug(dist.get_rank() == 1)
+        try:
+            net = layers("a", "b")
+            usual = errors_of(*[lambda: net["a"](torch.randn(3, 4))] * 3)
+            return usual, errors_of(lambda: net["ab"[dist.get_rank()]](torch.randn(3, 4)))
+        finally:
+            syncnorm.set_debug(False)
+
+
+def test_one_rank_in_debug_mode_is_enough():
+    for usual, (error,) in run_ranks(_rank_sees_another_one_in_debug_mode, timeout=30):
+        assert usual == ["no error"] * 3
+        assert "rank 0: forward of a (call 4" in error
+        assert "rank 1: forward of b (call 4" in error
+
+
 def _rank_gathers_and_sums() -> tuple[Tensor, Tensor]:
     rank = dist.get_rank()
     cpu = torch.device("cpu")
