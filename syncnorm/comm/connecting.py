@@ -65,9 +65,11 @@ def meet(
         if seconds > timeout_s:
             raise RuntimeError(f"not all ranks came to their first synced layer within {seconds:.0f} s")
         time.sleep(min(0.2, 0.002 + seconds / 20))
-    chosen, settings, protocols = (
-        {rank: note.split("\n")[part] for rank, note in notes.items()} for part in range(3)
-    )
+    chosen, settings, protocols = ({rank: _parts(note)[part] for rank, note in notes.items()} for part in range(3))
+    _check_equal(
+        flags.rank, protocols, "the ranks run incompatible versions of syncnorm",
+        "Install the same version on all ranks",
+    )  # fmt: skip
     _check_equal(
         flags.rank, chosen, "the ranks chose different transports",
         "Set SYNCNORM_TRANSPORT, or transport= of syncnorm.convert, to the same value on all ranks",
@@ -76,10 +78,13 @@ def meet(
         flags.rank, settings, "the ranks have different settings",
         "Set these variables to the same values on all ranks",
     )  # fmt: skip
-    _check_equal(
-        flags.rank, protocols, "the ranks run incompatible versions of syncnorm",
-        "Install the same version on all ranks",
-    )  # fmt: skip
+
+
+def _parts(note: str) -> tuple[str, str, str]:
+    """Transport, settings and wire format; older versions note no settings."""
+    transport, _, rest = note.partition("\n")
+    settings, _, wire_format = rest.rpartition("\n")
+    return transport, settings, wire_format
 
 
 def _check_equal(rank: int, by_rank: dict[int, str], problem: str, advice: str) -> None:

@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from unittest import mock
 
@@ -13,6 +14,7 @@ from failing import errors_of, net, step
 
 import syncnorm
 from syncnorm.comm import exchange, frames
+from syncnorm.comm.failure_flags import FailureFlags
 from syncnorm.testing import run_ranks
 
 
@@ -92,6 +94,19 @@ def test_ranks_with_different_wire_formats_raise_before_the_first_frame():
         assert errors[0].startswith(f"SyncNormError: rank {rank}: the ranks run incompatible versions of syncnorm")
         assert "rank 0: frames of version 1" in errors[0]
         assert "rank 1: frames of version 99" in errors[0]
+
+
+def _rank_1_is_older(version: str) -> list[str]:
+    post = FailureFlags.post
+    older = mock.patch.object(FailureFlags, "post", lambda self, kind, _: post(self, kind, f"auto\n{version}"))
+    with older if dist.get_rank() == 1 else nullcontext():
+        return errors_of(lambda: syncnorm.SyncBatchNorm(4)(torch.randn(3, 4)))
+
+
+def test_an_older_version_without_settings_is_told_apart():
+    for rank, (error,) in enumerate(run_ranks(_rank_1_is_older, args=("frames of version 0",), timeout=30)):
+        assert error.startswith(f"SyncNormError: rank {rank}: the ranks run incompatible versions of syncnorm")
+        assert "rank 1: frames of version 0" in error
 
 
 def _rank_forks(connected: bool) -> str:
