@@ -39,7 +39,8 @@ class Peers:
         exchange: the open exchange of frames, if there is one. It carries values, or compares native calls.
         native: the native collectives, by device.
         attempt: how often the ranks have connected or tried to.
-        closed: earlier exchanges; kept because gloo may still write to their buffers.
+        closed: earlier exchanges, and native collectives; kept because gloo, or a kernel in a CUDA graph, may still
+            write to their memory.
         models: numbers models that have layers of the same names.
         joins: the ids of torch's Joins that the ranks are in. Frames then carry all values, so that a rank that has
             joined can answer.
@@ -50,7 +51,7 @@ class Peers:
     exchange: Exchange | None = None
     native: dict[torch.device, NativeCollectives] = field(default_factory=dict)
     attempt: int = 0
-    closed: list[Exchange] = field(default_factory=list)
+    closed: list[Exchange | NativeCollectives] = field(default_factory=list)
     models: ModelNumbers = field(default_factory=ModelNumbers)
     joins: set[int] = field(default_factory=set)
     carries_cpu: bool = False
@@ -217,7 +218,7 @@ def reopen(group: dist.ProcessGroup | None) -> None:
     while failure_flags_of(group, peers.attempt).any_failure():
         peers.attempt += 1
     if peers.exchange is not None:
-        peers.closed.append(peers.exchange)
+        peers.closed += [peers.exchange, *peers.native.values()]
         peers.exchange = None
         peers.native.clear()
         peers.joins.clear()

@@ -172,25 +172,26 @@ def _dense(vector: Tensor | None) -> Tensor | None:
 def _global_moments(x: Tensor, mask: Tensor | None, args: NoGradArgs, node: Any) -> checkpointing.ForwardStatistics:
     """``global_moments`` in two kernels; in a recomputation none, unless the segment runs the layer several times."""
     (group, layer_name, owners), channels = args.sync, x.size(1)
+    eps = float(args.eps)  # Triton takes no numbers of NumPy
     assert group is not None, "applies() has checked it"
     moves, counts = checkpointing.updates_of(args.running)
     count = checkpointing.UNKNOWN if mask is not None and x.numel() > 0 else x.numel() // channels
     if checkpointing.in_backward():
         first = checkpointing.only_candidate(layer_name, channels, count)
         if first is None and checkpointing.known(layer_name):
-            first = checkpointing.lookup(layer_name, _local_moments(x, mask, args.eps), count, moves)
+            first = checkpointing.lookup(layer_name, _local_moments(x, mask, eps), count, moves)
         if first is not None:
             first.complete(args.running, moves, counts)
             return first
-    call = comm.native_call(comm.Kind.FORWARD, layer_name, channels, torch.float32, args.eps, group, x.device)
+    call = comm.native_call(comm.Kind.FORWARD, layer_name, channels, torch.float32, eps, group, x.device)
     assert call is not None, "applies() has checked it"
-    packed = _forward_kernels().pack_moments(x, args.eps, call.tag, mask, to_sum=call.sums)
+    packed = _forward_kernels().pack_moments(x, eps, call.tag, mask, to_sum=call.sums)
     mean, invstd, var, total = _merged(call, packed, count, args)
     record = checkpointing.ForwardStatistics(mean, invstd, var, ForwardCall(total, group, layer_name, call.number))
     record.note(moves, counts)
     if owners:
         # A sum has overwritten the row of this rank.
-        local = _local_moments(x, mask, args.eps) if call.sums else packed[: 2 * channels].view(2, channels)
+        local = _local_moments(x, mask, eps) if call.sums else packed[: 2 * channels].view(2, channels)
         checkpointing.remember(record, local, count, owners, node)
     return record
 
@@ -212,7 +213,7 @@ def _merged(
         rows, tag, merge = call.gather(packed), call.tag, _forward_kernels().merge
     if local_count in (0, 1):  # with more the whole batch has more than one
         check_count(rows[:1] if call.sums else rows[:, -2:-1], local_count)
-    return merge(rows, args.eps, tag, call.mismatch, call.reported, args.running)  # type: ignore[no-any-return]  # of a module
+    return merge(rows, float(args.eps), tag, call.mismatch, call.reported, args.running)  # type: ignore[no-any-return]  # of a module
 
 
 @once_differentiable

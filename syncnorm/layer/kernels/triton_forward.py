@@ -36,8 +36,8 @@ _MERGE_RANKS = 64
 def pack_moments(x: Tensor, eps: float, tag: float, mask: Tensor | None, *, to_sum: bool = False) -> Tensor:
     """The row that a rank sends in the forward: ``[mean (C) | invstd (C) | count | tag]``, fp32, in one launch.
 
-    Each program sums the differences to one value of the channel, and their squares; programs are merged by Chan's
-    formula. So the variance is right to fp32 rounding however far the mean is from zero.
+    Each program sums the differences to about the mean of its first values, and their squares; programs are merged by
+    Chan's formula. So the variance is right to fp32 rounding however far the mean is from zero.
 
     Args:
         x: dense (``kernels.dense``), up to fp32; empty on a rank without values, whose mean is 0 and invstd finite.
@@ -68,13 +68,17 @@ def _moments_kernel(
     channel = group * tile_C + tl.arange(0, tile_C)[None, :, None]
     exists = channel < C
     if mask is None:
-        # A value of each channel, from the middle of the program's first tile.
-        sample_a = (part // tiles_B).to(tl.int64) * tile_A
-        position = tl.minimum(part % tiles_B * tile_B + tile_B // 2, B - 1)
-        sample = tl.load(x + (sample_a * C + channel) * B + position, mask=exists & (sample_a < A), other=0.0)
+        # The mean of the program's first tile: of a single value, which may be an outlier, the squares would cancel.
+        at, loaded, inside, _ = channel_tile(
+            part, group * tile_C, A, C, B, tiles_B, vector, shifted, tile_A, tile_C, tile_B
+        )
+        value = tl.load(x + at, mask=loaded, other=0.0).to(tl.float32)
+        share = 1.0 / tl.maximum(sum_over_tile(inside.to(tl.float32)), 1.0)
+        # As a value of x, which loads then give where there is none.
+        sample = sum_over_tile(tl.where(inside, value * share, 0.0)).to(x.dtype.element_ty)
         origin = sample.to(tl.float32)
     else:
-        # That may be padding. The first value that each thread meets which is not.
+        # There may be only padding. The first value that each thread meets which is none.
         sample = 0.0
         origin = tl.zeros((tile_A, tile_C, tile_B), tl.float32)
     count = tl.zeros((tile_A, tile_C, tile_B), tl.float32)

@@ -22,7 +22,7 @@ def running_arguments(
     mean, var, tracked, momentum = running or (None, None, None, 0.0)
     # The cumulative average, of which all programs need the number of batches before one of them counts up.
     arrived = semaphores(1, device) if momentum is None else None
-    return mean, var, tracked, momentum or 0.0, arrived
+    return mean, var, tracked, float(momentum or 0.0), arrived
 
 
 @triton.jit

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from syncnorm.layer import kernels, moments
-from syncnorm.layer.kernels import cpu, cuda, parts
+from syncnorm.layer.kernels import cpu, cuda, parts, tiles
 from syncnorm.layer.kernels.tiles import channel_tile, channel_tiles, row_tile, row_tiles
 from syncnorm.layer.kernels.triton_backward import finish, pack_sums
 from syncnorm.layer.kernels.triton_forward import merge, normalize, pack_moments
@@ -135,6 +135,25 @@ def test_moments_far_from_zero(shape, channels_last, dtype, mean, masked):
     if mask is not None:
         mask[: shape[0] // 2] = False  # whole tiles without a value, the first ones
     assert_packed(pack_moments(x, EPS, TAG, mask), *expected_moments(x, mask))
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels_last"), [((1, 3, 20000), False), ((40, 5, 7, 7), False), ((2, 40, 60, 50), True)], ids=str
+)
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+def test_moments_with_an_outlier(shape, channels_last, place, monkeypatch):
+    monkeypatch.setattr(tiles, "_PARTS", 1)  # one program for many values
+    tiles._channel_tiles.cache_clear()
+    x = like_x(shape, torch.float32, channels_last, 0)
+    values = x.transpose(0, 1).reshape(shape[1], -1).clone()
+    values[:, {"first": 0, "middle": values.size(1) // 2, "last": -1}[place]] += 300
+    # In the middle of a tile as well, where a single sample would be taken.
+    values[:, min(512, values.size(1) - 1)] += 300
+    x = x.clone().copy_(values.view(shape[1], shape[0], *shape[2:]).transpose(0, 1))
+    packed = pack_moments(x, EPS, TAG, None)
+    tiles._channel_tiles.cache_clear()
+    want = (values.double().var(1, correction=0) + EPS).rsqrt()
+    torch.testing.assert_close(packed[shape[1] : 2 * shape[1]].double(), want, rtol=2e-6, atol=0)
 
 
 @ignores_numpy
