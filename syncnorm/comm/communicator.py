@@ -7,6 +7,7 @@ all ranks at the first call of a group.
 """
 
 import os
+import weakref
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -56,11 +57,11 @@ class Communicator:
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, attempt: str = "") -> None:
-        self.group = group
+        self._group = weakref.ref(group)  # the group must be freed when it is destroyed
         self.backend = backend_of(group, device)
         self._attempt = attempt
         self._own: Backend | None = None
-        self._chosen: Any = None  # it has the methods of a Backend
+        self._compared = False  # whether the ranks have compared which one they chose
 
     @property
     def description(self) -> str:
@@ -79,14 +80,21 @@ class Communicator:
         options.asyncOp = False  # and the operation is a sum by default
         _wait(self._connected().allreduce([values], options))
 
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The group of the user, which the caller holds a reference to."""
+        group = self._group()
+        assert group is not None, "the caller holds a reference"
+        return group
+
     def _connected(self) -> Any:
-        """What runs collectives; made at the first one, when the ranks have compared what they chose."""
-        if self._chosen is None:
+        """What runs collectives, a Backend or a group. The first time the ranks have just compared their choice."""
+        if not self._compared:
             own = chosen(*COMMUNICATOR) == "own"
             if self.backend == "nccl" and self.group.size() > 1 and own:
                 self._own = _own_nccl(self.group, self._attempt)
-            self._chosen = self._own or self.group
-        return self._chosen
+            self._compared = True
+        return self._own or self.group
 
     def abort(self) -> None:
         """Ends collectives that wait for a rank that will not come; the job's own communicator is left alone."""

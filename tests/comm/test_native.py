@@ -3,8 +3,11 @@
 gloo stands in for NCCL, with ranks that wait for no comparison after the first calls.
 """
 
+import functools
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -52,6 +55,11 @@ class StandInNCCL(dist.ProcessGroupGloo):  # type: ignore[misc]
         self._aborted.set()
 
 
+def name_of_backend(name: str, *_: object) -> str:
+    """Not a mock, which would keep the groups that it is asked for."""
+    return name
+
+
 @contextmanager
 def like_nccl(compared_calls: int, own: bool = False) -> Iterator[None]:
     """Ranks call gloo's collectives as they call NCCL's; in a communicator of their own or in that of the job."""
@@ -59,7 +67,7 @@ def like_nccl(compared_calls: int, own: bool = False) -> Iterator[None]:
         mock.patch.object(native, "COMPARED_CALLS", compared_calls),
         mock.patch.object(native, "_ON_THE_DEVICE", ("gloo", "nccl")),
         mock.patch.object(dist, "ProcessGroupNCCL", StandInNCCL, create=True),
-        mock.patch.object(communicator, "backend_of", return_value="nccl" if own else "gloo"),
+        mock.patch.object(communicator, "backend_of", functools.partial(name_of_backend, "nccl" if own else "gloo")),
     ):
         yield
 
@@ -309,3 +317,22 @@ gather, sum_ = native.NativeCall.gather, native.NativeCall.sum_
 def test_from_many_ranks_on_forwards_sum(forward, first):
     for found in run_ranks(_rank_lists_its_collectives, args=(forward,)):
         assert found == [first, "sum", "gather"]  # fp64 is always gathered
+
+
+def _rank_destroys_a_group(own: bool) -> list[bool]:
+    with like_nccl(compared_calls=2, own=own):
+        group = dist.new_group()
+        net = syncnorm.convert(nn.Sequential(nn.BatchNorm1d(4)), process_group=group, transport="native")
+        for _ in range(3):
+            net(torch.randn(3, 4)).backward(torch.randn(3, 4))
+        freed = weakref.ref(comm.peers_of(group).exchange), weakref.ref(group)
+        del net
+        dist.destroy_process_group(group)
+        del group
+        gc.collect()
+    return [reference() is None for reference in freed]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_destroyed_group_is_freed(own):
+    assert run_ranks(_rank_destroys_a_group, args=(own,)) == [[True, True]] * 2

@@ -34,7 +34,7 @@ def no_mismatch() -> Tensor:
     return torch.zeros((), dtype=torch.int64, device=DEVICE)
 
 
-def check_row(row: Tensor, values_CN: Tensor) -> None:
+def check_row(row: Tensor, values_CN: Tensor, rtol: float = 2e-6) -> None:
     """The sums are those of a mean and a variance that are fp64's, rounded to fp32."""
     n = values_CN.size(1)
     assert (row.shape, row.dtype) == ((3 * len(values_CN) + 2,), torch.float64)
@@ -49,7 +49,7 @@ def check_row(row: Tensor, values_CN: Tensor) -> None:
     assert torch.equal(sum_c2, n * (c * c))
     want_var, want_mean = torch.var_mean(values_CN.double(), 1, correction=0)
     torch.testing.assert_close(m, want_mean, rtol=2e-7, atol=2e-6)
-    torch.testing.assert_close(sum_rest / n - (m * m - c * c), want_var, rtol=2e-6, atol=1e-9)
+    torch.testing.assert_close(sum_rest / n - (m * m - c * c), want_var, rtol=rtol, atol=1e-9)
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e3])
@@ -67,7 +67,9 @@ def check_row(row: Tensor, values_CN: Tensor) -> None:
 )
 def test_the_row_has_the_moments_of_the_batch(shape, dtype, channels_last, mean):
     x = batch(shape, dtype, channels_last, mean)
-    check_row(pack_moments(x, EPS, TAG, None, to_sum=True), x.transpose(0, 1).flatten(1))
+    # The interpreter truncates to bf16, where GPUs round, the value from which differences are summed.
+    rtol = 5e-6 if dtype == torch.bfloat16 else 2e-6
+    check_row(pack_moments(x, EPS, TAG, None, to_sum=True), x.transpose(0, 1).flatten(1), rtol)
 
 
 def test_masked_values_do_not_count():
