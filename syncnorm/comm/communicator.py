@@ -59,7 +59,7 @@ class Communicator:
     def __init__(self, group: dist.ProcessGroup, device: torch.device, attempt: str = "") -> None:
         self._group = weakref.ref(group)  # the group must be freed when it is destroyed
         self.backend = backend_of(group, device)
-        self._attempt = attempt
+        self._device_type, self._attempt = device.type, attempt
         self._own: Backend | None = None
         self._compared = False  # whether the ranks have compared which one they chose
 
@@ -92,7 +92,7 @@ class Communicator:
         if not self._compared:
             own = chosen(*COMMUNICATOR) == "own"
             if self.backend == "nccl" and self.group.size() > 1 and own:
-                self._own = _own_nccl(self.group, self._attempt)
+                self._own = _own_nccl(self.group, self._device_type, self._attempt)
             self._compared = True
         return self._own or self.group
 
@@ -108,7 +108,7 @@ def _wait(work: dist.Work | None) -> None:
         work.wait()
 
 
-def _own_nccl(group: dist.ProcessGroup, attempt: str) -> Backend:
+def _own_nccl(group: dist.ProcessGroup, device_type: str, attempt: str) -> Backend:
     """A backend that is not registered with torch.distributed: dist.new_group needs all ranks of the job.
 
     Source: ``_new_process_group_helper`` in torch/distributed/distributed_c10d.py.
@@ -116,7 +116,7 @@ def _own_nccl(group: dist.ProcessGroup, attempt: str) -> Backend:
     name = f"syncnorm/{group.group_name}/{attempt}/nccl"
     nccl: Any = dist.ProcessGroupNCCL  # missing in a torch without CUDA
     options = nccl.Options()
-    options._timeout = timedelta(seconds=timeout_of(group))
+    options._timeout = timedelta(seconds=timeout_of(group, device_type))
     options.is_high_priority_stream = True
     options.global_ranks_in_group = dist.get_process_group_ranks(group)
     options.group_name = name

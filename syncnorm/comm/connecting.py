@@ -51,7 +51,7 @@ def meet(
         call: that this rank is about to make.
         timeout_s: how long to wait.
         transport: that was chosen on this rank.
-        native_settings: likewise.
+        native_settings: what the environment of this rank chooses for native collectives.
 
     Raises:
         RuntimeError: after ``timeout_s`` the ranks have not met, or another rank has failed.
@@ -117,9 +117,9 @@ def _in_thread(connect: Callable[[], T], inspector: StallInspector, call: Call, 
     return results[0]
 
 
-def timeout_of(group: dist.ProcessGroup) -> float:
-    """The timeout of ``group`` in seconds."""
+def timeout_of(group: dist.ProcessGroup, device: str = "cpu") -> float:
+    """The timeout of ``group`` in seconds, for collectives on devices of that type."""
     timeout = None
     with suppress(RuntimeError):  # a group for GPUs only has no backend for the CPU
-        timeout = getattr(getattr(group._get_backend(torch.device("cpu")), "options", None), "_timeout", None)
+        timeout = getattr(getattr(group._get_backend(torch.device(device)), "options", None), "_timeout", None)
     return (timeout or dist.default_pg_timeout).total_seconds()

@@ -94,7 +94,7 @@ class Exchange:
         group: a process group of at least two ranks.
         attempt: how many exchanges of this group were closed before this one.
         transport: how frames are to travel; compared by the ranks when they meet, and checked after that.
-        native_settings: what was chosen for native collectives; likewise compared.
+        native_settings: what the environment chooses for native collectives; the ranks compare it when they meet.
     """
 
     def __init__(

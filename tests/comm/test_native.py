@@ -26,7 +26,7 @@ from syncnorm.comm import communicator, native
 from syncnorm.testing import assert_close, run_ranks
 
 
-class StandInNCCL(dist.ProcessGroupGloo):  # type: ignore[misc]
+class StandInNCCL(dist.ProcessGroupGloo):
     """gloo with the constructor of ``dist.ProcessGroupNCCL``, whose collectives can be aborted."""
 
     made: ClassVar[list[SimpleNamespace]] = []

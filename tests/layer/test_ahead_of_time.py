@@ -26,7 +26,7 @@ SHAPES = [
     ((32, 64, 56, 56), False),
     ((32, 64, 14, 14), False),  # rows of 392 bytes in half precision
     ((32, 64, 7, 7), False),  # rows that begin at any value
-    ((4, 64, 25, 33), False),  # likewise, and longer than a tile
+    ((4, 64, 25, 33), False),  # the same, and longer than a tile
     ((32, 24, 14, 14), True),  # C is not divisible by 16
     ((4096, 1024), False),
 ]

@@ -49,7 +49,7 @@ def pack_sums(
         y: the output, if a shortcut was added before a ReLU, else None.
         tag: as in ``triton_forward.pack_moments``.
         d_weight: like weight; filled with the gradient of this rank. None: not needed.
-        d_bias: likewise.
+        d_bias: like bias; filled with the gradient of this rank. None: not needed.
 
     Returns:
         The row, (2C + 1), fp32; and ``dz``, the gradient of the shortcut, if ``y`` is given, else None.

@@ -261,7 +261,7 @@ def normalize(
         mean: (C), fp32, of the global batch.
         invstd: (C), fp32.
         weight: (C), contiguous, up to fp32, or None.
-        bias: likewise.
+        bias: (C), contiguous, up to fp32, or None.
         residual: like x, or None.
         mask: as in :func:`pack_moments`; y is zero where it is False.
         relu: whether negative values become zero. NaN stays.

@@ -33,7 +33,8 @@ def store_merged(
     """Writes the statistics of the global batch, and moves running statistics.
 
     Args:
-        merged: the mean of the channels of this program, fp64, and likewise ``var_eps``: biased variance + eps.
+        merged: the mean of each channel of this program, fp64.
+        var_eps: the biased variance of each channel plus eps, fp64.
         total: values per channel in the global batch, fp64.
         in_step: whether all ranks sent the tag of this call. If not, statistics are NaN, running ones stay, and
             ``number`` is stored in ``mismatch``.

@@ -24,7 +24,9 @@ def store_sums(row, count, mean, m2, tag, channel, C):
 
     Args:
         row: (3C + 2).
-        count: values per channel, and likewise ``mean`` and ``m2``, their sum of squared deviations: fp32.
+        count: values per channel, fp32.
+        mean: of these values, fp32.
+        m2: the sum of their squared deviations from the mean, fp32.
         tag: identifies the call.
         channel: those of this program.
         C: their number in all programs.
