@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from syncnorm import comm
+from syncnorm._torch_versions import graph_break
 from syncnorm.comm import process_groups
 from syncnorm.comm.process_groups import ProcessGroupLike
 from syncnorm.errors import REFUSED, InputError, SyncNormError
@@ -28,6 +29,7 @@ from syncnorm.layer.autograd import SyncBatchNormFunction, has_own_class, plain_
 from syncnorm.layer.moments import Running
 
 
+@graph_break
 def sync_batch_norm(
     input: Tensor,
     running_mean: Tensor | None,

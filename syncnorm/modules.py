@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from syncnorm import comm, functional
+from syncnorm._torch_versions import BATCH_NORM_TAKES_BIAS, graph_break
 from syncnorm.comm import process_groups
 from syncnorm.comm.layer_names import LayerName, Model
 from syncnorm.comm.process_groups import ProcessGroupLike
@@ -130,6 +131,7 @@ class SyncMixin(Synced):
     Parameters, buffers, constructor, hooks, ``state_dict`` and evaluation are those of the other class.
     """
 
+    @graph_break
     def forward(
         self: Any, input: Tensor, mask: Tensor | None = None, *, residual: Tensor | None = None, relu: bool = False
     ) -> Tensor:
@@ -241,11 +243,22 @@ class SyncBatchNorm(SyncMixin, BatchNorm):
         *,
         bias: bool = True,
     ):
+        options = {"bias": bias} if BATCH_NORM_TAKES_BIAS else {}
         super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, bias=bias
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, **options
         )
+        if not bias:
+            self.register_parameter("bias", None)
         self.process_group = process_group
         self._sync_name = _built_name(self)  # now: all ranks construct layers in the same order
+
+    def reset_parameters(self) -> None:
+        """As ``nn.BatchNorm``'s: weight 1, bias 0, and :meth:`reset_running_stats`."""
+        if BATCH_NORM_TAKES_BIAS or self.weight is None or self.bias is not None:
+            super().reset_parameters()
+        else:  # older versions of torch assume that there is a bias
+            self.reset_running_stats()
+            nn.init.ones_(self.weight)
 
 
 class SyncBatchNorm1d(SyncBatchNorm, nn.BatchNorm1d):

@@ -10,12 +10,10 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
+from syncnorm._torch_versions import all_gather_single
 from syncnorm.errors import SyncNormError
 
 T = TypeVar("T")
-
-# torch 2.13 renames all_gather_into_tensor and warns about the old name, the only one that 2.11 knows.
-_all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def gather_rows(row: Tensor, group: dist.ProcessGroup | None, what: object) -> Tensor:
@@ -38,7 +36,7 @@ def gather_rows(row: Tensor, group: dist.ProcessGroup | None, what: object) -> T
         return row.unsqueeze(0)
     rows = row.new_empty(group.size(), row.numel())
     with explained(what, group):
-        _all_gather_into(rows.view(-1), row, group=group)
+        all_gather_single(rows.view(-1), row, group=group)
     return rows
 
 

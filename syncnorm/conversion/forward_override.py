@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from syncnorm import functional
+from syncnorm._torch_versions import graph_break
 from syncnorm.comm import process_groups
 from syncnorm.conversion.baselines import check_instances
 from syncnorm.layer import checkpointing
@@ -112,6 +113,7 @@ def _functional_arguments(
 class SyncOverrideMixin(Synced):
     """Mixed in before a class whose forward calls ``F.batch_norm``: synchronizes those calls in training."""
 
+    @graph_break
     def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward; see ``syncnorm.functional.sync_batch_norm`` for errors and collectives.
 

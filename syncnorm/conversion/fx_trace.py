@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from syncnorm._torch_versions import top_saved_tensors_hooks
+
 _AUTOCAST_DEVICES = ("cpu", "cuda")
 
 
@@ -101,7 +103,7 @@ def _execution_mode() -> tuple[Any, ...]:
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _AUTOCAST_DEVICES],
-        torch._C._autograd._top_saved_tensors_default_hooks(False) is None,
+        top_saved_tensors_hooks() is None,
     )
 
 

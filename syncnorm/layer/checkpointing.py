@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from syncnorm._torch_versions import top_saved_tensors_hooks
 from syncnorm.comm.process_groups import syncing
 from syncnorm.errors import SyncNormError
 from syncnorm.layer.arguments import ForwardCall
@@ -131,7 +132,7 @@ def graph_owners() -> list[Any]:
         return []  # the compiler's own recomputation repeats no collective
     if not torch.is_grad_enabled():
         return _contexts("forward")
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    hooks = top_saved_tensors_hooks()
     # Each tensor that a segment saves holds a reference to the second hook, which will recompute the segment.
     return [hooks[1]] if hooks and isinstance(hooks[1], FunctionType) else []
 

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._library.effects import EffectType
 
-from syncnorm import comm
+from syncnorm import _torch_versions, comm
 from syncnorm.errors import SyncNormError
 from syncnorm.layer import checkpointing, moments
 from syncnorm.layer.arguments import NoGradArgs, Sync
@@ -137,8 +136,8 @@ def _(sum_dy: Tensor, sum_dy_xmu: Tensor, number: Tensor, group: str, layer_name
 
 
 # Other ranks wait for each call: a graph must keep all of them, in order, and repeat none.
-gather_moments.register_effect(EffectType.ORDERED)
-reduce_sums.register_effect(EffectType.ORDERED)
+_torch_versions.register_ordered(gather_moments)
+_torch_versions.register_ordered(reduce_sums)
 
 
 def batch_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, args: NoGradArgs) -> Tensor:

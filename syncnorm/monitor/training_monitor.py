@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
+from syncnorm._torch_versions import ddp_broadcasts_buffers
 from syncnorm.comm import process_groups
 from syncnorm.comm.call import observers
 from syncnorm.errors import InputError
@@ -256,4 +257,4 @@ def _broadcast_blocks(ddp: DistributedDataParallel) -> bool:
 def _ddp_broadcasts(model: nn.Module) -> bool | None:
     """Whether a DDP module in ``model`` broadcasts buffers; None if there is none."""
     wrapped = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
-    return any(bool(m.forward_sync_buffers) for m in wrapped) if wrapped else None
+    return any(ddp_broadcasts_buffers(m) for m in wrapped) if wrapped else None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from syncnorm._torch_versions import ddp_without_buffers
 from syncnorm.errors import InputError
 from syncnorm.testing._rank import refuse_while_importing
 from syncnorm.testing._transport import pickle_call
@@ -172,7 +173,7 @@ def _rank_train(
     wrapped = model
     if trains:
         wrapped = DistributedDataParallel(
-            model, forward_sync_buffers=False, find_unused_parameters=find_unused_parameters
+            model, **ddp_without_buffers(), find_unused_parameters=find_unused_parameters
         )
     steps = []
     for batch, cotangent, counts in zip(batches, cotangents, rows, strict=True):

@@ -174,7 +174,10 @@ def _system() -> str:
 
 
 def _cudnn() -> str | None:
-    version = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    try:
+        version = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    except RuntimeError as error:  # the library that is loaded is older than the one torch was built with
+        return f"unusable: {error}"
     return None if version is None else str(version)
 
 
@@ -217,11 +220,6 @@ def _passes(device: torch.device) -> str:
 def _backends() -> list[str]:
     if not dist.is_available():
         return []
-    known = {
-        "gloo": dist.is_gloo_available(),
-        "nccl": dist.is_nccl_available(),
-        "mpi": dist.is_mpi_available(),
-        "ucc": dist.is_ucc_available(),
-        "xccl": dist.is_xccl_available(),
-    }
-    return [name for name, there in known.items() if there]
+    names = ("gloo", "nccl", "mpi", "ucc", "xccl")
+    checks = {name: getattr(dist, f"is_{name}_available", None) for name in names}  # torch 2.6 has none for xccl
+    return [name for name, available in checks.items() if available is not None and available()]

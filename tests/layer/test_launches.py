@@ -239,7 +239,7 @@ def test_torchs_own_layer_launches_more_kernels(monkeypatch):
 
         monkeypatch.setattr(torch, name, one_launch)
     # torch gathers into (1, W * n), and the fake group divides dimension 0 among the ranks.
-    of_rows = gather._all_gather_into
+    of_rows = gather.all_gather_single
     monkeypatch.setattr(dist, of_rows.__name__, lambda rows, row, group, **_: of_rows(rows.view(-1), row, group))
     running = torch.zeros(8), torch.ones(8)
     with counted() as forward:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from syncnorm._torch_versions import ddp_without_buffers
 from syncnorm.errors import InputError
 from syncnorm.tools.common.data_parallel import data_parallel
 from syncnorm.tools.common.ranks import Ranks
@@ -62,7 +63,7 @@ def _wrap_networks(model: nn.Module, device: torch.device) -> nn.Module:
     def wrapped(network: nn.Module) -> nn.Module:
         if not any(p.requires_grad for p in network.parameters()):
             return network
-        return _ddp(network, device, find_unused_parameters=True, forward_sync_buffers=False)
+        return _ddp(network, device, find_unused_parameters=True, **ddp_without_buffers())
 
     if has_forward(model):
         return wrapped(model)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from syncnorm._torch_versions import ddp_without_buffers
 from syncnorm.comm.process_groups import no_sync_stats
 from syncnorm.tools.common.data_parallel import EmulatedDataParallel
 from syncnorm.tools.common.decision import Difference, Rule
@@ -99,7 +100,7 @@ def train(trial: Trial, ranks: Ranks, together: bool) -> list[StudyRow]:
     ]
     recipe = Recipe(trial.lr, trial.steps)
     if arm != DP:
-        ddp = DistributedDataParallel(model, forward_sync_buffers=arm != OWN_BUFFERS)
+        ddp = DistributedDataParallel(model, **(ddp_without_buffers() if arm == OWN_BUFFERS else {}))
         fit(ddp, streams[ranks.rank], recipe)
     elif ranks.rank == 0:
         fit(EmulatedDataParallel(model, ranks.world_size), _concatenated(streams), recipe)

@@ -1,0 +1,98 @@
+"""What differs between versions of torch from 2.6 on, all in one place; each entry says which versions differ.
+
+The rest of the package is written for the newest version and asks here for what older ones lack or name differently.
+"""
+
+import inspect
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.parallel import DistributedDataParallel
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+VERSION = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+
+# From 2.13 on, a graph keeps operators with ordered effects in its backward (``force_save_effectful_ops``), and the
+# tracer follows the layer. Before, the layer is a graph break.
+ONE_GRAPH = VERSION >= (2, 13)
+
+# 2.13 renames all_gather_into_tensor and warns of the old name.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def graph_break(function: F) -> F:
+    """``function`` as one that ``torch.compile`` does not trace, where it could not (before 2.13)."""
+    if ONE_GRAPH:
+        return function
+    opaque: F = torch._disable_dynamo(function)  # type: ignore[attr-defined,assignment]  # torch.compiler.disable
+    return opaque  # would import the compiler here, and not at the first call
+
+
+def register_ordered(operator: Any) -> None:
+    """Makes a graph keep all calls of a custom operator, in order."""
+    if not ONE_GRAPH:
+        return  # the operator stands in no graph
+    from torch._library.effects import EffectType
+
+    operator.register_effect(EffectType.ORDERED)
+
+
+# The constructor of nn.BatchNorm has had the argument since 2.12; before, a layer with a weight has a bias.
+BATCH_NORM_TAKES_BIAS = "bias" in inspect.signature(nn.BatchNorm1d.__init__).parameters
+
+
+def ddp_without_buffers() -> dict[str, Any]:
+    """The argument with which DDP does not broadcast buffers."""
+    return {_DDP_BUFFERS: False}
+
+
+def ddp_broadcasts_buffers(ddp: DistributedDataParallel) -> bool:
+    """Whether DDP was made to broadcast buffers."""
+    return bool(getattr(ddp, _DDP_BUFFERS))
+
+
+# 2.12 renames broadcast_buffers, and 2.14 warns of the old name.
+_DDP_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    else "broadcast_buffers"
+)
+
+
+if hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):
+
+    def top_saved_tensors_hooks() -> tuple[Any, Any] | None:
+        """The innermost pair of saved-tensor hooks of this thread; None outside of any, or if they are disabled."""
+        return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+else:  # 2.6 cannot ask for them: they are noted as they come and go
+
+    class _Entered(threading.local):
+        def __init__(self) -> None:
+            self.pairs: list[tuple[Any, Any]] = []
+
+    _entered = _Entered()
+    _enter, _exit = saved_tensors_hooks.__enter__, saved_tensors_hooks.__exit__
+
+    def _noting_enter(self: Any) -> None:
+        _enter(self)
+        _entered.pairs.append((self.pack_hook, self.unpack_hook))
+
+    def _noting_exit(self: Any, *args: object) -> None:
+        if _entered.pairs:  # not if they were entered before the import
+            _entered.pairs.pop()
+        _exit(self, *args)
+
+    saved_tensors_hooks.__enter__ = _noting_enter  # type: ignore[method-assign]  # on purpose
+    saved_tensors_hooks.__exit__ = _noting_exit  # type: ignore[method-assign]  # on purpose
+
+    def top_saved_tensors_hooks() -> tuple[Any, Any] | None:
+        """The innermost pair of saved-tensor hooks of this thread; None outside of any, or if they are disabled."""
+        disabled = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+        return _entered.pairs[-1] if _entered.pairs and disabled is None else None
