@@ -23,6 +23,9 @@ from syncnorm.errors import InputError, known_everywhere
 
 # A collective of some KiB is bound by latency: more thread blocks would only take multiprocessors from convolutions.
 _MAX_CTAS = 2
+# On the current stream: another one would have to wait for this one, and it for that.
+_GATHER, _SUM = AllgatherOptions(), AllreduceOptions()  # the operation is a sum by default
+_GATHER.asyncOp = _SUM.asyncOp = False
 COMMUNICATOR = "SYNCNORM_COMMUNICATOR", ("own", "job")  # "job": that of the user's group
 
 
@@ -70,15 +73,11 @@ class Communicator:
 
     def gather(self, rows: Tensor, row: Tensor) -> None:
         """``row`` (n) of each rank into ``rows`` (W * n)."""
-        options = AllgatherOptions()
-        options.asyncOp = False  # on the current stream: another one would have to wait for this one, and it for that
-        _wait(self._connected()._allgather_base(rows, row, options))
+        _wait(self._connected()._allgather_base(rows, row, _GATHER))
 
     def sum_(self, values: Tensor) -> None:
         """Sums ``values`` (n) over the ranks, in place."""
-        options = AllreduceOptions()
-        options.asyncOp = False  # and the operation is a sum by default
-        _wait(self._connected().allreduce([values], options))
+        _wait(self._connected().allreduce([values], _SUM))
 
     @property
     def group(self) -> dist.ProcessGroup:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,30 +70,28 @@ def test_two_ranks_on_one_gpu_equal_the_whole_batch(rows, dtype, layout):
         assert_close(got["var"], want.running_var, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", FORMATS)
-def test_passes_agree_with_plain_aten(layout):
+def test_passes_agree_with_those_of_the_cpu_in_fp64(layout, dtype):
     cuda = kernels.for_device(torch.device("cuda"))
     assert cuda is not cpu
-    (x,), (dy,) = batches((6,), torch.float32)
-    x, dy = (t.cuda().contiguous(memory_format=FORMATS[layout]) for t in (x, dy))
-    weight, bias = torch.rand(5, device="cuda"), torch.rand(5, device="cuda")
-    count = torch.tensor(x.numel() / 5, device="cuda", dtype=torch.float64)
+    (x,), (dy,) = batches((6,), dtype)
+    x, dy = (t.contiguous(memory_format=FORMATS[layout]) for t in (x, dy))
+    weight, bias = torch.rand(5), torch.rand(5)
 
-    mean, invstd = cuda.local_moments(x, 1e-5, torch.empty_like(x))
-    sums = cuda.reduce_grad(dy, x, mean, invstd)
-    for got, want in [
-        ((mean, invstd), cpu.local_moments(x, 1e-5, torch.empty_like(x))),
-        (
-            cuda.normalize(x, mean, invstd, weight, bias, torch.empty_like(x)),
-            cpu.normalize(x, mean, invstd, weight, bias, torch.empty_like(x)),
-        ),
-        (sums, cpu.reduce_grad(dy, x, mean, invstd)),
-        (
-            cuda.finish_grad(cuda.begin_grad(dy, invstd, weight), x, mean, invstd, weight, *sums, count),
-            cpu.finish_grad(cpu.begin_grad(dy, invstd, weight), x, mean, invstd, weight, *sums, count),
-        ),
-    ]:
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    def passes(module: Any, *tensors: Tensor) -> list[Tensor]:
+        x, dy, weight, bias = tensors
+        count = torch.tensor(x.numel() / 5, device=x.device, dtype=torch.float64)
+        mean, invstd = module.local_moments(x, 1e-5, torch.empty_like(x))
+        y = module.normalize(x, mean, invstd, weight, bias, torch.empty_like(x))
+        sums = module.reduce_grad(dy, x, mean, invstd)
+        dx = module.finish_grad(module.begin_grad(dy, invstd, weight), x, mean, invstd, weight, *sums, count)
+        return [mean, invstd, *sums, y, dx]
+
+    got = passes(cuda, *(t.cuda() for t in (x, dy, weight, bias)))
+    want = passes(cpu, *(t.double() for t in (x, dy, weight, bias)))
+    for index, (value, expected) in enumerate(zip(got, want, strict=True)):
+        assert_close(value.cpu(), expected, torch.float32 if index < 4 else dtype)
 
 
 @pytest.fixture

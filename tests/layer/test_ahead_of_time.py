@@ -28,7 +28,9 @@ SHAPES = [
     ((32, 64, 7, 7), False),  # rows that begin at any value
     ((4, 64, 25, 33), False),  # the same, and longer than a tile
     ((32, 24, 14, 14), True),  # C is not divisible by 16
+    ((4, 5, 6, 7), True),  # the same, and odd
     ((4096, 1024), False),
+    ((4, 70_000), False),  # fewer values in a tile than threads
 ]
 FACTORS = {
     "shape": SHAPES,
@@ -145,7 +147,7 @@ def test_every_kind_of_step_compiles_well(row):
     assert "max.f32" not in normalization.kernel.asm["ptx"]  # of NaN and 0 that is 0
     shortcut, relu = row["block"]
     both = shortcut and relu
-    of_rows, of_channels, smaller = row_tiles(x), channel_tiles(x), channel_tiles(x, small=row["masked"])
+    of_rows, of_channels, smaller = row_tiles(x), channel_tiles(x, "sums"), channel_tiles(x, "moments", row["masked"])
     row_values = of_rows.tile_A * of_rows.tile_R
     assert_wide(moments, values_of(smaller), x.itemsize, 1, 0)
     assert_wide(normalization, row_values, x.itemsize, 2 if shortcut else 1, 1)

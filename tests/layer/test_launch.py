@@ -334,3 +334,8 @@ def test_a_launch_costs_the_host_less_than_tritons(gpu):
     ours, tritons = (lambda: launch(_scale, (1, 1), *args)), (lambda: _scale[1, 1](*args))
     seconds(ours), seconds(tritons)
     assert min(seconds(ours) for _ in range(9)) < 0.7 * min(seconds(tritons) for _ in range(9))
+
+
+def test_triton_can_be_turned_off(monkeypatch):
+    monkeypatch.setenv("SYNCNORM_TRITON", "0")
+    assert unavailable(torch.device("cuda", 0)) == "SYNCNORM_TRITON is 0"

@@ -17,8 +17,9 @@ COLLECTIVES = {
 
 
 def test_only_comm_communicates_tensors():
-    core = [f for f in FILES if f.parent == PACKAGE or f.is_relative_to(PACKAGE / "layer")]
-    core += [f for f in FILES if f.is_relative_to(PACKAGE / "conversion")]
+    parts = PACKAGE / "layer", PACKAGE / "conversion"
+    core = [f for f in FILES if f.parent == PACKAGE or any(f.is_relative_to(part) for part in parts)]
+    core.remove(PACKAGE / "_torch_versions.py")  # gives a collective one name, and calls none
     assert len(core) > 20
     for file in core:
         for node in ast.walk(ast.parse(file.read_text())):

@@ -92,6 +92,8 @@ def unavailable(device: torch.device) -> str | None:
     """Why Triton's kernels are not used on ``device``; None if they are, as far as is known before a first launch."""
     if device.type not in _DEVICE_TYPES:
         return f"they do not run on devices of type {device.type}"
+    if os.environ.get("SYNCNORM_TRITON") == "0":
+        return "SYNCNORM_TRITON is 0"
     if not _installed():
         return "Triton is not installed"
     return _failures.get(-1 if device.index is None else device.index)
@@ -171,8 +173,9 @@ def _failed(device: int, error: Exception) -> TritonFailed:
         warnings.warn(
             f"{text}\nThis process goes on with torch's own CUDA kernels there: results are the same up to rounding, "
             "and a step launches more kernels. Triton needs a C compiler (gcc or clang on the PATH, or the one that "
-            "CC names) with Python's headers, and a GPU and a driver that it supports. `syncnorm env` tries again.",
+            "CC names) with Python's headers, and a GPU and a driver that it supports. `syncnorm env` tries again, "
+            "and SYNCNORM_TRITON=0 does without Triton.",
             stacklevel=2,
         )
     _failures[device] = textwrap.shorten(what, 300)
-    return TritonFailed(text)
+    return TritonFailed(f"{text}. With SYNCNORM_TRITON=0 in the environment layers do without Triton")

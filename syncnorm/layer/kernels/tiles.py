@@ -15,19 +15,45 @@ that. Triton proves it for an argument that is a multiple of 16, which C and B r
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 _LOAD_BYTES = 16
 _ROW_TILE_BYTES = 8192
-_CHANNEL_TILE_BYTES = 4096  # the sums of a program are tiles too, in registers
-_NEIGHBORS_BYTES = 64  # of the channels of a tile, if the channel is the fastest axis: two sectors of a cache line
-_PROGRAMS = 1024  # of a kernel that sums: several for each multiprocessor of any GPU
-_PARTS = 128  # of a channel: the last program reads the results of all of them
+_NEIGHBORS = 32  # channels of a tile, if the channel is the fastest axis: two sectors of a cache line or more
+_PARTS = 512  # of a channel: the last program reads the results of all of them
 _CHUNK_VALUES = 1024  # that it reads at once
+_MULTIPROCESSORS = 132  # of a device that is none; of an H100
+
+
+class _Sums(NamedTuple):
+    """What was fastest for a kernel that sums over each channel, on an H100, of tiles of 2 to 8 KiB.
+
+    Attributes:
+        tile_bytes: of a tile; the sums of a program are tiles too, in registers.
+        programs: for each multiprocessor, of x in half precision and in fp32. As many as run at a time, by their
+            registers: further ones would run when these are done, on a GPU that is nearly empty.
+        tiles: that a program takes at least, if there are four programs for a channel.
+    """
+
+    tile_bytes: int
+    programs: tuple[int, int]
+    tiles: int
+
+
+# By kernel and by what a tile holds: the rows of a channel, rows that begin within a load, or neighboring channels.
+_SUMS = {
+    ("moments", "rows"): _Sums(4096, (5, 8), 8),
+    ("moments", "shifted"): _Sums(4096, (5, 6), 8),
+    ("moments", "neighbors"): _Sums(4096, (4, 5), 8),
+    ("sums", "rows"): _Sums(4096, (8, 8), 1),
+    ("sums", "shifted"): _Sums(4096, (6, 8), 1),
+    ("sums", "neighbors"): _Sums(8192, (4, 5), 1),
+}
 
 # Arguments for which Triton must not compile a variant of the kernel at each value that 16 divides.
 SIZES = ("A", "C", "R", "tiles_B", "parts")
@@ -98,14 +124,22 @@ def row_tiles(x: Tensor) -> RowTiles:
     return _row_tiles(x.shape, x.stride(1) == 1, x.itemsize)
 
 
-def channel_tiles(x: Tensor, small: bool = False) -> ChannelTiles:
+def channel_tiles(x: Tensor, kernel: Literal["moments", "sums"], small: bool = False) -> ChannelTiles:
     """The division of a dense x for a pass that sums over each channel.
 
     Args:
         x: dense; it may be empty.
-        small: for a pass that needs more registers per value.
+        kernel: which pass.
+        small: for a variant of it that needs more registers per value.
     """
-    return _channel_tiles(x.shape, x.stride(1) == 1, x.itemsize, small)
+    return _channel_tiles(x.shape, x.stride(1) == 1, x.itemsize, kernel, small, _multiprocessors(x.device))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @functools.lru_cache(1024)
@@ -122,14 +156,19 @@ def _row_tiles(shape: tuple[int, ...], channel_is_fastest: bool, itemsize: int) 
 
 
 @functools.lru_cache(1024)
-def _channel_tiles(shape: tuple[int, ...], channel_is_fastest: bool, itemsize: int, small: bool) -> ChannelTiles:
+def _channel_tiles(
+    shape: tuple[int, ...], channel_is_fastest: bool, itemsize: int, kernel: str, small: bool, multiprocessors: int
+) -> ChannelTiles:
     A, C, B = _rows_channels_positions(shape, channel_is_fastest)
     # Of all values: no load may reach past the end of x.
     vector = math.gcd(C if B == 1 else A * C * B, _LOAD_BYTES // itemsize)
+    if C * max(B, _ROW_TILE_BYTES) >= 2**31:  # offsets in a tile of shifted rows must fit into 32 bits
+        vector = math.gcd(vector, C if B == 1 else B)
     shift = 0 if B == 1 else vector - math.gcd(B, vector)  # the most values by which a row begins within a load
-    values = _CHANNEL_TILE_BYTES // itemsize // (2 if small or vector == 1 else 1)
+    tuned = _SUMS[kernel, "neighbors" if B == 1 else "shifted" if shift else "rows"]
+    values = tuned.tile_bytes // itemsize // (2 if small or vector == 1 else 1)
     if B == 1:
-        tile_C, tile_B = min(power_of_2(C), _NEIGHBORS_BYTES // itemsize), 1
+        tile_C, tile_B = min(power_of_2(C), _NEIGHBORS), 1
     else:
         tile_B = min(power_of_2(B + shift), values)
         # Short rows: several channels, because neighboring rows share cache lines.
@@ -137,9 +176,10 @@ def _channel_tiles(shape: tuple[int, ...], channel_is_fastest: bool, itemsize: i
     tile_A = min(power_of_2(A), values // (tile_C * tile_B))
     tiles_B = cdiv(B + shift, tile_B)
     tiles = cdiv(A, tile_A) * tiles_B
-    parts = max(1, min(tiles, _PARTS, _PROGRAMS // cdiv(C, tile_C)))
+    programs = multiprocessors * tuned.programs[itemsize // 4]
+    parts = min(max(cdiv(tiles, tuned.tiles), min(tiles, 4)), _PARTS, programs // cdiv(C, tile_C))
     chunk = min(_PARTS, _CHUNK_VALUES // tile_C)
-    return ChannelTiles(A, C, B, tiles_B, parts, vector, shift > 0, tile_A, tile_C, tile_B, chunk)
+    return ChannelTiles(A, C, B, tiles_B, max(1, parts), vector, shift > 0, tile_A, tile_C, tile_B, chunk)
 
 
 def _rows_channels_positions(shape: tuple[int, ...], channel_is_fastest: bool) -> tuple[int, int, int]:
@@ -210,14 +250,17 @@ def channel_tile(
         row_exists = (a < A) & (channel < C)
         start = (tile % tiles_B).to(B.dtype) * tile_B
         if shifted:
-            row = (a * C + channel) * B
+            # Offsets from the tile's first row fit into 32 bits (``_channel_tiles``), which takes far less time.
+            base = (tile // tiles_B).to(tl.int64) * tile_A * C * B
+            before = base // vector * vector
+            row = (tl.arange(0, tile_A)[:, None, None] * C + channel) * B + (base - before).to(tl.int32)
             aligned = row // vector * vector
-            head = (row - aligned).to(tl.int32)
+            head = row - aligned
             position = start + column - head
             # Alike for all values of a load.
             loaded = row_exists & (start + column // vector * vector - head < B)
-            inside = row_exists & (position >= 0) & (position < B)
-            at = aligned + (start + column)
+            inside = row_exists & (position.to(tl.uint32) < B.to(tl.uint32))  # also not below 0
+            at = before + (aligned + (start + column))
         else:
             B = B // vector * vector
             position = start + column

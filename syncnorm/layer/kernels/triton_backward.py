@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from syncnorm.layer.kernels.launch import launch
-from syncnorm.layer.kernels.parts import is_last, semaphores
+from syncnorm.layer.kernels.parts import is_last, partial_sums, semaphores
 from syncnorm.layer.kernels.tiles import (
     SIZES,
     affine,
@@ -54,9 +54,9 @@ def pack_sums(
     Returns:
         The row, (2C + 1), fp32; and ``dz``, the gradient of the shortcut, if ``y`` is given, else None.
     """
-    n = channel_tiles(x)
+    n = channel_tiles(x, "sums")
     packed = torch.empty(2 * n.C + 1, dtype=torch.float32, device=x.device)
-    partial = torch.empty(n.parts, 2, n.C, dtype=torch.float32, device=x.device)
+    partial = partial_sums(n.parts * 2 * n.C, x.device)
     dz = None if y is None else torch.empty_like(x)
     launch(
         _sums_kernel, (n.tiles_C * n.parts, 1),

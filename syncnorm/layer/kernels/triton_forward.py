@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from syncnorm.layer.kernels.launch import launch
-from syncnorm.layer.kernels.parts import is_last, semaphores
+from syncnorm.layer.kernels.parts import is_last, partial_sums, semaphores
 from syncnorm.layer.kernels.tiles import (
     SIZES,
     affine,
@@ -46,10 +46,10 @@ def pack_moments(x: Tensor, eps: float, tag: float, mask: Tensor | None, *, to_s
         mask: (batch, *spatial), bool, contiguous: True counts. None: all count.
         to_sum: return the row of ``global_sums`` instead, (3C + 2) in fp64, which is summed and not gathered.
     """
-    n = channel_tiles(x, small=mask is not None)
+    n = channel_tiles(x, "moments", small=mask is not None)
     size, dtype = (3 * n.C + 2, torch.float64) if to_sum else (2 * n.C + 2, torch.float32)
     packed = torch.empty(size, dtype=dtype, device=x.device)
-    partial = torch.empty(n.parts, 4, n.C, dtype=torch.float32, device=x.device)
+    partial = partial_sums(n.parts * 4 * n.C, x.device)
     launch(
         _moments_kernel, (n.tiles_C * n.parts, 1),
         x, mask, packed, partial, semaphores(n.tiles_C, x.device), eps, tag, *n,
@@ -98,10 +98,12 @@ def _moments_kernel(
         apart = value - origin
         if shifted or mask is not None:
             apart = tl.where(inside, apart, 0.0)
-        count += inside.to(tl.float32)
+        count += tl.where(inside, 1.0, 0.0)  # the conversion of a bool takes longer
         sum_ += apart
         squares += apart * apart
+    mine = partial + part * 4 * C + channel
     total = sum_over_tile(count)
+    tl.store(mine, total, mask=exists)  # here: Triton 3.6 moves what a later store needs to before its definition
     per_value = 1.0 / tl.maximum(total, 1.0)
     if mask is not None:  # from one origin per thread to one per channel
         common = sum_over_tile(count * origin) * per_value
@@ -111,8 +113,6 @@ def _moments_kernel(
         origin = common
     step = sum_over_tile(sum_) * per_value
     m2 = sum_over_tile(squares - step * (2 * sum_ - count * step))
-    mine = partial + part * 4 * C + channel
-    tl.store(mine, total, mask=exists)
     tl.store(mine + C, origin, mask=exists)
     tl.store(mine + 2 * C, step, mask=exists)
     tl.store(mine + 3 * C, tl.where(m2 < 0, 0.0, m2), mask=exists)  # keeps NaN
