@@ -154,8 +154,8 @@ def synced_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     if not torch.compiler.is_compiling() and torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]  # torch leaves it untyped
         raise SyncNormError(
             f"rank {dist.get_rank()}: torch.jit.trace (or an export that uses it) runs a synced layer in training "
-            f"mode, where it would communicate with other ranks. Trace model.eval(), or trace on this rank alone under "
-            f"`with syncnorm.no_sync_stats():`"
+            f"mode, where it would communicate with other ranks. Trace model.eval(), or trace on this rank alone "
+            f"under `with syncnorm.no_sync_stats():`"
         )
     return group
 

@@ -1,4 +1,4 @@
-"""torch's name for ``convert``, syncnorm's layers in the place of torch's, and converters that run after ``convert``."""
+"""torch's name for ``convert``, syncnorm's layers in the place of torch's, and converters that run afterwards."""
 
 import threading
 import warnings

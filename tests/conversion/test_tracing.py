@@ -17,7 +17,6 @@ import syncnorm
 from syncnorm.modules import Synced
 from syncnorm.testing import assert_matches_single_process, run_ranks
 
-
 BUILDERS = [models.net, models.net_with_activations]
 
 
