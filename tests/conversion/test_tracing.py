@@ -136,7 +136,7 @@ def _rank_jit_trace(build) -> tuple[list[str], bool]:
             torch.jit.trace(model, x)
         messages.append(str(caught.value))
         for name, value in model.state_dict().items():
-            assert torch.equal(value, before[name]) or name.endswith("num_batches_tracked")
+            assert torch.equal(value, before[name])
         with syncnorm.no_sync_stats():
             torch.jit.trace(model, x, check_trace=False)
     model(x)  # the ranks still understand one another
@@ -157,7 +157,7 @@ def test_jit_trace_in_training_says_what_to_do_and_works_in_evaluation(build):
     assert other_same
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore:.torch.jit:FutureWarning")
 @pytest.mark.parametrize("build", BUILDERS)
 def test_jit_script_asks_for_revert(build):
     model = syncnorm.convert(build())

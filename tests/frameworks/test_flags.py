@@ -20,6 +20,7 @@ import syncnorm
 from syncnorm.testing import assert_matches_single_process, run_ranks
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.timeout(300),  # importing these frameworks takes long
     pytest.mark.filterwarnings("ignore"),  # theirs
 ]
