@@ -9,6 +9,7 @@ from syncnorm.comm.process_groups import no_sync_stats
 from syncnorm.conversion.convert import convert, revert
 from syncnorm.conversion.describe import describe
 from syncnorm.conversion.fold import fold
+from syncnorm.conversion.replacing import replacing_torch
 from syncnorm.errors import SyncNormError
 from syncnorm.modules import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 
@@ -27,6 +28,7 @@ __all__ = [
     "integrations",
     "monitor",
     "no_sync_stats",
+    "replacing_torch",
     "revert",
     "set_debug",
     "testing",

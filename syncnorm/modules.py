@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import sys
 import warnings
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
@@ -22,7 +22,11 @@ from syncnorm.errors import SyncNormError
 from syncnorm.layer import checks
 from syncnorm.layer.arguments import Sync
 
+M = TypeVar("M", bound=nn.Module)
+
 INSTEAD = "call the layer, or syncnorm.functional.sync_batch_norm"
+# torch's own layer. Inside syncnorm.replacing_torch, torch.nn.SyncBatchNorm is the class of this file.
+TorchSyncBatchNorm = nn.SyncBatchNorm
 
 
 class Synced:
@@ -36,6 +40,24 @@ class Synced:
     _sync_seen: str | None = None
     # Synced layers inside a layer with its own forward, which may use their statistics without calling them.
     _sync_inner: tuple[nn.Module, ...] = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward with its hooks; ``torch.fx`` records the call, as it does for the layers of ``torch.nn``."""
+        for argument in args or kwargs.values():
+            if isinstance(argument, fx.Proxy):
+                return _call_when_traced(self, argument.tracer, args, kwargs)
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]  # of nn.Module
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Called by ``torch.jit.script``.
+
+        Raises:
+            SyncNormError: always, because TorchScript cannot compile the synchronization.
+        """
+        raise SyncNormError(
+            f"torch.jit.script cannot compile {type(self).__name__}, which communicates with other ranks. Script a "
+            f"copy with plain batch norms: torch.jit.script(syncnorm.revert(copy.deepcopy(model)))"
+        )
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -91,6 +113,19 @@ class Synced:
                 "all ranks or, inside no_sync_stats, on this one alone"
             )
         super().reset_running_stats()  # type: ignore[misc]  # of the class that this one is mixed into
+
+
+def _call_when_traced(layer: Any, tracer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Makes the layer a leaf for every tracer: the graph calls it, and its hooks run when the graph runs.
+
+    A tracer recognizes leaves by the name of their Python module, ``torch.nn``. It calls the forward of all others
+    with proxies, and their hooks too, which would run once more whenever the graph calls the layer.
+    """
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, kwargs)
+
+    return tracer.call_module(layer, record, args, kwargs)
 
 
 def _note_unsynced(layer: Synced, reason: str) -> str:
@@ -259,6 +294,38 @@ class SyncBatchNorm(SyncMixin, BatchNorm):
         else:  # older versions of torch assume that there is a bias
             self.reset_running_stats()
             nn.init.ones_(self.weight)
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: M, process_group: ProcessGroupLike = None) -> M:
+        """:func:`syncnorm.convert` under its name in torch, as a method of the class.
+
+        Layers change in place and keep their class, hooks and attributes, where torch's method builds new ones. A
+        layer that is already synced keeps its process group if none is given.
+
+        Args:
+            module: any module; a single batch norm, too.
+            process_group: ranks that share statistics, a ProcessGroup or 1-D DeviceMesh; None is the default group.
+
+        Returns:
+            ``module``.
+
+        Raises:
+            InputError: as :func:`syncnorm.convert`.
+
+        Collective: none.
+
+        Source: torch/nn/modules/batchnorm.py.
+
+        Example:
+            >>> SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(4)))
+            Sequential(
+              (0): SyncBatchNorm1d(4, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
+            )
+        """
+        # Not at the top: convert changes layers to the classes of this file.
+        from syncnorm.conversion.convert import convert
+
+        return convert(module, process_group=process_group)
 
 
 class SyncBatchNorm1d(SyncBatchNorm, nn.BatchNorm1d):

@@ -124,7 +124,8 @@ def synced_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
 
     Raises:
         InputError: this rank is not a member of ``group``.
-        SyncNormError: ``group`` was destroyed, or this process was forked from one of its ranks.
+        SyncNormError: ``group`` was destroyed, this process was forked from one of its ranks, or ``torch.jit.trace``
+            is running.
 
     Warns:
         UserWarning: once per process, if a launcher set ``WORLD_SIZE`` above 1 and there is no process group.
@@ -148,7 +149,15 @@ def synced_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
             f"rank {dist.get_rank()}: the process group of this layer was destroyed. Bind it to another group: {BIND}"
         )
     check_not_inherited(group)
-    return group if group.size() > 1 or _world_of_one_depth else None
+    if group.size() == 1 and not _world_of_one_depth:
+        return None
+    if not torch.compiler.is_compiling() and torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]  # torch leaves it untyped
+        raise SyncNormError(
+            f"rank {dist.get_rank()}: torch.jit.trace (or an export that uses it) runs a synced layer in training "
+            f"mode, where it would communicate with other ranks. Trace model.eval(), or trace on this rank alone "
+            f"under `with syncnorm.no_sync_stats():`"
+        )
+    return group
 
 
 @functools.cache  # once per process

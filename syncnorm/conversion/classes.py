@@ -21,6 +21,7 @@ from syncnorm.modules import (
     SyncBatchNorm3d,
     Synced,
     SyncMixin,
+    TorchSyncBatchNorm,
 )
 
 _SYNCED: dict[type, type] = {
@@ -51,11 +52,11 @@ def synced_class(cls: type) -> type:
         return synced_class(plain_class(cls))
     if cls in _SYNCED:
         return _SYNCED[cls]
-    if cls is nn.SyncBatchNorm:
+    if cls is TorchSyncBatchNorm:
         return FromTorchSyncBatchNorm
     if _is_parametrized(cls):
         return _rebase(cls, synced_class(cls.__bases__[0]))
-    if issubclass(cls, nn.SyncBatchNorm):
+    if issubclass(cls, TorchSyncBatchNorm):
         raise NotConvertible("a subclass of torch.nn.SyncBatchNorm, which DDP refuses on CPU")
     if cls.forward is _BatchNorm.forward:  # type: ignore[attr-defined]  # a subclass of nn.Module
         return _make(SyncMixin, cls)
@@ -83,7 +84,7 @@ def plain_class(cls: type) -> type:
 def has_own_forward(cls: type) -> bool:
     """Whether a batch norm class defines a forward that is not torch's."""
     forward = plain_class(cls).forward  # type: ignore[attr-defined]  # a subclass of nn.Module
-    return forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    return forward not in (_BatchNorm.forward, TorchSyncBatchNorm.forward)
 
 
 def move_parametrizations(old: nn.Module, new: nn.Module) -> None:
@@ -147,7 +148,7 @@ class FromTorchSyncBatchNorm(SyncBatchNorm):
     It is not a subclass of torch's, because DDP refuses instances of that class on CPU.
     """
 
-    _plain_class = nn.SyncBatchNorm
+    _plain_class = TorchSyncBatchNorm
 
 
 def _is_parametrized(cls: type) -> bool:

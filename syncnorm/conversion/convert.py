@@ -13,11 +13,11 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from syncnorm import comm
 from syncnorm.comm import layer_names, process_groups
 from syncnorm.comm.process_groups import ProcessGroupLike
-from syncnorm.conversion import baselines, classes, fuse_relu
+from syncnorm.conversion import baselines, classes, fuse_relu, rebuilds
 from syncnorm.conversion.batch_norm_calls import bypassed_layers, mentions_batch_norm
 from syncnorm.conversion.forward_override import GroupNormOverrideMixin
 from syncnorm.errors import InputError
-from syncnorm.modules import BatchNorm, Synced
+from syncnorm.modules import BatchNorm, Synced, TorchSyncBatchNorm
 
 M = TypeVar("M", bound=nn.Module)
 Target = Literal["sync", "batch", "group", "layer", "instance"]
@@ -45,7 +45,9 @@ def convert(
     that are already synced get the new group, if one is given. ``"batch"`` converts back to plain batch norm. For
     ``"group"``, ``"layer"`` and ``"instance"`` new modules share the parameters of the old ones; the running
     statistics, hooks and attributes of the old modules are dropped. Call it before or after wrapping the model in
-    DistributedDataParallel, before ``torch.jit.script`` and after ``torch.fx.symbolic_trace``.
+    DistributedDataParallel, and before or after ``torch.fx.symbolic_trace``; TorchScript cannot compile synced
+    layers. From the first call on, converters of other libraries leave synced layers alone and warn (see
+    ``syncnorm.conversion.rebuilds``).
 
     Args:
         model: any module; a single batch norm, too.
@@ -93,6 +95,7 @@ def convert(
     if to != "sync":
         return _to_baseline(model, to, 32 if num_groups is None else num_groups)
 
+    rebuilds.watch()
     planned, skipped = plan_sync(model)
     group = process_groups.resolve(process_group)
     if group_size is not None:
@@ -186,7 +189,7 @@ def _batch_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             if "BatchNorm" in getattr(module, "original_name", ""):
-                yield name, module, "TorchScript, convert before torch.jit.script"
+                yield name, module, "TorchScript, which cannot be converted"
         elif isinstance(module, _BatchNorm):
             yield name, module, _REPLACED_FORWARD if _forward_replaced(module) else None
 
@@ -195,12 +198,12 @@ def _group_of(module: nn.Module) -> dist.ProcessGroup | None:
     """The group that the layer keeps if it is converted without one; None for the default group."""
     if isinstance(module, Synced):
         return module._sync_group.peek()
-    return module.process_group if type(module) is nn.SyncBatchNorm else None
+    return module.process_group if type(module) is TorchSyncBatchNorm else None
 
 
 def _set_synced(module: nn.Module, cls: type, group: dist.ProcessGroup | None) -> None:
     torch_group = None
-    if type(module) is nn.SyncBatchNorm:
+    if type(module) is TorchSyncBatchNorm:
         # It stores its group as a plain attribute, which cannot be copied or pickled.
         torch_group = module.__dict__.pop("process_group")
     module.__dict__.pop("_num_groups", None)
@@ -216,7 +219,7 @@ def _set_plain(module: nn.Module) -> None:
     for name in ("_sync_name", "_sync_seen", "_sync_inner", "_num_groups"):
         module.__dict__.pop(name, None)
     _set_class(module, classes.plain_class(type(module)))
-    if type(module) is nn.SyncBatchNorm:
+    if type(module) is TorchSyncBatchNorm:
         module.process_group = None if group is None else group.peek()
 
 
@@ -234,10 +237,10 @@ def _forward_replaced(module: nn.Module) -> bool:
 def _to_batch(model: M) -> M:
     skipped = {}
     for name, module in revert(model).named_modules():
-        if type(module) is nn.SyncBatchNorm:
+        if type(module) is TorchSyncBatchNorm:
             del module.process_group
             _set_class(module, BatchNorm)
-        elif isinstance(module, nn.SyncBatchNorm):
+        elif isinstance(module, TorchSyncBatchNorm):
             skipped[name] = "a subclass of torch.nn.SyncBatchNorm"
     _warn_skipped(skipped)
     return model

@@ -55,7 +55,7 @@ def fuse(model: nn.Module) -> None:
 
 
 def unfuse(model: nn.Module) -> None:
-    """Restores the original class of each fused block.
+    """Restores the original class of each fused block, and the separate operations in graphs of ``torch.fx``.
 
     Raises:
         InputError: the class of a block is derived from that of a fused block; nothing was changed.
@@ -69,12 +69,37 @@ def unfuse(model: nn.Module) -> None:
             )
     for block in blocks.values():
         block.__class__ = block._unfused_class
+    for module in model.modules():
+        if isinstance(module, fx.GraphModule):
+            _unfuse_graph(module)
 
 
 def fused_layers(model: nn.Module) -> set[nn.Module]:
     """The layers that are fused with their ReLU."""
     blocks = [block for block in model.modules() if isinstance(block, Fused)]
     return {block.get_submodule(name) for block in blocks for name in block._fused_layers}
+
+
+def _unfuse_graph(module: fx.GraphModule) -> None:
+    """Undoes fusion in the graph of a model that was traced while its blocks were fused."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        fused = node.op == "call_module" and node.kwargs.keys() & {"residual", "relu"}
+        if not fused or not isinstance(module.get_submodule(str(node.target)), SyncMixin):
+            continue
+        kwargs = dict(node.kwargs)
+        residual, relu = kwargs.pop("residual", None), kwargs.pop("relu", False)
+        node.kwargs, last = kwargs, node
+        users = list(node.users)
+        if residual is not None:
+            with graph.inserting_after(last):
+                last = graph.call_function(operator.add, (last, residual))
+        if relu:
+            with graph.inserting_after(last):
+                last = graph.call_function(F.relu, (last,))
+        for user in users:
+            user.replace_input_with(node, last)
+    module.recompile()
 
 
 def _fuse_block(block: nn.Module) -> None:

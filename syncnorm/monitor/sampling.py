@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncnorm.comm import Call, process_groups
 from syncnorm.comm.gather import gather_rows
 from syncnorm.layer.moments import statistics_dtype
-from syncnorm.modules import Synced
+from syncnorm.modules import Synced, TorchSyncBatchNorm
 from syncnorm.monitor.divergence import bit_digest, rank_divergence
 from syncnorm.monitor.findings import LayerSample, Sample
 
@@ -139,7 +139,7 @@ def _layer_sample(name: str, layer: _BatchNorm, columns: Iterator[Tensor]) -> La
     of_mean, of_var = (None if value != value else value for value in divergence or (None, None))
     return LayerSample(
         name=name,
-        synced=isinstance(layer, Synced | nn.SyncBatchNorm),
+        synced=isinstance(layer, Synced | TorchSyncBatchNorm),
         ran=ran,
         spread_mean=of_mean,
         spread_var=of_var,

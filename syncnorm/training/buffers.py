@@ -12,7 +12,7 @@ from syncnorm.comm import process_groups
 from syncnorm.comm.gather import gather_objects, gather_rows
 from syncnorm.comm.process_groups import ProcessGroupLike
 from syncnorm.errors import SyncNormError
-from syncnorm.modules import Synced
+from syncnorm.modules import Synced, TorchSyncBatchNorm
 
 
 def merge_buffers(model: nn.Module, process_group: ProcessGroupLike = None) -> None:
@@ -45,7 +45,7 @@ def merge_buffers(model: nn.Module, process_group: ProcessGroupLike = None) -> N
         >>> merge_buffers(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)))  # on all ranks, before saving
     """
     group = process_groups.synced_group(process_groups.resolve(process_group))
-    layers = {n: m for n, m in tracking_layers(model).items() if not isinstance(m, Synced | nn.SyncBatchNorm)}
+    layers = {n: m for n, m in tracking_layers(model).items() if not isinstance(m, Synced | TorchSyncBatchNorm)}
     check_same_layers({n: running_stats(m)[0].numel() for n, m in layers.items()}, group, "merge_buffers")
     if group is None or not layers:
         return

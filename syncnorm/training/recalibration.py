@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncnorm.comm import process_groups
 from syncnorm.comm.gather import gather_objects, gather_rows
 from syncnorm.errors import InputError, SyncNormError
-from syncnorm.modules import Synced
+from syncnorm.modules import Synced, TorchSyncBatchNorm
 from syncnorm.training.buffers import check_same_layers, running_stats, tracking_layers
 
 _Inputs = Tensor | dict[str, Any]
@@ -128,7 +128,7 @@ def _pool_over_ranks(moments: dict[_BatchNorm, _Moments]) -> dict[_BatchNorm, _M
     """The moments of each layer over the ranks of its group, with one collective per process group."""
     by_group: dict[dist.ProcessGroup | None, list[_BatchNorm]] = {}
     for layer in moments:
-        layer_group = layer.process_group if isinstance(layer, Synced | nn.SyncBatchNorm) else None
+        layer_group = layer.process_group if isinstance(layer, Synced | TorchSyncBatchNorm) else None
         by_group.setdefault(process_groups.synced_group(layer_group), []).append(layer)
     pooled = {}
     for group, layers in by_group.items():

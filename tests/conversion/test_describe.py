@@ -26,8 +26,8 @@ def test_layers_that_cannot_be_converted_are_left_alone_and_named():
         "layer  class                  synced  group                 note",
         "0      SyncBatchNorm2d        yes     no process group yet",
         f"1      OwnArithmetic          no      -                     left alone: {classes.NO_CALL}",
-        "2      RecursiveScriptModule  no      -                     left alone: TorchScript, convert before "
-        "torch.jit.script",
+        "2      RecursiveScriptModule  no      -                     left alone: TorchScript, which cannot be "
+        "converted",
         "3      GroupNorm              no      -                     no batch statistics to sync",
     ]
 
