@@ -23,8 +23,6 @@ import syncnorm
 class SyncNorm(Hook):
     """``custom_hooks=[dict(type="SyncNorm")]`` in a configuration."""
 
-    priority = "VERY_HIGH"  # before_train: earlier than EMAHook, which copies the model
-
     def before_train(self, runner: Runner) -> None:
         """Converts in place: the parameters stay those of the optimizer."""
         syncnorm.convert(runner.model)
@@ -37,7 +35,7 @@ class SyncNorm(Hook):
 class Report(Hook):
     """Prints the figures of the training while the layers are synced."""
 
-    priority = "HIGHEST"
+    priority = "HIGHEST"  # its after_train comes before that of SyncNorm
 
     def before_train(self, runner: Runner) -> None:  # noqa: D102
         self.losses = []
@@ -66,6 +64,7 @@ class Digits(BaseModel):
         return {"loss": nn.functional.cross_entropy(scores, labels)} if mode == "loss" else scores
 
 
+torch.manual_seed(0)  # the same weights on every rank
 # Before the runner does it: MMEngine selects a GPU for each rank first.
 dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 # MMEngine gives DDP device_ids=[LOCAL_RANK], which DDP refuses on CPUs.
@@ -83,7 +82,6 @@ runner = Runner(
     optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.05}},
     custom_hooks=[{"type": "SyncNorm"}, Report()],
     launcher="pytorch",
-    randomness={"seed": 0},
     log_level="WARNING",
     cfg={"model_wrapper_cfg": {"type": "MMDistributedDataParallel", "broadcast_buffers": False, **wrapper}},
 )

@@ -6,6 +6,8 @@ How to start:  torchrun --nproc-per-node 2 examples/frameworks/pyg_graph.py
 Needs: torch-geometric.
 """
 
+import warnings
+
 import torch
 import torch.distributed as dist
 from recipe import report
@@ -48,6 +50,8 @@ def random_graph() -> Data:
 dist.init_process_group("gloo")
 torch.manual_seed(0)  # the same weights and graphs on every rank
 graphs = [random_graph() for _ in range(32)]
+# convert warns of PyG's own branch for a single node, which only allow_single_element=True would take.
+warnings.filterwarnings("ignore", "syncnorm.convert found 2 layer")
 model = syncnorm.convert(Net(16))
 ddp = DistributedDataParallel(model)
 optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)

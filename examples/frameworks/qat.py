@@ -1,7 +1,7 @@
 """Quantization-aware training: fuse and prepare first, then convert; revert before the quantized model is made.
 
-What it shows: ``prepare_qat`` recognizes plain batch norms only. The batch norm within a prepared ``ConvBnReLU2d`` is
-               an ordinary layer that ``syncnorm.convert`` finds, and ``freeze_bn_stats`` works as before.
+What it shows: fusing refuses synced layers, and ``prepare_qat`` builds new, plain ones in their place. The batch norm
+               within a prepared ``ConvBnReLU2d`` is an ordinary layer, which ``syncnorm.convert`` finds.
 How to start:  torchrun --nproc-per-node 2 examples/frameworks/qat.py
 Needs: scikit-learn for its digits. ``torch.ao.quantization`` is deprecated in favor of torchao, which has no
 quantization-aware training of batch norms as modules.
@@ -20,13 +20,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import syncnorm
 
-warnings.filterwarnings("ignore", module="torch.ao")
+warnings.filterwarnings("ignore", "torch.ao.quantization is deprecated|Please use quant_min")
 dist.init_process_group("gloo")
 rank, ranks = dist.get_rank(), dist.get_world_size()
 torch.manual_seed(0)  # the same weights on every rank
 
 blocks = [
-    nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU()) for a, b in [(1, 16), (16, 32)]
+    nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+    for a, b in [(1, 16), (16, 32)]
 ]
 head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)]
 model = nn.Sequential(quantization.QuantStub(), *blocks, *head, quantization.DeQuantStub())
@@ -36,12 +37,13 @@ quantization.prepare_qat(model, inplace=True)
 model = syncnorm.convert(model)
 
 ddp = DistributedDataParallel(model)
-optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05, momentum=0.9)
+optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1, momentum=0.9)
 x, y = digits(1024)
 losses = []
-for epoch in range(3):
-    if epoch == 2:
-        model.apply(freeze_bn_stats)  # from here on, the running statistics normalize
+for epoch in range(5):
+    if epoch == 4:  # the last epoch normalizes with the running statistics, as the quantized model will
+        model.apply(freeze_bn_stats)
+        optimizer.param_groups[0]["lr"] = 0.005
     for batch in torch.arange(len(x)).split(32):
         part = batch[rank::ranks]
         loss = cross_entropy(ddp(x[part]), y[part])

@@ -1,6 +1,6 @@
 """torchvision: models take the class of their norm layers as ``norm_layer``.
 
-What it shows: ``norm_layer=functools.partial(syncnorm.SyncBatchNorm2d, ...)`` builds a ResNet with synchronized norms.
+What it shows: ``norm_layer=functools.partial(syncnorm.SyncBatchNorm2d, ...)`` builds a ResNet with synced layers.
 How to start:  torchrun --nproc-per-node 2 examples/frameworks/torchvision_norm_layer.py
 Needs: torchvision, scikit-learn for its digits.
 """
