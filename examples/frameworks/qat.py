@@ -42,6 +42,7 @@ x, y = digits(1024)
 losses = []
 for epoch in range(5):
     if epoch == 4:  # the last epoch normalizes with the running statistics, as the quantized model will
+        report(model, losses)
         model.apply(freeze_bn_stats)
         optimizer.param_groups[0]["lr"] = 0.005
     for batch in torch.arange(len(x)).split(32):
@@ -52,7 +53,6 @@ for epoch in range(5):
         optimizer.step()
     losses.append(loss)
 
-report(model, losses)
 int8 = quantization.convert(syncnorm.revert(model).eval())
 if rank == 0:
     correct = (int8(x).argmax(1) == y).float().mean()

@@ -11,7 +11,8 @@ ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "loca
 DOCS = ROOT / "docs" / "recipes" / "frameworks.md"
 # Code between ~~~ is part of a script; only code between ``` runs by itself.
 SECTIONS = DOCS.read_text().split("\n## ")[1:]
-pytestmark = pytest.mark.timeout(300)  # four processes a test, which import a framework
+LIMIT = 280  # seconds, for a command on a machine that does much else
+pytestmark = pytest.mark.timeout(2 * LIMIT + 40)  # four processes a test, which import a framework
 
 
 class Figures(NamedTuple):
@@ -69,8 +70,8 @@ def test_every_recipe_is_documented():
 )
 def test_two_ranks_train_as_one(tmp_path, name, packages, norms, alone):
     needs(*packages, extra="frameworks")
-    two = figures(torchrun(script(name), cwd=tmp_path, path=SHIMS))
-    one = figures(python(script(name), cwd=tmp_path, path=SHIMS, **alone))
+    two = figures(torchrun(script(name), cwd=tmp_path, timeout=LIMIT, path=SHIMS))
+    one = figures(python(script(name), cwd=tmp_path, timeout=LIMIT, path=SHIMS, **alone))
     assert len(two) == len(one) > 0
     for ranks, process in zip(two, one, strict=True):
         assert_synced(ranks, norms)
@@ -81,21 +82,21 @@ def test_two_ranks_train_as_one(tmp_path, name, packages, norms, alone):
 @pytest.mark.slow
 def test_graphs_with_different_numbers_of_nodes(tmp_path):
     needs("torch_geometric", extra="frameworks")
-    output = torchrun(script("pyg_graph"), cwd=tmp_path)
+    output = torchrun(script("pyg_graph"), cwd=tmp_path, timeout=LIMIT)
     nodes = [numbers(part) for part in re.findall(r"nodes per step \[(.*?)\]", output)]
     assert len(nodes) == 2
     assert all(a != b for a, b in zip(*nodes, strict=True))
-    (two,), (one,) = figures(output), figures(python(script("pyg_graph"), cwd=tmp_path, **ALONE))
+    (two,), (one,) = figures(output), figures(python(script("pyg_graph"), cwd=tmp_path, timeout=LIMIT, **ALONE))
     assert_synced(two, 2)
     assert two.losses == pytest.approx(one.losses, rel=1e-4)
 
 
 @pytest.mark.slow
 def test_quantized_model_has_no_batch_norm(tmp_path):
-    output = torchrun(script("qat"), cwd=tmp_path)
+    output = torchrun(script("qat"), cwd=tmp_path, timeout=LIMIT)
     (found,) = figures(output)
     assert_synced(found, 2)
-    assert found.losses[-1] < found.losses[0] / 2
+    assert found.losses[-1] < 0.7 * found.losses[0]
     (accuracy,) = re.findall(r"ConvReLU2d: accuracy (\S+)", output)
     assert float(accuracy) > 0.6
 
@@ -104,7 +105,7 @@ def test_quantized_model_has_no_batch_norm(tmp_path):
 def test_yolo_saves_plain_batch_norms(tmp_path):
     needs("ultralytics", extra="ultralytics")
     needs_torchvision_operators()
-    output = torchrun(script("ultralytics_yolo"), cwd=tmp_path, YOLO_CONFIG_DIR=str(tmp_path))
+    output = torchrun(script("ultralytics_yolo"), cwd=tmp_path, timeout=LIMIT, YOLO_CONFIG_DIR=str(tmp_path))
     (found,) = figures(output)
     assert found.norms > 50
     assert_synced(found, found.norms)

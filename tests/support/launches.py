@@ -41,14 +41,14 @@ def run(*command: str, cwd: Path, timeout: float = 300, **env: str) -> str:
     return done.stdout
 
 
-def python(*command: str, cwd: Path, path: Path = ROOT, **env: str) -> str:
-    return run(sys.executable, *command, cwd=cwd, timeout=140, PYTHONPATH=f"{ROOT}:{path}", **env)
+def python(*command: str, cwd: Path, path: Path = ROOT, timeout: float = 140, **env: str) -> str:
+    return run(sys.executable, *command, cwd=cwd, timeout=timeout, PYTHONPATH=f"{ROOT}:{path}", **env)
 
 
-def torchrun(*command: str, cwd: Path, path: Path = ROOT, **env: str) -> str:
+def torchrun(*command: str, cwd: Path, path: Path = ROOT, timeout: float = 140, **env: str) -> str:
     # --standalone: the launcher picks a free port for itself
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    return python(*launcher, *command, cwd=cwd, path=path, **env)
+    return python(*launcher, *command, cwd=cwd, path=path, timeout=timeout, **env)
 
 
 def numbers(line: str) -> list[float]:
