@@ -7,41 +7,17 @@ import shutil
 import subprocess
 import sys
 from importlib.metadata import entry_points
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from launches import ROOT, SUPPORT, run
+from launches import ROOT, SHIMS, needs, needs_torchvision_operators, numbers, python, torchrun
 
-SHIMS = SUPPORT / "shims"  # for examples that import torchvision, which PyPI has only for CUDA
 pytestmark = pytest.mark.timeout(300)  # three processes a test, which import torch: slow on a machine that does more
-
-
-def python(*command: str, cwd: Path, path: Path = ROOT) -> str:
-    return run(sys.executable, *command, cwd=cwd, timeout=140, PYTHONPATH=f"{ROOT}:{path}")
-
-
-def torchrun(*command: str, cwd: Path, path: Path = ROOT) -> str:
-    # --standalone: the launcher picks a free port for itself
-    return python(
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command, cwd=cwd, path=path
-    )
 
 
 def example(name: str) -> str:
     return str(ROOT / "examples" / name)
-
-
-def needs(*packages: str) -> None:
-    """Skips the test if a package is missing; imports none of them."""
-    if absent := [package for package in packages if find_spec(package) is None]:
-        pytest.skip(f"no {', '.join(absent)}: pip install '.[examples]'")
-
-
-def numbers(line: str) -> list[float]:
-    """Numbers that stand alone or before a unit, not digits within a name."""
-    return [float(word) for word in re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?:e[-+]\d+)?(?![\w])", line)]
 
 
 def tracked(checkpoint: Path) -> set[int]:
@@ -175,9 +151,7 @@ def test_detection_finds_digits(tmp_path):
 def test_jobs_are_compared_from_file_to_page(tmp_path, name, packages):
     needs(*packages)
     if name == "torchvision_detection":
-        works = "import torch, torchvision; torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)"
-        if subprocess.run([sys.executable, "-c", works], capture_output=True).returncode:
-            pytest.skip("torchvision does not work with this torch")
+        needs_torchvision_operators()
     short = ("--steps", "4", "--parity-steps", "1", "--seeds", "1", "--json", "out.json", "--html", "page.html")
     printed = python("-m", "syncnorm", "compare", f"{example('jobs')}/{name}.toml", *short, cwd=tmp_path, path=SHIMS)
     assert "SyncBN is correct here: in step 1" in printed
