@@ -1,8 +1,8 @@
 """Links between the site and the rest of the repository.
 
 Documents link to files by their paths in the repository, so that the links also work on GitHub and in a checkout. For
-the site this hook includes the documents that stand outside of ``docs/``, with their pictures, and points every other
-link that leads out of ``docs/`` at the repository on GitHub. A link to a file that does not exist fails the strict build.
+the site this hook includes the documents that stand outside of ``docs/``, with their pictures, and points every
+other link that leads out of ``docs/`` at the repository on GitHub. A link to a missing file fails the strict build.
 Drawings (SVG) become part of their page, so that they have its colors, light or dark.
 """
 
