@@ -64,6 +64,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         kind = "tree" if file.is_dir() else "blob"
         return f"{config.extra['repository']}/{kind}/main/{file.relative_to(ROOT).as_posix()}{anchor}"
 
+    if not re.search(r"^## ", markdown, re.MULTILINE):
+        page.meta.setdefault("hide", ["toc"])  # an empty column beside a wide table
+
     def change(text: str) -> str:
         text = DRAWING.sub(lambda match: _inline(place.parent / match[1]), text)
         return LINK.sub(lambda match: _replaced(match, resolve), text)
