@@ -23,7 +23,7 @@ TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
     torch.float16: (2e-3, 2e-3),
     torch.bfloat16: (1.6e-2, 1.6e-2),
 }
-"""The only table of tolerances: dtype -> (rtol, atol), for an fp64 reference computed from the same rounded inputs."""
+"""The only table of tolerances: dtype -> (rtol, atol), for an fp64 reference computed from the rounded inputs."""
 
 
 @dataclass(frozen=True)
