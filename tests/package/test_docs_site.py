@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from browser import result_of
 from documents import ROOT
 
 import syncnorm
@@ -95,3 +97,29 @@ def test_links_out_of_the_documents_lead_to_the_repository(site):
 def test_the_drawing_is_part_of_its_page(site):
     page = (site / "how_it_works" / "index.html").read_text()
     assert re.search(r'<div class="drawing"><svg class="layer"', page)
+
+
+_WIDTHS = """<!doctype html>
+<iframe id="frame" style="width: 390px; height: 800px; border: 0"></iframe>
+<pre id="result"></pre>
+<script>
+  (async () => {
+    const wide = {};
+    for (const page of PAGES) {
+      await new Promise((loaded) => { frame.onload = loaded; frame.src = page; });
+      const width = frame.contentDocument.documentElement.scrollWidth;
+      if (width > 390) wide[page] = width;
+    }
+    result.textContent = JSON.stringify(wide);
+  })();
+</script>
+"""
+
+
+def test_no_page_is_wider_than_a_phone(site, tmp_path):
+    """Wide tables, code and drawings scroll by themselves."""
+    pages = [str(page.relative_to(site)) for page in sorted(site.rglob("*.html"))]
+    harness = site / "widths.html"
+    harness.write_text(_WIDTHS.replace("PAGES", json.dumps(pages)))
+    options = ("--allow-file-access-from-files", "--virtual-time-budget=60000")
+    assert json.loads(result_of(harness, tmp_path, *options, timeout=120)) == {}
