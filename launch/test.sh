@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What: sets up .venv with the development tools and runs the tests on the CPU with gloo, without those marked slow.
 # When: after cloning, and before every commit; it takes five minutes on two cores. Arguments go to pytest.
-# How:  bash launch/test.sh [-m "" to run all, -n 0 -k NAME ...]; EXTRA=all in front installs whatever a test can use
+# How:  bash launch/test.sh [-m "" to run all, -n 0 -k NAME ...]; EXTRA=all before it installs all packages that tests can use
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started with sh
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 install_syncnorm "${EXTRA:-dev}"

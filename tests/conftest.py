@@ -9,8 +9,13 @@ if not entry_points(group="pytest11", name="syncnorm"):
     pytest_plugins.append("syncnorm.testing.plugin")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    skipped = {}
     if os.geteuid() != 0:
-        for item in items:
-            if item.get_closest_marker("root"):
-                item.add_marker(pytest.mark.skip(reason="needs root"))
+        skipped["root"] = "needs root"
+    if "release" not in config.getoption("markexpr"):
+        skipped["release"] = "for releases: -m release"
+    for item in items:
+        for marker, reason in skipped.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))

@@ -1,6 +1,6 @@
 """The layer as ``torch.compile`` sees it: one graph, in which the two collectives are custom operators.
 
-The passes over a tensor are traced as plain maths, which a backend fuses with the code around the layer. At run time
+The passes over a tensor are traced as plain math, which a backend fuses with the code around the layer. At run time
 the operators make the same calls as an eager layer, so compiled and eager ranks may share statistics.
 """
 
@@ -172,7 +172,7 @@ def moments_in_one_read(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 class _CompiledFunction(torch.autograd.Function):
-    """``autograd.SyncBatchNormFunction`` for a tracer: the same maths, in operators that it can follow."""
+    """``autograd.SyncBatchNormFunction`` for a tracer: the same math, in operators that it can follow."""
 
     @staticmethod
     def forward(

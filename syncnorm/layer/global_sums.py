@@ -1,4 +1,4 @@
-"""The moments of the global batch from one sum over all ranks, instead of a gather. Pure tensor maths.
+"""The moments of the global batch from one sum over all ranks, instead of a gather. Pure tensor math.
 
 A gather brings W rows to every rank, a sum brings one whatever W is, so in a group of many ranks it costs less.
 What can be summed is the count, the mean and the mean square of each rank, and the variance is then a difference of

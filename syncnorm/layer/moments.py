@@ -1,4 +1,4 @@
-"""Count, mean and variance of the global batch from those of its parts. Pure tensor maths, no communication.
+"""Count, mean and variance of the global batch from those of its parts. Pure tensor math, no communication.
 
 Shapes: W = ranks of the group, C = channels.
 """

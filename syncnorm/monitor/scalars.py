@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from syncnorm.monitor.divergence import root_mean_square
 from syncnorm.monitor.findings import Sample, find_straggler, total_waits
 
-# Called with a name, a value and the number of the step; ``add_scalar`` of TensorBoard's SummaryWriter is one.
 WriteScalar = Callable[[str, float, int], object]
+"""Called with a name, a value and the number of the step, as ``add_scalar`` of TensorBoard's SummaryWriter is."""
 
 LAST_NAME = "syncnorm/all/buffers_differ"
 _NO_STRAGGLER = -1.0

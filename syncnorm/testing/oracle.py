@@ -13,7 +13,6 @@ from torch import Tensor
 
 from syncnorm.errors import InputError
 
-# The only table of tolerances: dtype -> (rtol, atol), for an fp64 reference computed from the same rounded inputs.
 TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
     # eps 2e-16. Sums over a batch and a large 1/std lose a few digits; a wrong formula loses all of them.
     torch.float64: (1e-10, 1e-10),
@@ -24,6 +23,7 @@ TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
     torch.float16: (2e-3, 2e-3),
     torch.bfloat16: (1.6e-2, 1.6e-2),
 }
+"""The only table of tolerances: dtype -> (rtol, atol), for an fp64 reference computed from the rounded inputs."""
 
 
 @dataclass(frozen=True)

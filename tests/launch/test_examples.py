@@ -175,10 +175,8 @@ def test_onnx_file_has_plain_batch_norm(tmp_path):
 
 
 @pytest.mark.slow
-def test_readme_examples_and_the_tests_to_copy_run(tmp_path):
-    """The Python blocks of README.md and examples/test_my_ddp.py, under pytest with the plugin's fixtures."""
-    for number, block in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)):
-        (tmp_path / f"test_readme_{number}.py").write_text(block)
+def test_the_tests_to_copy_run(tmp_path):
+    """examples/test_my_ddp.py, under pytest with the plugin's fixtures."""
     shutil.copy(example("test_my_ddp.py"), tmp_path)
     plugin = [] if entry_points(group="pytest11", name="syncnorm") else ["-p", "syncnorm.testing.plugin"]
     done = subprocess.run(
@@ -189,4 +187,4 @@ def test_readme_examples_and_the_tests_to_copy_run(tmp_path):
         text=True,
         timeout=140,
     )
-    assert "7 passed" in done.stdout, done.stdout
+    assert "6 passed" in done.stdout, done.stdout

@@ -28,16 +28,20 @@ _HARNESS = """<!doctype html><meta charset="utf-8">
 
 def in_browser(page: str, script: str, folder: Path, width: int = 390, dark: bool = False) -> Any:
     """What ``script``, the body of a JavaScript function that sees the document as ``page``, returns, as JSON."""
-    program = next(filter(None, map(shutil.which, _NAMES)), None)
-    if program is None:
-        pytest.skip("needs Chromium")
     file = folder / "harness.html"
     # The frame has the origin of this file, so its scripts run and its document can be read.
     file.write_text(_HARNESS.format(width=width, page=html.escape(page), script=script), "utf-8", "replace")
-    options = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}")
-    scheme = (f"--blink-settings=preferredColorScheme={0 if dark else 1}",)
-    command = [program, *options, *scheme, "--dump-dom", file.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=60, check=True)
+    return json.loads(result_of(file, folder, f"--blink-settings=preferredColorScheme={0 if dark else 1}"))
+
+
+def result_of(file: Path, folder: Path, *options: str, timeout: float = 60) -> str:
+    """The text that a page has written into its element ``result``; the browser's profile goes into ``folder``."""
+    program = next(filter(None, map(shutil.which, _NAMES)), None)
+    if program is None:
+        pytest.skip("needs Chromium")
+    usual = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}")
+    command = [program, *usual, *options, "--dump-dom", file.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=timeout, check=True)
     found = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)
     assert found is not None, done.stderr[-2000:]
-    return json.loads(html.unescape(found[1]))
+    return html.unescape(found[1])

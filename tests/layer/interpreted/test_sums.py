@@ -1,4 +1,4 @@
-"""The sum's row and its merge in Triton, compared with plain tensor maths and with fp64 on the union.
+"""The sum's row and its merge in Triton, compared with plain tensor math and with fp64 on the union.
 
 ``tests/layer/test_triton.py`` selects the interpreter.
 """
@@ -98,7 +98,7 @@ def running_statistics(dtype: torch.dtype, channels: int, momentum: float | None
     ids=str,
 )
 @pytest.mark.parametrize("mean", [1.0, 1e6])
-def test_the_merge_is_that_of_plain_tensor_maths(counts, channels, momentum, running_dtype, mean):
+def test_the_merge_is_that_of_plain_tensor_math(counts, channels, momentum, running_dtype, mean):
     generator = torch.Generator().manual_seed(len(counts))
     rows = [
         pack_sums_of_moments(
