@@ -8,7 +8,7 @@ from statistics import quantiles
 import click
 import torch.nn.functional as F
 
-from syncnorm.monitor.findings import Findings
+from syncnorm.monitor.findings import Findings, wrapped
 from syncnorm.tools.cli.results import Results
 from syncnorm.tools.common.data import digits
 from syncnorm.tools.common.loading import load
@@ -83,11 +83,15 @@ def diagnose(
             datasets=digits if data is None else load(data, "--data"),
             loss=F.cross_entropy if loss is None else load(loss, "--loss"),
             sync=not no_sync,
-            print_line=print_text,
+            print_line=_print_step,
             **numbers,
         )
         results.keep(run_diagnose(run, ranks))
     return results.exit_code
+
+
+def _print_step(line: str) -> None:
+    print_text(wrapped(line, indent="  "))
 
 
 def _print(found: Findings | Overhead) -> None:
