@@ -259,7 +259,9 @@ def _justified(column: Sequence[str]) -> list[str]:
 
 def _wait_cells(wait_ms: tuple[float, ...] | None) -> tuple[str, str]:
     straggler = find_straggler(wait_ms)
-    return "-" if wait_ms is None else _by_rank(wait_ms, _MAX_RANKS), "-" if straggler is None else f"rank {straggler}"
+    return "-" if wait_ms is None else _by_rank(
+        wait_ms, _MAX_RANKS
+    ), "-" if straggler is None else f"rank {straggler}"
 
 
 def _conclusions(found: Findings) -> Iterator[str]:
@@ -321,16 +323,15 @@ def _about_buffers(found: Findings) -> Iterator[str]:
         yield "Buffers: identical bits on all ranks."
     if plain:
         yield (
-            f"Buffers of {_list(plain)} differ: {_list(_differing(found, plain))}. Plain batch norms update them with "
-            "the batch of their own rank. "
-            f"{_CONSEQUENCE[found.ddp_broadcasts]} syncnorm.convert(model) synchronizes them; "
-            "syncnorm.training.merge_buffers(model) merges them before you save a checkpoint."
+            f"Buffers of {_list(plain)} differ: {_list(_differing(found, plain))}. Plain batch norms update them "
+            f"with the batch of their own rank. {_CONSEQUENCE[found.ddp_broadcasts]} syncnorm.convert(model) "
+            "synchronizes them; syncnorm.training.merge_buffers(model) merges them before you save a checkpoint."
         )
     if synced:
         yield (
             f"Buffers of {_list(synced)} differ: {_list(_differing(found, synced))}, although the layers are synced. "
-            "They differed from the start (only some ranks loaded a checkpoint, and DDP has forward_sync_buffers=False), were changed on one rank, or "
-            "belong to disjoint groups."
+            "They differed from the start (only some ranks loaded a checkpoint, and DDP has "
+            "forward_sync_buffers=False), were changed on one rank, or belong to disjoint groups."
         )
 
 

@@ -52,7 +52,9 @@ def test_waits_of_many_ranks_are_a_range():
 
 
 def test_a_line_is_wrapped_between_words():
-    lines = wrapped(f"step 10: divergence of means 0.017 (largest 0.024 in {LONG}); buffers identical", "  ").split("\n")
+    lines = wrapped(f"step 10: divergence of means 0.017 (largest 0.024 in {LONG}); buffers identical", "  ").split(
+        "\n"
+    )
     assert len(lines) == 3
     assert max(map(len, lines)) <= 80
     assert LONG in lines[1]

@@ -166,11 +166,12 @@ def _rows_legend(benchmark: Benchmark, narrow: bool) -> Text:
     if MEAN_OF_SQUARES not in _shown_baselines(benchmark.rows):
         lines.append("E[x²] is only in the summary and in files.")
     lines.append(_calls_legend(benchmark.rows) if _by_call(benchmark.rows) else _BLOCKS_LEGEND)
+    quartiles, sizes = "; p25-p75 are the quartiles of syncnorm", "KiB: the input of a rank, in this dtype"
+    if narrow:
+        quartiles, sizes = "", f"In {_WIDTH} columns the table also has {' and '.join(_WIDE_ONLY)}"
     lines.append(
-        f"Medians{'' if narrow else '; p25-p75 are the quartiles of syncnorm'}. Ratio: the time of syncnorm / the other "
-        "time in each turn, then the median; below 1, syncnorm is faster. "
-        + (f"In {_WIDTH} columns the table also has " + " and ".join(_WIDE_ONLY) if narrow else "KiB: the input of a rank, in this dtype")
-        + "; parameters are fp32."
+        f"Medians{quartiles}. Ratio: the time of syncnorm / the other time in each turn, then the median; below 1, "
+        f"syncnorm is faster. {sizes}; parameters are fp32."
     )
     if benchmark.memory is not None:
         lines.append(_memory_legend(benchmark.memory, in_table=not _by_call(benchmark.rows)))
