@@ -1,4 +1,4 @@
-"""The notebook ``examples/tour.ipynb``, executed from the first cell to the last, and what it stores of earlier runs."""
+"""The notebook ``examples/tour.ipynb``: what it stores of an earlier run, and a run of it from first to last."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,8 @@ def test_it_is_stored_with_small_outputs_and_without_errors():
     cells = code_cells(json.loads(NOTEBOOK.read_text()))
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     assert all(cell["outputs"] for cell in cells)
-    assert not [o for cell in cells for o in cell["outputs"] if o["output_type"] == "error" or o.get("name") == "stderr"]
+    shown = [output for cell in cells for output in cell["outputs"]]
+    assert not [each for each in shown if each["output_type"] == "error" or each.get("name") == "stderr"]
     assert str(Path.home()) not in NOTEBOOK.read_text()
 
 
@@ -42,7 +43,7 @@ def test_it_runs_and_prints_what_it_stores(tmp_path, monkeypatch):
         cell["outputs"] = []
     resources = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(notebook, timeout=500, kernel_name="python3", resources=resources).execute()
-    now, before = (["".join(outputs(cell)) for cell in code_cells(each)] for each in (notebook, stored))
+    now, before = ([outputs(cell) for cell in code_cells(each)] for each in (notebook, stored))
     # Cells whose output is the same on every machine: describe, before and after convert and revert; the proof.
     same = [place for place, text in enumerate(before) if text.startswith(("layer", "equal to", "Writing"))]
     assert len(same) == 5
