@@ -108,7 +108,8 @@ def run(folder: Path, *command: str) -> str:
 TWO_RANKS = """
 import torch
 from torch import nn
-from syncnorm import __file__, __version__, native
+import syncnorm
+import syncnorm.native
 from syncnorm.testing import assert_matches_single_process
 
 def build():
@@ -116,7 +117,7 @@ def build():
 
 if __name__ == "__main__":
     assert_matches_single_process(build, torch.randn(7, 3, 6, 6), splits=[5, 2])
-    print(__file__, __version__, native.library is not None)
+    print(syncnorm.__file__, syncnorm.__version__, syncnorm.native.library is not None)
 """
 
 
