@@ -20,7 +20,10 @@ _STRAGGLER_GAP_MS = 1.0
 # Rules of thumb for the divergence of means. With 64 independent values per channel on each of two ranks it is 0.09
 # by chance.
 _SMALL_DIVERGENCE, _LARGE_DIVERGENCE = 0.05, 0.2
-_MAX_LINE_LENGTH = 100
+# In columns, of the table and the conclusions: those of a terminal that nobody has widened.
+_WIDTH = 80
+# Waits of more ranks are shown as a range: in a table, and in a sentence.
+_MAX_RANKS, _MAX_RANKS_IN_TEXT = 3, 8
 
 
 @dataclass(frozen=True)
@@ -126,13 +129,13 @@ class Findings:
         return {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **asdict(self)}
 
     def __str__(self) -> str:
-        """A table of all layers, and conclusions."""
+        """A table of all layers, and conclusions, in 80 columns."""
         ranks = f"{self.world_size} rank{'s' * (self.world_size > 1)}"
         head = f"Sampled {self.samples} of {self.steps} steps on {ranks}"
         if not self.samples:
             return f"{head}. Train for more steps, or sample more often (every=)."
-        conclusions = (fill(text, _MAX_LINE_LENGTH) for text in _conclusions(self))
-        return "\n".join([f"{head}:", *_table(self), "", *conclusions])
+        conclusions = (wrapped(text) for text in _conclusions(self))
+        return "\n".join([wrapped(f"{head}. {_LEGEND}"), "", *_table(self), "", *conclusions])
 
 
 def find_straggler(wait_ms: Sequence[float] | None) -> int | None:
@@ -203,27 +206,62 @@ def _divergence_of_step(layers: Sequence[LayerSample]) -> str:
     return f"divergence of means {_number(mean)} (largest {_number(largest.spread_mean)} in {largest.name})"
 
 
-_HEADERS = (
-    "layer", "class", "synced", "divergence: means", "variances", "wait ms per step by rank", "straggler", "buffers",
-)  # fmt: skip
+def wrapped(text: str, indent: str = "") -> str:
+    """``text`` in lines of 80 columns, the second and later ones after ``indent``; names are never broken."""
+    return fill(text, _WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+_LEGEND = (
+    "mean, var: the divergence of the ranks' means, in standard deviations, and of their variances, relative; "
+    "wait ms: per step, by rank."
+)
+_HEADERS = ("layer", "class", "synced", "mean", "var", "wait ms", "straggler", "buffers")
 
 
 def _table(found: Findings) -> list[str]:
-    rows: list[tuple[str, ...]] = [_HEADERS]
+    rows: list[tuple[str, ...]] = []
     for layer in found.layers:
         synced = "yes" if layer.synced else "no"
-        buffers = f"differ: {', '.join(layer.differing)}" if layer.differing else "identical"
+        buffers = "differ" if layer.differing else "identical"
         divergence = (_number(layer.spread_mean), _number(layer.spread_var))
         rows.append((layer.name, layer.kind, synced, *divergence, *_wait_cells(layer.wait_ms), buffers))
     if found.ddp_wait_ms is not None:
         rows.append(("(DDP's broadcast)", *"----", *_wait_cells(found.ddp_wait_ms), "-"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    # A column that has nothing to say leaves its space to the names.
+    nothing = {"straggler": {"-"}, "buffers": {"identical", "-"}}
+    columns = [
+        (header, *cells)
+        for header, *cells in zip(_HEADERS, *rows, strict=True)
+        if not nothing.get(header, set()).issuperset(cells)
+    ]
+    return _lines(columns)
+
+
+def _lines(columns: Sequence[tuple[str, ...]]) -> list[str]:
+    """The lines of a table; a name that the width has no space for stands on a line of its own, above its row."""
+    names, *others = columns
+    cells = ["  ".join(row) for row in zip(*(_justified(column) for column in others), strict=True)]
+    space = max(len(names[0]), _WIDTH - len(cells[0]) - 2)
+    width = max(len(name) for name in names if len(name) <= space)
+    lines = []
+    for name, row in zip(names, cells, strict=True):
+        if len(name) > space:
+            lines.append(name)
+            name = ""
+        lines.append(f"{name:<{width}}  {row}".rstrip())
+    return lines
+
+
+def _justified(column: Sequence[str]) -> list[str]:
+    width = max(map(len, column))
+    return [cell.ljust(width) for cell in column]
 
 
 def _wait_cells(wait_ms: tuple[float, ...] | None) -> tuple[str, str]:
     straggler = find_straggler(wait_ms)
-    return "-" if wait_ms is None else _by_rank(wait_ms), "-" if straggler is None else f"rank {straggler}"
+    return "-" if wait_ms is None else _by_rank(
+        wait_ms, _MAX_RANKS
+    ), "-" if straggler is None else f"rank {straggler}"
 
 
 def _conclusions(found: Findings) -> Iterator[str]:
@@ -285,15 +323,15 @@ def _about_buffers(found: Findings) -> Iterator[str]:
         yield "Buffers: identical bits on all ranks."
     if plain:
         yield (
-            f"Buffers of {_list(plain)} differ: plain batch norms update them with the batch of their own rank. "
-            f"{_CONSEQUENCE[found.ddp_broadcasts]} syncnorm.convert(model) synchronizes them; "
-            "syncnorm.training.merge_buffers(model) merges them before you save a checkpoint."
+            f"Buffers of {_list(plain)} differ: {_list(_differing(found, plain))}. Plain batch norms update them "
+            f"with the batch of their own rank. {_CONSEQUENCE[found.ddp_broadcasts]} syncnorm.convert(model) "
+            "synchronizes them; syncnorm.training.merge_buffers(model) merges them before you save a checkpoint."
         )
     if synced:
         yield (
-            f"Buffers of {_list(synced)} differ although the layers are synced. They differed from the start (only "
-            "some ranks loaded a checkpoint, and DDP has forward_sync_buffers=False), were changed on one rank, or "
-            "belong to disjoint groups."
+            f"Buffers of {_list(synced)} differ: {_list(_differing(found, synced))}, although the layers are synced. "
+            "They differed from the start (only some ranks loaded a checkpoint, and DDP has "
+            "forward_sync_buffers=False), were changed on one rank, or belong to disjoint groups."
         )
 
 
@@ -305,12 +343,16 @@ _CONSEQUENCE = {
 }
 
 
+def _differing(found: Findings, layers: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(name for layer in found.layers if layer.name in layers for name in layer.differing))
+
+
 def _list(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:2])} and {len(names) - 2} more"
 
 
-def _by_rank(values: Sequence[float]) -> str:
-    if len(values) <= 8:
+def _by_rank(values: Sequence[float], most: int = _MAX_RANKS_IN_TEXT) -> str:
+    if len(values) <= most:
         return " ".join(f"{value:.1f}" for value in values)
     return f"{min(values):.1f} to {max(values):.1f}"
 

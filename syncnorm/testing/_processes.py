@@ -22,6 +22,8 @@ from syncnorm.errors import InputError
 from syncnorm.testing import _rank
 from syncnorm.testing._transport import IDLE, LEAVE, STOP, Raised, RankCall, Returned
 
+__tracebackhide__ = True  # pytest shows the line of a user's test instead of this file's
+
 # How long the other ranks may take to report once one has failed. Ranks that communicate with it notice its closed
 # sockets within milliseconds, or within a second on a busy machine. Others, which compute or wait for something else,
 # are not worth a longer wait.

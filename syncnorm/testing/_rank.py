@@ -23,6 +23,8 @@ import torch.distributed as dist
 from syncnorm.errors import InputError, SyncNormError
 from syncnorm.testing._transport import IDLE, STOP, Raised, RankCall, Returned, import_modules
 
+__tracebackhide__ = True  # pytest shows the line of a user's test instead of this file's
+
 SEED = 0
 # Added to the timeout of the caller, which names the ranks that hang. This one only ends ranks without a caller.
 GROUP_TIMEOUT_MARGIN_S = 60.0

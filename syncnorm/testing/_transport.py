@@ -17,6 +17,8 @@ from typing import Any
 
 from syncnorm.errors import InputError
 
+__tracebackhide__ = True  # pytest shows the line of a user's test instead of this file's
+
 # Messages that are not pickles. None can be mistaken for one, because a pickle starts with b"\x80".
 STOP = b"stop"  # to a rank: exit
 LEAVE = b"leave"  # to a rank: all ranks have reported, close the process group

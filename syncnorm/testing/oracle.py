@@ -13,6 +13,8 @@ from torch import Tensor
 
 from syncnorm.errors import InputError
 
+__tracebackhide__ = True  # pytest shows the line of a user's test instead of this file's
+
 TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
     # eps 2e-16. Sums over a batch and a large 1/std lose a few digits; a wrong formula loses all of them.
     torch.float64: (1e-10, 1e-10),

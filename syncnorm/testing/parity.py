@@ -21,6 +21,8 @@ from syncnorm.testing._transport import pickle_call
 from syncnorm.testing.oracle import TOLERANCES
 from syncnorm.testing.pool import run_ranks
 
+__tracebackhide__ = True  # pytest shows the line of a user's test instead of this file's
+
 _SEED = 0
 # What is compared after a step, in the order in which an error spreads, so that the first difference is the closest
 # to its cause: running statistics are updated in the forward, layer by layer.

@@ -16,6 +16,8 @@ from syncnorm.testing._processes import Lost, Pool, Report
 from syncnorm.testing._rank import refuse_while_importing
 from syncnorm.testing._transport import Raised, Returned, pickle_call
 
+__tracebackhide__ = True  # pytest shows the line of a user's test instead of this file's
+
 _T = TypeVar("_T")
 
 # Errors of gloo on a rank whose peer is gone. They are consequences of the failure and never its cause.

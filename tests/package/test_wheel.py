@@ -1,6 +1,8 @@
 """The wheel and the sdist that are published, as ``python -m build`` makes them."""
 
+import email
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -10,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+import syncnorm
 
 ROOT = Path(__file__).parents[2]
 # Easily left out of a wheel.
@@ -64,6 +68,75 @@ def test_the_library_of_the_wheel_is_used(built, tmp_path):
     assert done.stdout.split() == ["True", str(tmp_path / "syncnorm/native/__init__.py")], done.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="wheels for Linux")
+def test_the_wheel_runs_on_every_linux_that_torch_supports(built):
+    """PyPI accepts it with the tag of a manylinux platform, which auditwheel writes into it after this check."""
+    if find_spec("auditwheel") is None:
+        pytest.skip("needs auditwheel: pip install '.[release]'")
+    (wheel,) = built.glob("*.whl")
+    done = subprocess.run([sys.executable, "-m", "auditwheel", "show", str(wheel)], capture_output=True, text=True)
+    (version,) = set(re.findall(r'"manylinux_2_(\d+)_', done.stdout)) or {""}
+    assert done.returncode == 0, done.stderr
+    assert int(version) <= 28, done.stdout  # torch's own wheels are manylinux_2_28
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> Path:
+    """A virtual environment that has all packages of this one but syncnorm, which is a folder or a checkout here."""
+    folder = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    # A folder that a .pth file names is searched, but .pth files inside of it, as that of a checkout, are not read.
+    others = [path for path in sys.path if path.endswith("site-packages")]
+    (packages / "others.pth").write_text("\n".join(others))
+    return folder
+
+
+def run(folder: Path, *command: str) -> str:
+    """The output of a program of the environment, outside of the checkout."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environ |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    program, *arguments = command
+    done = subprocess.run(
+        [folder / "bin" / program, *arguments], cwd=folder, env=environ, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+# The whole self-test takes too long here; the workflow of a release runs it.
+TWO_RANKS = """
+import torch
+from torch import nn
+import syncnorm
+import syncnorm.native
+from syncnorm.testing import assert_matches_single_process
+
+def build():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+if __name__ == "__main__":
+    assert_matches_single_process(build, torch.randn(7, 3, 6, 6), splits=[5, 2])
+    print(syncnorm.__file__, syncnorm.__version__, syncnorm.native.library is not None)
+"""
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", ["*.tar.gz", "*.whl"])
+def test_installed_in_an_environment_the_command_and_two_ranks_work(built, environment, kind):
+    (archive,) = built.glob(kind)
+    pip = [sys.executable, "-m", "pip", "--python", str(environment / "bin/python"), "install", "--force-reinstall"]
+    # Neither an index nor a build environment: nothing is downloaded.
+    command = [*pip, "-q", "--no-deps", "--no-index", "--no-build-isolation", "--no-compile", str(archive)]
+    done = subprocess.run(command, cwd=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert f"syncnorm: {syncnorm.__version__}\nnative code: yes" in run(environment, "syncnorm", "env")
+    (environment / "two_ranks.py").write_text(TWO_RANKS)
+    file, *facts = run(environment, "python", "two_ranks.py").split()
+    assert Path(file).is_relative_to(environment)
+    assert facts == [syncnorm.__version__, "True"]
+
+
 def test_without_a_compiler_the_wheel_is_pure_python_and_says_so(built, tmp_path):
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
@@ -91,12 +164,32 @@ def test_the_sdist_contains_what_builds_and_tests_it(built):
         "README.md",
         "LICENSE",
         "CHANGELOG.md",
+        "CITATION.cff",
+        "RELEASING.md",
+        "SECURITY.md",
         "constraints.txt",
+        "examples/tour.ipynb",
         "launch/test.sh",
     }
     assert names >= {path.relative_to(ROOT).as_posix() for path in ROOT.glob("tests/**/*.py")}
     junk = (".ci/", ".cache/", ".venv/", "__pycache__", ".pyc", ".pt", ".so", "build/", "dist/")
     assert not [name for name in names if any(part in name for part in junk)]
+
+
+def test_the_metadata_names_versions_and_addresses(built):
+    (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_bytes(archive.read(name))
+    assert metadata["Version"] == syncnorm.__version__
+    assert metadata["Author"] == "The syncnorm developers"
+    assert metadata["License-Expression"] == "BSD-3-Clause"
+    addresses = dict(line.split(", ") for line in metadata.get_all("Project-URL"))
+    assert addresses.keys() == {"Documentation", "Source", "Issues", "Changelog"}
+    pythons = [line.rpartition(" ")[2] for line in metadata.get_all("Classifier") if "Python :: 3." in line]
+    assert pythons == ["3.10", "3.11", "3.12", "3.13"]
+    cited = re.findall("^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert cited == [syncnorm.__version__]
 
 
 def test_an_index_accepts_the_metadata(built):

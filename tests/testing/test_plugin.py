@@ -47,6 +47,60 @@ def test_the_fixtures_run_functions_of_a_test_module(pytester, pytestconfig, imp
     result.assert_outcomes(passed=2)
 
 
+FAILS = """
+import torch
+from torch import nn
+
+def build():
+    return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.5))
+
+def broken():
+    raise ValueError("the user's mistake")
+
+class Raises(nn.Module):
+    def forward(self, x):
+        return x + torch.zeros(2, 3, 5)
+
+def test_parity(assert_matches_single_process):
+    assert_matches_single_process(build, torch.randn(6, 4))
+
+def test_a_rank_raises(run_ranks):
+    run_ranks(broken)
+
+def test_no_function_of_a_module(run_ranks):
+    run_ranks(lambda: 1)
+
+def test_bad_arguments(assert_matches_single_process):
+    assert_matches_single_process(build, torch.randn(6, 4), splits=[1, 2, 3])
+
+def test_the_model_raises_in_this_process(assert_matches_single_process):
+    assert_matches_single_process(Raises, torch.randn(6, 4))
+"""
+
+
+@pytest.mark.slow
+def test_a_failure_shows_the_users_line_and_the_ranks_traceback_without_our_frames(pytester, pytestconfig):
+    pytester.makepyfile(test_fails=FAILS)
+    done = pytester.runpytest_subprocess(*plugin_arguments(pytestconfig), "-p", "no:cacheprovider")
+    done.assert_outcomes(failed=5)
+    text = done.stdout.str()
+    assert "syncnorm/testing" not in text
+    shown = [line.removeprefix(">").strip() for line in text.splitlines() if line.startswith(">")]
+    assert shown == [
+        "assert_matches_single_process(build, torch.randn(6, 4))",
+        "run_ranks(broken)",
+        "run_ranks(lambda: 1)",
+        "assert_matches_single_process(build, torch.randn(6, 4), splits=[1, 2, 3])",
+        "assert_matches_single_process(Raises, torch.randn(6, 4))",
+        "return x + torch.zeros(2, 3, 5)",
+    ]
+    # Of the rank, in the message.
+    done.stdout.fnmatch_lines(["E *RankError: rank ? (world size 2) failed first: ValueError: the user's mistake"])
+    done.stdout.fnmatch_lines(['E *File "*/test_fails.py", line 8, in broken'])
+    done.stdout.fnmatch_lines(["E *AssertionError: 2 ranks do not match a single process: step 0, rank 0: output *"])
+    done.stdout.fnmatch_lines(["E *InputError: *it is a lambda: make it a function with a name*"])
+
+
 def test_loading_the_plugin_imports_no_more_than_syncnorm():
     code = (
         "import sys, pytest, syncnorm; before = set(sys.modules)\n"

@@ -250,9 +250,9 @@ def test_files_of_version_2_are_read_without_what_they_say_about_nccl():
 # --- what is shown
 
 
-def printed(benchmark):
+def printed(benchmark, width=100):
     out = io.StringIO()
-    print_benchmark(benchmark, Console(file=out, highlight=False, width=100))
+    print_benchmark(benchmark, Console(file=out, highlight=False, width=width))
     return out.getvalue()
 
 
@@ -276,6 +276,16 @@ def test_the_table_fits_and_says_which_targets_are_met():
     assert "not met" not in text
     # In fp32: means for local, also of large rows, and E[x^2]; in bf16: the mean for local; and the model.
     assert printed(made_up(1.6, 1.2)).count("not met") == 5
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_in_80_columns_the_table_leaves_out_sizes_and_quartiles(device):
+    text = printed(made_up(device=device), width=80)
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert "…" not in text
+    assert "In 100 columns the table also has KiB and p25-p75" in " ".join(text.split())
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert device == "cuda" or "4x512x7x7 NCHW 150 450 1,401 90 0.60 0.20 0.06 0.30" in lines
 
 
 def test_on_a_gpu_torchs_layer_has_columns_and_the_target():

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -250,6 +251,65 @@ def test_help_and_version(call):
     code, out, _ = call("compare", "--help")
     assert code == 0
     assert "--batch-per-rank" in out
+
+
+def test_without_arguments_it_says_what_to_do_first(call):
+    code, out, err = call()
+    assert (code, err) == (0, "")
+    first, _, rest = out.partition("Usage: ")
+    commands = [line.split()[1] for line in first.splitlines() if line.startswith("  syncnorm ")]
+    assert commands == ["selftest", "compare", "compare", "diagnose"]
+    assert max(map(len, out.splitlines())) <= 80
+    assert "Commands:" in rest
+    assert 'eval "$(_SYNCNORM_COMPLETE=bash_source syncnorm)"' in out
+
+
+COMPLETE = """
+eval "$(_SYNCNORM_COMPLETE=bash_source syncnorm)"
+complete -p syncnorm
+for words in "se" "compare --batch"; do
+    COMP_WORDS=(syncnorm $words) COMPREPLY=()
+    COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+    _syncnorm_completion syncnorm
+    echo "${COMPREPLY[@]}"
+done
+"""
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """The script ``syncnorm`` as it is installed, first on the PATH."""
+    file = tmp_path / "bin/syncnorm"
+    file.parent.mkdir()
+    file.write_text(f"#!{sys.executable}\nimport sys\nfrom syncnorm.__main__ import main\nsys.exit(main())\n")
+    file.chmod(0o755)
+    monkeypatch.setenv("PATH", str(file.parent), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return file
+
+
+@pytest.mark.timeout(300)  # each completion imports torch
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_completion_in_bash(script):
+    done = subprocess.run(["bash", "--norc", "-c", COMPLETE], capture_output=True, text=True, timeout=250)
+    assert done.stdout.splitlines() == [
+        "complete -o nosort -F _syncnorm_completion syncnorm",
+        "selftest",
+        "--batch-per-rank",
+    ], done.stderr
+
+
+@pytest.mark.parametrize(("shell", "words"), [("zsh", "syncnorm se"), ("fish", "syncnorm se")])
+def test_completion_in_other_shells(script, shell, words):
+    def run(how, **variables):
+        environ = os.environ | {"_SYNCNORM_COMPLETE": f"{shell}_{how}", **variables}
+        done = subprocess.run([script], env=environ, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert f"_SYNCNORM_COMPLETE={shell}_complete" in run("source")
+    place = {"COMP_CWORD": "1" if shell == "zsh" else "se"}
+    assert "selftest" in run("complete", COMP_WORDS=words, **place)
 
 
 _HIDE_EACH_EXTRA = """

@@ -18,18 +18,41 @@ from syncnorm.tools.cli.selftest import selftest
 from syncnorm.tools.cli.signals import SignalExit, signals_as_exceptions
 from syncnorm.tools.cli.study import study
 from syncnorm.tools.common.errors import missing_extra
-from syncnorm.tools.common.launcher import print_error_once
+from syncnorm.tools.common.launcher import is_main_rank, print_error_once
 from syncnorm.tools.report.consoles import console, replace_unencodable
 
+FIRST_STEPS = """\
+Start here:
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+  syncnorm selftest              is the layer correct on this machine?
+  syncnorm compare               does a small model need it, and at what cost?
+  syncnorm compare --model my_module:build --data my_module:datasets
+                                 the same for your model and your data
+  syncnorm diagnose              which layers and which ranks wait, or differ?
+
+In your code, before DistributedDataParallel: model = syncnorm.convert(model)
+"""
+COMPLETION = """\
+Completion, in bash, zsh and fish:
+
+\b
+eval "$(_SYNCNORM_COMPLETE=bash_source syncnorm)"
+eval "$(_SYNCNORM_COMPLETE=zsh_source syncnorm)"
+_SYNCNORM_COMPLETE=fish_source syncnorm | source
+"""
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True, epilog=COMPLETION)
 @click.version_option(__version__, prog_name="syncnorm")
-def syncnorm() -> None:
+@click.pass_context
+def syncnorm(context: click.Context) -> None:
     """Tools for synchronized batch norm: is it correct, and is it worth its cost?
 
     Exit codes: 0, success. 1, failure; results found until then have been printed and written. 2, wrong usage. 3,
     the result was printed, but a file could not be written.
     """
+    if context.invoked_subcommand is None and is_main_rank():
+        click.echo(f"{FIRST_STEPS}\n{context.get_help()}")
 
 
 syncnorm.add_command(compare)

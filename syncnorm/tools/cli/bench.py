@@ -23,20 +23,16 @@ from syncnorm.tools.bench.records import DEFAULT_BATCH_PER_RANK, DEFAULT_REPETIT
 from syncnorm.tools.bench.scaling import DEFAULT_LARGEST_WORLD
 from syncnorm.tools.bench.shapes import DTYPES, parse_shapes
 from syncnorm.tools.bench.single_process import DEFAULT_FAKE_RANKS
+from syncnorm.tools.cli.options import RANKS_HELP, file_option, json_option, ranks_option
 from syncnorm.tools.cli.results import Results
-from syncnorm.tools.common.ranks import DEFAULT_RANKS
 from syncnorm.tools.common.records import write_json
 from syncnorm.tools.report.bench_csv import write_csv
 from syncnorm.tools.report.bench_plot import write_plot
 from syncnorm.tools.report.bench_terminal import print_benchmark
 from syncnorm.tools.report.progress import counted_on_stderr
 
-_FILE = click.Path(dir_okay=False, path_type=Path)
 _DEFAULTS = Parameters()
 
-_RANKS = click.option(
-    "--ranks", type=int, metavar="N", help=f"Ranks to start, {DEFAULT_RANKS} by default; not under a launcher."
-)
 _DEVICE = click.option("--device", metavar="DEVICE", help="cpu or cuda; by default cuda if there is a GPU.")
 _REPETITIONS = click.option(
     "--repetitions",
@@ -47,11 +43,8 @@ _REPETITIONS = click.option(
 _QUICK = click.option(
     "--quick", is_flag=True, help="A short run to see that everything works; its figures mean little."
 )
-_JSON = click.option("--json", "json_file", type=_FILE, metavar="FILE", help="Also write the result to FILE.")
-_CSV = click.option(
-    "--csv", "csv_file", type=_FILE, metavar="FILE", help="Write the rows of the layer to FILE, a line per contender."
-)
-_PLOT = click.option("--plot", "plot_file", type=_FILE, metavar="FILE.png", help="Plot the time by the input's size.")
+_CSV = file_option("csv", "Write the rows of the layer to FILE, a line per contender.")
+_PLOT = file_option("plot", "Plot the time by the input's size.", "FILE.png")
 
 
 def _deliver(
@@ -71,11 +64,11 @@ def _deliver(
 
 
 @click.group(invoke_without_command=True, short_help="The speed of the layer compared with other implementations.")
-@_RANKS
+@ranks_option
 @_DEVICE
 @_REPETITIONS
 @_QUICK
-@_JSON
+@json_option
 @_CSV
 @_PLOT
 @click.pass_context
@@ -102,8 +95,7 @@ def bench(context: click.Context, /, device: str | None, **options: Any) -> int:
     "ranks",
     type=int,
     metavar="N",
-    help=f"Ranks to start, {DEFAULT_RANKS} by default; not under a launcher. Of the fake backend: the size of the "
-    f"world, {DEFAULT_FAKE_RANKS} by default.",
+    help=f"{RANKS_HELP} Of the fake backend: the size of the world, {DEFAULT_FAKE_RANKS} by default.",
 )
 @click.option(
     "--backend",
@@ -126,7 +118,7 @@ def bench(context: click.Context, /, device: str | None, **options: Any) -> int:
 )
 @_REPETITIONS
 @_QUICK
-@_JSON
+@json_option
 @_CSV
 @_PLOT
 def layer(backend: str | None, device: str | None, dtypes: str, shapes: str | None, **options: Any) -> int:
@@ -153,7 +145,7 @@ def layer(backend: str | None, device: str | None, dtypes: str, shapes: str | No
 
 
 @bench.command(short_help="A training step of a residual network, compared with plain DDP.")
-@_RANKS
+@ranks_option
 @click.option(
     "--backend",
     metavar="BACKEND",
@@ -177,7 +169,7 @@ def layer(backend: str | None, device: str | None, dtypes: str, shapes: str | No
     metavar="DIR",
     help="Write traces of the step of the synchronized model to DIR, and show how long each norm layer waits.",
 )
-@_JSON
+@json_option
 def model(
     backend: str | None, device: str | None, batch_per_rank: int, compiled: bool, profile: Path | None, **options: Any
 ) -> int:
@@ -232,8 +224,8 @@ def model(
     show_default=True,
     help="Simulated NCCL: GB/s of a rank between nodes.",
 )
-@_JSON
-@click.option("--plot", "plot_file", type=_FILE, metavar="FILE.png", help="Plot the cost by the number of ranks.")
+@json_option
+@file_option("plot", "Plot the cost by the number of ranks.", "FILE.png")
 def scaling(
     simulate: int | None,
     ranks: int | None,

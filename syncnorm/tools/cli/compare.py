@@ -10,12 +10,12 @@ from typing import Any, Literal
 import click
 
 from syncnorm.tools.cli.job_files import JobFile
+from syncnorm.tools.cli.options import FUNCTION, file_option, json_option, ranks_option
 from syncnorm.tools.cli.results import Results
 from syncnorm.tools.common.decision import DEFAULT_MARGIN_PERCENT, DEFAULT_MARGIN_POINTS
 from syncnorm.tools.common.durations import seconds
 from syncnorm.tools.common.launcher import is_main_rank
 from syncnorm.tools.common.loading import load
-from syncnorm.tools.common.ranks import DEFAULT_RANKS
 from syncnorm.tools.common.records import write_json
 from syncnorm.tools.compare.arms import ARMS, DEFAULT_ARMS
 from syncnorm.tools.compare.metrics import Metric
@@ -35,8 +35,6 @@ from syncnorm.tools.compare.runner import (
 from syncnorm.tools.report.compare_html import write_html
 from syncnorm.tools.report.compare_terminal import print_comparison
 from syncnorm.tools.report.progress import progress_on_stderr
-
-FUNCTION = "MODULE:FUNCTION"
 
 
 @click.command(short_help="DataParallel, DDP and synchronized batch norm side by side.")
@@ -74,12 +72,7 @@ FUNCTION = "MODULE:FUNCTION"
     "N ranks; ddp+recalibrated, local BN with precise statistics in tests; ddp+frozen, initial statistics, for "
     "pretrained weights; and module:function, which edits the model.",
 )
-@click.option(
-    "--ranks",
-    type=int,
-    metavar="N",
-    help=f"Number of ranks to start, {DEFAULT_RANKS} by default; omit it under a launcher.",
-)
+@ranks_option
 @click.option(
     "--batch-per-rank",
     default=str(DEFAULT_BATCH_PER_RANK),
@@ -128,20 +121,8 @@ FUNCTION = "MODULE:FUNCTION"
     "--num-workers", type=int, default=0, show_default=True, metavar="N", help="Loaders of training data per rank."
 )
 @click.option("--amp", default="", metavar="|".join(AMP), help="Autocast for training and tests; parity stays fp32.")
-@click.option(
-    "--json",
-    "json_file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Also write the result to FILE.",
-)
-@click.option(
-    "--html",
-    "html_file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Also write a report with plots to FILE, a self-contained page.",
-)
+@json_option
+@file_option("html", "Also write a report with plots to FILE, a self-contained page.")
 def compare(
     job: Path | None,
     model: str | None,

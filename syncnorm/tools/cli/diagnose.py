@@ -8,18 +8,16 @@ from statistics import quantiles
 import click
 import torch.nn.functional as F
 
-from syncnorm.monitor.findings import Findings
+from syncnorm.monitor.findings import Findings, wrapped
+from syncnorm.tools.cli.options import FUNCTION, json_option, ranks_option
 from syncnorm.tools.cli.results import Results
 from syncnorm.tools.common.data import digits
 from syncnorm.tools.common.loading import load
 from syncnorm.tools.common.nets import build_residual_net
-from syncnorm.tools.common.ranks import DEFAULT_RANKS
 from syncnorm.tools.common.records import write_json
 from syncnorm.tools.diagnose import BLOCK_STEPS, Overhead, TrainingRun
 from syncnorm.tools.diagnose import diagnose as run_diagnose
 from syncnorm.tools.report.consoles import print_text
-
-FUNCTION = "MODULE:FUNCTION"
 
 
 @click.command(short_help="Watches the batch norms of a model in training.")
@@ -30,12 +28,7 @@ FUNCTION = "MODULE:FUNCTION"
     help="Returns (training, test) data of (input, target); scikit-learn's digits by default.",
 )
 @click.option("--loss", metavar=FUNCTION, help="Loss of (output, target); cross-entropy by default.")
-@click.option(
-    "--ranks",
-    type=int,
-    metavar="N",
-    help=f"Number of ranks to start, {DEFAULT_RANKS} by default; not under a launcher.",
-)
+@ranks_option
 @click.option(
     "--batch-per-rank", type=int, default=4, show_default=True, metavar="N", help="Samples per rank and step."
 )
@@ -51,13 +44,7 @@ FUNCTION = "MODULE:FUNCTION"
     metavar="N",
     help=f"Measure the overhead of the monitor instead: N alternating blocks of {BLOCK_STEPS} steps per setting.",
 )
-@click.option(
-    "--json",
-    "json_file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Also write the findings to FILE.",
-)
+@json_option
 def diagnose(
     model: str | None,
     data: str | None,
@@ -83,11 +70,15 @@ def diagnose(
             datasets=digits if data is None else load(data, "--data"),
             loss=F.cross_entropy if loss is None else load(loss, "--loss"),
             sync=not no_sync,
-            print_line=print_text,
+            print_line=_print_step,
             **numbers,
         )
         results.keep(run_diagnose(run, ranks))
     return results.exit_code
+
+
+def _print_step(line: str) -> None:
+    print_text(wrapped(line, indent="  "))
 
 
 def _print(found: Findings | Overhead) -> None:

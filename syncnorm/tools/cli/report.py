@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from syncnorm.tools.cli.options import file_option
 from syncnorm.tools.cli.results import Results
 from syncnorm.tools.report.compare_html import write_page
 from syncnorm.tools.report.runs import read_runs
@@ -15,13 +16,7 @@ from syncnorm.tools.report.runs_terminal import print_runs
 
 @click.command(short_help="The report of earlier comparisons, one or several side by side.")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...", type=click.Path(path_type=Path))
-@click.option(
-    "--html",
-    "html_file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Also write the report with plots to FILE, a self-contained page.",
-)
+@file_option("html", "Also write the report with plots to FILE, a self-contained page.")
 def report(files: tuple[Path, ...], html_file: Path | None) -> int:
     """Prints what comparisons found, from the files that compare --json has written.
 

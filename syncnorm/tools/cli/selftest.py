@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
+from syncnorm.tools.cli.options import json_option, ranks_option
 from syncnorm.tools.cli.results import Results
 from syncnorm.tools.common.launcher import wait_for_main_rank
-from syncnorm.tools.common.ranks import DEFAULT_RANKS
 from syncnorm.tools.common.records import write_json
 from syncnorm.tools.report.progress import counted_on_stderr
 from syncnorm.tools.report.selftest import print_selftest
@@ -16,20 +16,9 @@ from syncnorm.tools.selftest.runner import selftest as run_selftest
 
 
 @click.command(short_help="Checks the layer on this machine.")
-@click.option(
-    "--ranks",
-    type=int,
-    metavar="N",
-    help=f"Number of ranks to start, {DEFAULT_RANKS} by default; not under a launcher.",
-)
+@ranks_option
 @click.option("--cpu", is_flag=True, help="Under a launcher, use gloo on the CPU even if there are GPUs.")
-@click.option(
-    "--json",
-    "json_file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Also write the result to FILE.",
-)
+@json_option
 def selftest(ranks: int | None, cpu: bool, json_file: Path | None) -> int:
     """Run the layer on this machine's ranks, case by case, and compare with fp64 on the whole batch.
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 
+from syncnorm.tools.cli.options import file_option, json_option, ranks_option
 from syncnorm.tools.cli.results import Results
 from syncnorm.tools.common.decision import DEFAULT_MARGIN_PERCENT, DEFAULT_MARGIN_POINTS
-from syncnorm.tools.common.ranks import DEFAULT_RANKS
 from syncnorm.tools.common.records import write_json
 from syncnorm.tools.report.consoles import PlainTable, console
 from syncnorm.tools.report.norms_plot import described, write_norms_plot
@@ -20,8 +20,6 @@ from syncnorm.tools.report.study_text import print_study, write_markdown
 from syncnorm.tools.study import STUDIES, run
 from syncnorm.tools.study.footprints import LAYERS, Footprint, footprints
 from syncnorm.tools.study.records import Question
-
-_FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.group(short_help="Questions from the literature, answered on real data.")
@@ -60,14 +58,14 @@ def _command(question: Question) -> click.Command:
         return results.exit_code
 
     options = (
-        click.option("--ranks", type=int, metavar="N", help=f"Ranks to start, {DEFAULT_RANKS} by default."),
+        ranks_option,
         click.option("--seeds", type=int, metavar="N", help=f"Runs of each condition, {question.seeds} by default."),
         click.option("--steps", type=int, metavar="N", help=f"{question.steps_help}, {question.steps} by default."),
         click.option("--margin", type=float, metavar="X", help=_margin(question)),
         click.option("--quick", is_flag=True, help="A short run to check that it works; its findings mean little."),
-        click.option("--json", "json_file", type=_FILE, metavar="FILE", help="Also write the record to FILE."),
-        click.option("--plot", "plot_file", type=_FILE, metavar="FILE.png", help="Also plot it."),
-        click.option("--markdown", "markdown_file", type=_FILE, metavar="FILE", help="Also write it as Markdown."),
+        json_option,
+        file_option("plot", "Also plot it.", "FILE.png"),
+        file_option("markdown", "Also write it as Markdown."),
     )
     for option in reversed(options):
         call = option(call)
@@ -89,12 +87,8 @@ def _require_matplotlib(plot_file: Path | None) -> None:
 
 
 @click.command(short_help="What each norm averages over, as a picture.")
-@click.option(
-    "--plot",
-    "plot_file",
-    type=_FILE,
-    metavar="FILE.png",
-    help="Plot it: the values of two ranks, and those that share their statistics with one of them.",
+@file_option(
+    "plot", "Plot it: the values of two ranks, and those that share their statistics with one of them.", "FILE.png"
 )
 def norms(plot_file: Path | None) -> int:
     """What does each norm average over?

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 from statistics import median
 
 from rich.console import Console, Group, RenderableType
@@ -33,8 +34,10 @@ from syncnorm.tools.bench.records import (
 from syncnorm.tools.report.consoles import PlainTable, for_tables
 from syncnorm.tools.report.scaling_terminal import render_scaling, render_simulation
 
-# Width of the table of rows.
+# Width of the table of rows with all of its columns.
 _WIDTH = 100
+# Left out on narrower consoles; files have them.
+_WIDE_ONLY = ("KiB", "p25-p75")
 # More decimals would be noise.
 _RATIO = ".2f"
 # Of the table of waits; files have all ranks.
@@ -46,17 +49,18 @@ _HEADERS = {LOCAL_AND_COLLECTIVES.name: "local\n+coll."}
 
 
 def print_benchmark(benchmark: Benchmark, console: Console | None = None) -> None:
-    """Prints tables, summary and legend, at most 100 columns wide; plain text if stdout is not a terminal."""
-    (console or for_tables(_WIDTH)).print(_render(benchmark))
+    """Prints tables, summary and legend, 80 to 100 columns wide; plain text if stdout is not a terminal."""
+    to = console or for_tables()
+    to.print(_render(benchmark, narrow=to.width < _WIDTH))
 
 
-def _render(benchmark: Benchmark) -> RenderableType:
+def _render(benchmark: Benchmark, narrow: bool) -> RenderableType:
     parts: list[RenderableType] = [_headline(benchmark)]
     for dtype in dict.fromkeys(row.dtype for row in benchmark.rows):
         of_dtype = [row for row in benchmark.rows if row.dtype == dtype]
-        parts += [_title(f"Forward and backward of a layer, {dtype}, microseconds"), _rows_table(of_dtype)]
+        parts += [_title(f"Forward and backward of a layer, {dtype}, microseconds"), _rows_table(of_dtype, narrow)]
     if benchmark.rows:
-        parts.append(_rows_legend(benchmark))
+        parts.append(_rows_legend(benchmark, narrow))
     if benchmark.exchange is not None:
         exchange = benchmark.exchange
         parts += [_title(_exchange_title(exchange)), _exchange_table(exchange), _exchange_legend()]
@@ -110,20 +114,21 @@ def _scaling_ranks(benchmark: Benchmark) -> str:
 # --- the layer
 
 
-def _rows_table(rows: Sequence[LayerRow]) -> PlainTable:
+def _rows_table(rows: Sequence[LayerRow], narrow: bool) -> PlainTable:
     baselines = _shown_baselines(rows)
     headers = [_HEADERS.get(baseline.name, f"\n{baseline.label}") for baseline in baselines]
-    table = PlainTable(gap=1)
-    for header in ("shape", "layout"):
-        table.add_column(f"\n\n{header}", no_wrap=True)
-    for header in ("\nKiB", "\nlocal", *headers, "\nsyncnorm", "\np25-p75"):
-        table.add_column(f"\n{header}", justify="right", no_wrap=True)
+    times = [f"\n{header}" for header in ("\nKiB", "\nlocal", *headers, "\nsyncnorm", "\np25-p75")]
     # A line has no space for both: the caches of CPUs make the share say less.
     last = "in\nblocks" if _by_call(rows) else "copy\nshare"
-    for header in ("ratio\nto\nlocal", *(f"\n{header.removeprefix('local')}" for header in headers), f"\n{last}"):
-        table.add_column(header, justify="right", no_wrap=True)
+    ratios = ["ratio\nto\nlocal", *(f"\n{header.removeprefix('local')}" for header in headers), f"\n{last}"]
+    columns = ["\n\nshape", "\n\nlayout", *times, *ratios]
+    shown = [not (narrow and header.strip() in _WIDE_ONLY) for header in columns]
+    table = PlainTable(gap=1)
+    for place, header in enumerate(columns):
+        if shown[place]:
+            table.add_column(header, justify="left" if place < 2 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*_row_cells(row, baselines))
+        table.add_row(*compress(_row_cells(row, baselines), shown))
     return table
 
 
@@ -151,7 +156,7 @@ def _row_cells(row: LayerRow, baselines: Sequence[Contender]) -> list[str]:
     ]
 
 
-def _rows_legend(benchmark: Benchmark) -> Text:
+def _rows_legend(benchmark: Benchmark, narrow: bool) -> Text:
     reasons = {t.name: t.not_run for row in benchmark.rows for t in row.peers if t.not_run}
     lines = [
         f"{contender.label}: {contender.about}"
@@ -161,9 +166,12 @@ def _rows_legend(benchmark: Benchmark) -> Text:
     if MEAN_OF_SQUARES not in _shown_baselines(benchmark.rows):
         lines.append("E[x²] is only in the summary and in files.")
     lines.append(_calls_legend(benchmark.rows) if _by_call(benchmark.rows) else _BLOCKS_LEGEND)
+    quartiles, sizes = "; p25-p75 are the quartiles of syncnorm", "KiB: the input of a rank, in this dtype"
+    if narrow:
+        quartiles, sizes = "", f"In {_WIDTH} columns the table also has {' and '.join(_WIDE_ONLY)}"
     lines.append(
-        "Medians; p25-p75 are the quartiles of syncnorm. Ratio: the time of syncnorm / the other time in each turn, "
-        "then the median; below 1, syncnorm is faster. KiB: the input of a rank, in this dtype; parameters are fp32."
+        f"Medians{quartiles}. Ratio: the time of syncnorm / the other time in each turn, then the median; below 1, "
+        f"syncnorm is faster. {sizes}; parameters are fp32."
     )
     if benchmark.memory is not None:
         lines.append(_memory_legend(benchmark.memory, in_table=not _by_call(benchmark.rows)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from io import TextIOWrapper
 from typing import Any
@@ -47,11 +48,15 @@ def console(stderr: bool = False) -> Console:
     return _Console(stderr=stderr, highlight=False, markup=False, emoji=False)
 
 
-def for_tables(least: int = _TABLE_WIDTH) -> Console:
-    """A console on stdout, ``least`` to 100 columns wide; it prints plain text if stdout is not a terminal."""
+def for_tables() -> Console:
+    """A console on stdout that is 80 to 100 columns wide, as the terminal or ``$COLUMNS`` says; 100 in a pipe.
+
+    It prints plain text if stdout is not a terminal.
+    """
     wide = console()
     # On a narrower terminal, lines wrap; a table that fitted it would cut off numbers.
-    wide.width = _WIDTH if not wide.is_terminal else min(_WIDTH, max(least, wide.width))
+    known = wide.is_terminal or "COLUMNS" in os.environ
+    wide.width = min(_WIDTH, max(_TABLE_WIDTH, wide.width)) if known else _WIDTH
     return wide
 
 

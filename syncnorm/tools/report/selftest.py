@@ -8,7 +8,6 @@ from rich.text import Text
 from syncnorm.tools.report.consoles import PlainTable, for_tables
 from syncnorm.tools.selftest.records import CaseResult, SelfTest
 
-WIDTH = 100
 STYLES = {"pass": "green", "fail": "bold red", "skip": "yellow", "not run": "red"}
 LEGEND = (
     "error: the largest |got - want| / (1 + |want|) on any rank, where want is fp64 F.batch_norm on the batch of all "
@@ -18,7 +17,7 @@ LEGEND = (
 
 def print_selftest(record: SelfTest, console: Console | None = None) -> None:
     """Prints a table and, as the last line, the verdict; plain text if stdout is not a terminal."""
-    (console or for_tables(WIDTH)).print(render(record))
+    (console or for_tables()).print(render(record))
 
 
 def render(record: SelfTest) -> RenderableType:
