@@ -1,4 +1,4 @@
-"""What differs between versions of torch from 2.6 on, all in one place; each entry says which versions differ.
+"""What differs between versions and builds of torch from 2.6 on, all in one place; each entry says which differ.
 
 The rest of the package is written for the newest version and asks here for what older ones lack or name differently.
 """
@@ -6,7 +6,8 @@ The rest of the package is written for the newest version and asks here for what
 import inspect
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,8 +23,51 @@ VERSION = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")
 # tracer follows the layer. Before, the layer is a graph break.
 ONE_GRAPH = VERSION >= (2, 13)
 
-# 2.13 renames all_gather_into_tensor and warns of the old name.
-all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# A build with USE_DISTRIBUTED=0 has no process groups: a layer then is the one of torch.
+DISTRIBUTED = dist.is_available()
+
+if TYPE_CHECKING or DISTRIBUTED:
+    from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions
+    from torch._C._distributed_c10d import Backend as Backend
+    from torch.distributed.distributed_c10d import PrefixStore as PrefixStore
+    from torch.distributed.distributed_c10d import Store as Store
+    from torch.distributed.distributed_c10d import Work as Work
+
+    # 2.13 renames all_gather_into_tensor and warns of the old name.
+    all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+else:
+
+    class Store:
+        """A stand-in, for annotations and imports; and so are the others."""
+
+    Backend = PrefixStore = Work = all_gather_single = Store
+
+
+def is_initialized() -> bool:
+    """Whether this process has a default process group."""
+    return DISTRIBUTED and dist.is_initialized()
+
+
+def copied(store: Store) -> Store:
+    """``store`` with a connection of its own, if it can be copied: not in 2.6, nor if it is written in Python."""
+    with suppress(AttributeError, NotImplementedError, RuntimeError):
+        return store.clone()  # type: ignore[attr-defined,no-any-return]  # missing in torch's stubs
+    return store
+
+
+def gather_options() -> "AllgatherOptions":
+    """Of a gather on the current stream: another one would have to wait for this one, and it for that."""
+    options = AllgatherOptions()
+    options.asyncOp = False
+    return options
+
+
+def sum_options() -> "AllreduceOptions":
+    """Of a sum on the current stream. 2.6 has no such choice: the backend's own stream, and both wait."""
+    options = AllreduceOptions()  # the operation is a sum by default
+    if hasattr(options, "asyncOp"):
+        options.asyncOp = False
+    return options
 
 
 def graph_break(function: F) -> F:

@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from versions import why_no_compiler
 
 from syncnorm import native
 from syncnorm.__main__ import main
@@ -85,9 +86,8 @@ class TestPassesOnAGpu:
 
     @pytest.fixture
     def gpu(self, monkeypatch):
-        pytest.importorskip("triton")
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            pytest.skip("needs Triton's compiler")
+        if reason := why_no_compiler():
+            pytest.skip(reason)
         from stand_in_gpu import stand_in_gpu
 
         monkeypatch.setattr(env, "_gpu", lambda device: f"GPU {device.index}")
