@@ -28,7 +28,7 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DEVICE_TYPES = {"cuda", "cpu"} if _INTERPRETED else {"cuda"}
 _OLDEST_VERSION = (3, 5)  # of torch 2.9; the kernels have not been run with older ones
 # Their rules of what a compiled form depends on are known to be those of _key_function, and so is how to launch one.
-_KNOWN_VERSIONS = {(3, 5), (3, 6), (3, 7)}
+_KNOWN_VERSIONS = {(3, 5), (3, 6), (3, 7), (3, 8)}
 
 _failures: dict[int, str] = {}  # device -> what went wrong at a first launch
 _forms: dict[tuple[int, tuple[type, ...]], "_Forms"] = {}  # id of the kernel, types of the arguments
