@@ -19,8 +19,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 VERSION = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 
-# From 2.13 on, a graph keeps operators with ordered effects in its backward (``force_save_effectful_ops``), and the
-# tracer follows the layer. Before, the layer is a graph break.
+# From 2.13 on the tracer follows the layer, and a graph keeps its operators, which have ordered effects. Before, the
+# layer is a graph break: 2.10 has no ``force_save_effectful_ops`` and fails to partition such a graph.
 ONE_GRAPH = VERSION >= (2, 13)
 
 # A build with USE_DISTRIBUTED=0 has no process groups: a layer then is the one of torch.
@@ -33,7 +33,7 @@ if TYPE_CHECKING or DISTRIBUTED:
     from torch.distributed.distributed_c10d import Store as Store
     from torch.distributed.distributed_c10d import Work as Work
 
-    # 2.13 renames all_gather_into_tensor and warns of the old name.
+    # 2.13 renames all_gather_into_tensor and warns of the old name, the only one of 2.11.
     all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 else:
 
@@ -87,7 +87,7 @@ def register_ordered(operator: Any) -> None:
     operator.register_effect(EffectType.ORDERED)
 
 
-# The constructor of nn.BatchNorm has had the argument since 2.12; before, a layer with a weight has a bias.
+# 2.13 takes the argument, 2.11 does not: a layer with a weight has a bias, which reset_parameters relies on.
 BATCH_NORM_TAKES_BIAS = "bias" in inspect.signature(nn.BatchNorm1d.__init__).parameters
 
 
@@ -101,7 +101,7 @@ def ddp_broadcasts_buffers(ddp: DistributedDataParallel) -> bool:
     return bool(getattr(ddp, _DDP_BUFFERS))
 
 
-# 2.12 renames broadcast_buffers, and 2.14 warns of the old name.
+# 2.11 has broadcast_buffers, 2.13 both names, and 2.14 warns of the old one.
 _DDP_BUFFERS = (
     "forward_sync_buffers"
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
