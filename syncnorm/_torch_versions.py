@@ -18,6 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 F = TypeVar("F", bound=Callable[..., Any])
 
 VERSION = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+if VERSION < (2, 6):
+    raise ImportError(f"syncnorm needs torch 2.6 or newer, got {torch.__version__}: pip install --upgrade torch")
 
 # From 2.13 on the tracer follows the layer, and a graph keeps its operators, which have ordered effects. Before, the
 # layer is a graph break: 2.10 has no ``force_save_effectful_ops`` and fails to partition such a graph.
