@@ -95,16 +95,16 @@ BATCH_NORM_TAKES_BIAS = "bias" in inspect.signature(nn.BatchNorm1d.__init__).par
 
 def ddp_without_buffers() -> dict[str, Any]:
     """The argument with which DDP does not broadcast buffers."""
-    return {_DDP_BUFFERS: False}
+    return {DDP_BUFFERS: False}
 
 
 def ddp_broadcasts_buffers(ddp: DistributedDataParallel) -> bool:
     """Whether DDP was made to broadcast buffers."""
-    return bool(getattr(ddp, _DDP_BUFFERS))
+    return bool(getattr(ddp, DDP_BUFFERS))
 
 
 # 2.11 has broadcast_buffers, 2.13 both names, and 2.14 warns of the old one.
-_DDP_BUFFERS = (
+DDP_BUFFERS = (
     "forward_sync_buffers"
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
     else "broadcast_buffers"
