@@ -1,12 +1,14 @@
-"""What differs between versions of torch from 2.6 on, all in one place; each entry says which versions differ.
+"""What differs between versions and builds of torch from 2.6 on, all in one place; each entry says which differ.
 
 The rest of the package is written for the newest version and asks here for what older ones lack or name differently.
 """
 
+import functools
 import inspect
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,13 +19,60 @@ from torch.nn.parallel import DistributedDataParallel
 F = TypeVar("F", bound=Callable[..., Any])
 
 VERSION = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+if VERSION < (2, 6):
+    raise ImportError(f"syncnorm needs torch 2.6 or newer, got {torch.__version__}: pip install --upgrade torch")
 
-# From 2.13 on, a graph keeps operators with ordered effects in its backward (``force_save_effectful_ops``), and the
-# tracer follows the layer. Before, the layer is a graph break.
+# From 2.13 on the tracer follows the layer, and a graph keeps its operators, which have ordered effects. Before, the
+# layer is a graph break: 2.10 has no ``force_save_effectful_ops`` and fails to partition such a graph.
 ONE_GRAPH = VERSION >= (2, 13)
 
-# 2.13 renames all_gather_into_tensor and warns of the old name.
-all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# A build with USE_DISTRIBUTED=0 has no process groups: a layer then is the one of torch.
+DISTRIBUTED = dist.is_available()
+
+if TYPE_CHECKING or DISTRIBUTED:
+    from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions
+    from torch._C._distributed_c10d import Backend as Backend
+    from torch.distributed.distributed_c10d import PrefixStore as PrefixStore
+    from torch.distributed.distributed_c10d import Store as Store
+    from torch.distributed.distributed_c10d import Work as Work
+
+    # 2.13 renames all_gather_into_tensor and warns of the old name, the only one of 2.11.
+    all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+else:
+
+    class Store:
+        """A stand-in, for annotations and imports; and so are the others."""
+
+    Backend = PrefixStore = Work = all_gather_single = Store
+
+
+def is_initialized() -> bool:
+    """Whether this process has a default process group."""
+    return DISTRIBUTED and dist.is_initialized()
+
+
+def copied(store: Store) -> Store:
+    """``store`` with a connection of its own, if it can be copied: not in 2.6, nor if it is written in Python."""
+    with suppress(AttributeError, NotImplementedError, RuntimeError):
+        return store.clone()  # type: ignore[attr-defined,no-any-return]  # missing in torch's stubs
+    return store
+
+
+@functools.cache
+def gather_options() -> "AllgatherOptions":
+    """Of a gather on the current stream: another one would have to wait for this one, and it for that."""
+    options = AllgatherOptions()
+    options.asyncOp = False
+    return options
+
+
+@functools.cache
+def sum_options() -> "AllreduceOptions":
+    """Of a sum on the current stream. 2.6 has no such choice: the backend's own stream, and both wait."""
+    options = AllreduceOptions()  # the operation is a sum by default
+    if hasattr(options, "asyncOp"):
+        options.asyncOp = False
+    return options
 
 
 def graph_break(function: F) -> F:
@@ -43,22 +92,22 @@ def register_ordered(operator: Any) -> None:
     operator.register_effect(EffectType.ORDERED)
 
 
-# The constructor of nn.BatchNorm has had the argument since 2.12; before, a layer with a weight has a bias.
+# 2.13 takes the argument, 2.11 does not: a layer with a weight has a bias, which reset_parameters relies on.
 BATCH_NORM_TAKES_BIAS = "bias" in inspect.signature(nn.BatchNorm1d.__init__).parameters
 
 
 def ddp_without_buffers() -> dict[str, Any]:
     """The argument with which DDP does not broadcast buffers."""
-    return {_DDP_BUFFERS: False}
+    return {DDP_BUFFERS: False}
 
 
 def ddp_broadcasts_buffers(ddp: DistributedDataParallel) -> bool:
     """Whether DDP was made to broadcast buffers."""
-    return bool(getattr(ddp, _DDP_BUFFERS))
+    return bool(getattr(ddp, DDP_BUFFERS))
 
 
-# 2.12 renames broadcast_buffers, and 2.14 warns of the old name.
-_DDP_BUFFERS = (
+# 2.11 has broadcast_buffers, 2.13 both names, and 2.14 warns of the old one.
+DDP_BUFFERS = (
     "forward_sync_buffers"
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
     else "broadcast_buffers"

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from syncnorm._torch_versions import is_initialized
 from syncnorm.comm.call import Call, Kind
 from syncnorm.comm.exchange import Exchange, failure_flags_of
 from syncnorm.comm.layer_names import ModelNumbers
@@ -172,7 +173,7 @@ def set_transport(group: dist.ProcessGroup | None, transport: TransportName | No
     if transport is None:
         return
     checked_transport(transport)
-    if not dist.is_initialized():
+    if not is_initialized():
         raise InputError(
             f"transport={transport!r} belongs to a process group: call torch.distributed.init_process_group first"
         )
@@ -190,7 +191,7 @@ def set_transport(group: dist.ProcessGroup | None, transport: TransportName | No
 
 def transport_of(group: dist.ProcessGroup | None) -> str:
     """For people: how the ranks of ``group``, None for the default one, exchange numbers; empty if they cannot."""
-    group = dist.group.WORLD if group is None and dist.is_initialized() else group
+    group = dist.group.WORLD if group is None and is_initialized() else group
     if not isinstance(group, dist.ProcessGroup) or not alive(group):
         return ""
     peers = peers_of(group)
@@ -207,7 +208,7 @@ def reopen(group: dist.ProcessGroup | None) -> None:
 
     Collective: communicates nothing, but the next call connects only if all ranks have called this.
     """
-    group = dist.group.WORLD if group is None and dist.is_initialized() else group
+    group = dist.group.WORLD if group is None and is_initialized() else group
     # For a rank outside of a new group torch returns a number instead of a group.
     if group is None or not isinstance(group, dist.ProcessGroup) or not alive(group):
         return

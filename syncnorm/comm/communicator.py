@@ -15,17 +15,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions, Backend
-from torch.distributed import distributed_c10d as c10d
 
+from syncnorm._torch_versions import Backend, PrefixStore, Work, gather_options, sum_options
 from syncnorm.comm.connecting import timeout_of
 from syncnorm.errors import InputError, known_everywhere
 
 # A collective of some KiB is bound by latency: more thread blocks would only take multiprocessors from convolutions.
 _MAX_CTAS = 2
-# On the current stream: another one would have to wait for this one, and it for that.
-_GATHER, _SUM = AllgatherOptions(), AllreduceOptions()  # the operation is a sum by default
-_GATHER.asyncOp = _SUM.asyncOp = False
 COMMUNICATOR = "SYNCNORM_COMMUNICATOR", ("own", "job")  # "job": that of the user's group
 
 
@@ -73,11 +69,11 @@ class Communicator:
 
     def gather(self, rows: Tensor, row: Tensor) -> None:
         """``row`` (n) of each rank into ``rows`` (W * n)."""
-        _wait(self._connected()._allgather_base(rows, row, _GATHER))
+        _wait(self._connected()._allgather_base(rows, row, gather_options()))
 
     def sum_(self, values: Tensor) -> None:
         """Sums ``values`` (n) over the ranks, in place."""
-        _wait(self._connected().allreduce([values], _SUM))
+        _wait(self._connected().allreduce([values], sum_options()))
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -102,7 +98,7 @@ class Communicator:
                 self._own.abort()
 
 
-def _wait(work: dist.Work | None) -> None:
+def _wait(work: Work | None) -> None:
     if work is not None:  # for a device this makes the stream wait, not the host
         work.wait()
 
@@ -120,7 +116,7 @@ def _own_nccl(group: dist.ProcessGroup, device_type: str, attempt: str) -> Backe
     options.global_ranks_in_group = dist.get_process_group_ranks(group)
     options.group_name = name
     options.config.max_ctas = _MAX_CTAS
-    store = c10d.PrefixStore(name, c10d._get_default_store())
+    store = PrefixStore(name, dist.distributed_c10d._get_default_store())
     backend: Backend = nccl(store, dist.get_rank(group), group.size(), options)
     backend._set_sequence_number_for_group()
     return backend

@@ -10,8 +10,8 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import Store
 
+from syncnorm._torch_versions import Store, copied
 from syncnorm.comm.call import Call
 from syncnorm.comm.failure_flags import FailureFlags, start_thread
 from syncnorm.comm.frames import protocol
@@ -33,10 +33,8 @@ def connect_ranks(
         RuntimeError: the ranks have not connected after ``timeout_s``, or another rank has failed.
         BaseException: what ``connect`` raises.
     """
-    store = flags.store
     # A copy has its own connection: while a call waits for an answer of a TCPStore, it blocks all others on the same.
-    with suppress(NotImplementedError, RuntimeError):  # a store that is written in Python cannot be copied
-        store = store.clone()  # type: ignore[attr-defined]  # missing in torch's stubs
+    store = copied(flags.store)
     return _in_thread(lambda: connect(store), inspector, call, timeout_s)
 
 

@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import Store
 
+from syncnorm._torch_versions import Store
 from syncnorm.comm import transports
 from syncnorm.comm.call import Call, Kind, explain_disagreement, observers
 from syncnorm.comm.connecting import connect_ranks, meet, timeout_of

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
-from torch.distributed.distributed_c10d import Store
+from syncnorm._torch_versions import Store
 
 _ANSWER_S = 1.0  # how long to wait for the store; one that is reachable answers within milliseconds
 _EXIT_S = 1.0  # how long the end of the process waits for threads
@@ -110,7 +110,7 @@ def _end_threads() -> None:
     for thread in list(_threads):
         thread.join(max(0.0, deadline - time.monotonic()))
     if any(thread.is_alive() for thread in _threads):
-        with suppress(OSError, AttributeError):  # a C++ library other than GNU's
+        with suppress(OSError, AttributeError, TypeError):  # a C++ library other than GNU's; Windows
             set_terminate = ctypes.CDLL("libstdc++.so.6")._ZSt13set_terminatePFvvE
             set_terminate.argtypes, set_terminate.restype = [ctypes.c_void_p], ctypes.c_void_p
             set_terminate(ctypes.cast(ctypes.CDLL(None).pause, ctypes.c_void_p))

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from syncnorm._torch_versions import is_initialized
+
 _creation_order = count()
 _layers: "weakref.WeakSet[LayerName]" = weakref.WeakSet()
 _world: "weakref.ref[dist.ProcessGroup] | None" = None
@@ -129,7 +131,7 @@ def _unnumbered(layer: LayerName, group: dist.ProcessGroup, numbers: Container[M
 
 def _current_job() -> int:
     global _world, _job
-    if not dist.is_initialized():
+    if not is_initialized():
         return 0
     world = dist.group.WORLD
     if world is not None and (_world is None or _world() is not world):

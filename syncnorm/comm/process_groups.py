@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from syncnorm._torch_versions import DISTRIBUTED, is_initialized
 from syncnorm.errors import InputError, SyncNormError
 
 # What users pass as a process group: a mesh has one dimension, None is the default group.
@@ -107,7 +108,7 @@ def check_not_inherited(group: dist.ProcessGroup) -> None:
 
 
 def _after_fork() -> None:
-    if dist.is_initialized():
+    if is_initialized():
         _inherited.update(dist.distributed_c10d._world.pg_map)
 
 
@@ -132,7 +133,7 @@ def synced_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     """
     if not syncing():
         return None
-    world = dist.group.WORLD
+    world = dist.group.WORLD if DISTRIBUTED else None
     if world is None:  # torch.distributed is not initialized
         if not torch.compiler.is_compiling():
             _warn_under_a_launcher()
@@ -183,7 +184,7 @@ def subgroup(size: int | Literal["node"]) -> dist.ProcessGroup:
         InputError: ``size`` does not divide the number of ranks.
         SyncNormError: ``torch.distributed`` is not initialized.
     """
-    if not dist.is_initialized():
+    if not is_initialized():
         raise SyncNormError(
             f"group_size={size!r} creates process groups: call torch.distributed.init_process_group first"
         )
@@ -208,7 +209,7 @@ def _nodes() -> list[list[int]]:
 
 def _is_non_member(group: object) -> bool:
     """Whether ``group`` is what torch returns for a new group on a rank outside of it."""
-    return bool(group == dist.GroupMember.NON_GROUP_MEMBER)
+    return DISTRIBUTED and bool(group == dist.GroupMember.NON_GROUP_MEMBER)
 
 
 def alive(group: dist.ProcessGroup) -> bool:
@@ -256,7 +257,7 @@ class GroupHandle:
         if self._lost is not None:
             return f"lost ({self._lost})"
         if self._group is None:
-            return "default" if dist.is_initialized() else "no process group yet"
+            return "default" if is_initialized() else "no process group yet"
         if _is_non_member(self._group):
             return "not a member"
         return f"ranks {dist.get_process_group_ranks(self._group)}" if alive(self._group) else "destroyed"

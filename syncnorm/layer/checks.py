@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from syncnorm._torch_versions import is_initialized
 from syncnorm.errors import InputError, known_everywhere
 from syncnorm.layer.moments import Count, Running
 
@@ -193,7 +194,7 @@ def _one_value(local_count: Count) -> InputError:
 
 def where() -> str:
     """``"rank 3: "``, the head of a message; empty outside of distributed runs."""
-    if dist.is_initialized():
+    if is_initialized():
         return f"rank {dist.get_rank()}: "
     return ""
 

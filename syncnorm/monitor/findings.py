@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from textwrap import fill
 from typing import Any
 
+from syncnorm._torch_versions import DDP_BUFFERS
 from syncnorm.monitor.divergence import root_mean_square
 
 SCHEMA = "syncnorm.diagnose"
@@ -330,8 +331,8 @@ def _about_buffers(found: Findings) -> Iterator[str]:
     if synced:
         yield (
             f"Buffers of {_list(synced)} differ: {_list(_differing(found, synced))}, although the layers are synced. "
-            "They differed from the start (only some ranks loaded a checkpoint, and DDP has "
-            "forward_sync_buffers=False), were changed on one rank, or belong to disjoint groups."
+            f"They differed from the start (only some ranks loaded a checkpoint, and DDP has "
+            f"{DDP_BUFFERS}=False), were changed on one rank, or belong to disjoint groups."
         )
 
 

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from syncnorm._torch_versions import ddp_broadcasts_buffers
+from syncnorm._torch_versions import ddp_broadcasts_buffers, is_initialized
 from syncnorm.comm import process_groups
 from syncnorm.comm.call import observers
 from syncnorm.errors import InputError
@@ -213,7 +213,7 @@ class Monitor:
                 f"process_group must have the gloo backend, because the monitor compares tensors on the host; got "
                 f"{dist.get_backend(group)}. Create it with dist.new_group(ranks, backend='gloo'), or leave it out"
             )
-        if not dist.is_initialized() or (group is None and dist.get_world_size() == 1):
+        if not is_initialized() or (group is None and dist.get_world_size() == 1):
             return None
         if group is None:
             group, self._owns_group = dist.new_group(backend="gloo"), True

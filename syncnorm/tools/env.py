@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -112,32 +112,49 @@ def environment() -> Environment:
         >>> environment().torch == torch.__version__
         True
     """
-    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    gpus, gpu_passes = _describe_gpus()
     return Environment(
         syncnorm=syncnorm.__version__,
         torch=torch.__version__,
         python=f"{platform.python_implementation()} {platform.python_version()}",
         system=_system(),
-        cpu=cpu_name(),
+        cpu=str(_described(cpu_name)),
         cpu_count=cpu_count(),
         threads=torch.get_num_threads(),
-        packages={name: _version(name) for name in PACKAGES},
-        build={"CUDA": torch.version.cuda, "cuDNN": _cudnn(), "NCCL": _nccl(), "HIP": torch.version.hip},
-        gpus=[_gpu(device) for device in gpus],
+        packages={name: _described(_version, name) for name in PACKAGES},
+        build={
+            "CUDA": torch.version.cuda,
+            "cuDNN": _described(_cudnn),
+            "NCCL": _described(_nccl),
+            "HIP": torch.version.hip,
+        },
+        gpus=gpus,
         backends=_backends(),
         transport=default_transport(),
-        shared_memory=_shared_memory(),
+        shared_memory=_described(_shared_memory),
         launcher=launcher(os.environ),
         variables=variables(os.environ),
         native=f"no: {native.absent}" if native.library is None else f"yes, {native.instruction_set}",
-        gpu_passes=[_passes(device) for device in gpus],
+        gpu_passes=gpu_passes,
     )
+
+
+def _described(describe: Callable[..., str | None], *args: object) -> str | None:
+    """``describe(*args)``, or the error: a library that is broken is what a bug report is about."""
+    try:
+        return describe(*args)
+    except Exception as error:
+        return _unknown(error)
+
+
+def _unknown(error: Exception) -> str:
+    return f"not known: {type(error).__name__}: {error}"
 
 
 def variables(environ: Mapping[str, str]) -> dict[str, str]:
     """The variables that affect distributed training, sorted; secrets and the home directory are replaced."""
     found = {name: value for name, value in environ.items() if name.startswith(PREFIXES) or name in NAMES}
-    home = str(Path.home())
+    home = os.path.expanduser("~")  # which is "~" again for a user without an entry, as in some containers
     return {
         # Not if the home directory is "/", as in some containers.
         name: "(hidden)" if _SECRET.search(name) else value.replace(home, "~") if len(home) > 1 else value
@@ -174,10 +191,8 @@ def _system() -> str:
 
 
 def _cudnn() -> str | None:
-    try:
-        version = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    except RuntimeError as error:  # the library that is loaded is older than the one torch was built with
-        return f"unusable: {error}"
+    # Raises if the library that is loaded is older than the one torch was built with.
+    version = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return None if version is None else str(version)
 
 
@@ -197,6 +212,15 @@ def _shared_memory() -> str | None:
         return "an anonymous file (memfd)"
     os.unlink(path)
     return f"a file in {Path(path).parent}"
+
+
+def _describe_gpus() -> tuple[list[str], list[str]]:
+    """Name and passes of each GPU."""
+    try:
+        devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    except Exception as error:
+        return [_unknown(error)], []
+    return [str(_described(_gpu, each)) for each in devices], [str(_described(_passes, each)) for each in devices]
 
 
 def _gpu(device: torch.device) -> str:
@@ -220,6 +244,11 @@ def _passes(device: torch.device) -> str:
 def _backends() -> list[str]:
     if not dist.is_available():
         return []
-    names = ("gloo", "nccl", "mpi", "ucc", "xccl")
-    checks = {name: getattr(dist, f"is_{name}_available", None) for name in names}  # torch 2.6 has none for xccl
-    return [name for name, available in checks.items() if available is not None and available()]
+    return [name for name in ("gloo", "nccl", "mpi", "ucc", "xccl") if _has_backend(name)]
+
+
+def _has_backend(name: str) -> bool:
+    try:
+        return bool(getattr(dist, f"is_{name}_available")())
+    except Exception:  # a version or a build of torch without the function
+        return False

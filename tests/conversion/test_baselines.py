@@ -72,7 +72,7 @@ def test_without_affine_and_without_bias():
     norm = syncnorm.convert(nn.BatchNorm2d(6, affine=False), to="layer")
     assert norm.weight is None
     assert norm(X.float()).shape == X.shape
-    norm = syncnorm.convert(nn.BatchNorm2d(6, bias=False), to="layer")
+    norm = syncnorm.convert(models.without_bias(nn.BatchNorm2d(6)), to="layer")
     assert norm.weight is not None
     assert norm.bias is None
     assert norm(X.float()).shape == X.shape

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import batch_norm as imported
 
 import syncnorm
+from syncnorm._torch_versions import ONE_GRAPH
 from syncnorm.conversion.batch_norm_calls import calls_batch_norm
 from syncnorm.testing import run_ranks
 
@@ -185,7 +186,7 @@ def _rank_describe_around_forwards(compiled: bool) -> list[bool]:
     torch._dynamo.reset()
     with pytest.warns(UserWarning, match=r"found 1 layer\(s\) that may be bypassed: bn"):
         model = syncnorm.convert(CallingBoth())
-    call = torch.compile(model, fullgraph=True, backend="eager") if compiled else model
+    call = torch.compile(model, fullgraph=ONE_GRAPH, backend="eager") if compiled else model
     synced = [syncnorm.describe(model)[0].synced]
     for training in (False, True):
         call.train(training)

@@ -13,7 +13,8 @@ from syncnorm.conversion import classes
 
 def test_layers_that_cannot_be_converted_are_left_alone_and_named():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit
+        for category in (DeprecationWarning, FutureWarning):  # of torch.jit: up to 2.13, and from 2.14 on
+            warnings.simplefilter("ignore", category)
         scripted = torch.jit.script(nn.BatchNorm2d(4))
     model = nn.Sequential(nn.BatchNorm2d(4), models.OwnArithmetic(4), scripted, nn.GroupNorm(2, 4))
     before = [type(m) for m in model]

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import BatchNormAct, BatchNormNamed, Net, Scale
+from models import BatchNormAct, BatchNormNamed, Net, Scale, without_bias
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -51,7 +51,7 @@ IMAGE = torch.randn(2, 4, 8, 8, dtype=torch.float64)
         (nn.Conv2d(4, 6, 3), BatchNormNamed(6), IMAGE),
         (nn.Linear(4, 6), nn.BatchNorm1d(6), IMAGE[..., 0, 0]),
         (nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6, affine=False), IMAGE[..., 0, 0]),
-        (nn.Linear(4, 6), nn.BatchNorm1d(6, bias=False), IMAGE[..., 0, 0]),
+        (nn.Linear(4, 6), without_bias(nn.BatchNorm1d(6)), IMAGE[..., 0, 0]),
     ],
     ids=lambda value: str(value) if isinstance(value, nn.Module) else "",
 )

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
+from versions import one_graph
 
 import syncnorm
+from syncnorm._torch_versions import ONE_GRAPH
 from syncnorm.testing import assert_close, run_ranks
 
 
@@ -204,6 +206,7 @@ def test_parts_of_buffers_and_buffers_of_a_child_are_synced(cls, how):
     check(cls, run_ranks(_rank_train, len(ROWS), (cls, how)))
 
 
+@one_graph
 @pytest.mark.slow
 @pytest.mark.parametrize("cls", [Slimmable, Around, AroundList])
 def test_compiles_to_one_graph(cls):
@@ -270,7 +273,7 @@ class CopyingToo(Copying):
 def _rank_warnings_and_description(cls: type[nn.Module], compiled: bool) -> tuple[list[str], list[Any], bool]:
     torch._dynamo.reset()
     model = syncnorm.convert(nn.Sequential(cls(3)))
-    call = torch.compile(model, fullgraph=True, backend="eager") if compiled else model
+    call = torch.compile(model, fullgraph=ONE_GRAPH, backend="eager") if compiled else model
     before = syncnorm.describe(model)[0].synced
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

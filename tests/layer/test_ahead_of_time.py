@@ -1,16 +1,15 @@
 """The Triton kernels compiled for GPUs that are not there: that they compile, and what the compiled code is like."""
 
-import importlib.util
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 from torch import Tensor
+from versions import why_no_compiler
 
-if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("needs Triton's compiler", allow_module_level=True)
+if reason := why_no_compiler():
+    pytest.skip(reason, allow_module_level=True)
 
 from syncnorm.layer.kernels.tiles import ChannelTiles, channel_tiles, row_tiles
 from syncnorm.layer.kernels.triton_backward import finish, pack_sums

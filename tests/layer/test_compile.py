@@ -11,14 +11,15 @@ import torch.nn.functional as F
 from cases import DTYPES, Case, laid_out
 from exchanges import recorded_exchanges
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
+from versions import one_graph
 
 import syncnorm
 from syncnorm import comm
 from syncnorm.testing import assert_close, batch_norm_oracle, run_ranks
 
+pytestmark = one_graph  # test_compile_breaks.py is for all versions
 # Compilation takes seconds, and the ranks share the cores.
 TIMEOUT_S = 100
 
@@ -272,51 +273,6 @@ def test_checkpoints_around_compiled_code(reentrant):
         assert ours[0].count("FORWARD") == ours[0].count("BACKWARD") == 2
         for name, value in eager[1].items():
             torch.testing.assert_close(ours[1][name], value, msg=name)
-
-
-def _rank_refused(fullgraph: bool) -> str:
-    torch._dynamo.reset()
-    layer = torch.compile(syncnorm.SyncBatchNorm2d(3), backend="aot_eager", fullgraph=fullgraph)
-    channels = 3 + dist.get_rank()
-    try:
-        layer(torch.randn(2, channels, 4, 4))
-    except Exception as error:
-        return str(error)
-    return ""
-
-
-@pytest.mark.parametrize("fullgraph", [True, False])
-def test_bad_input_on_one_rank_raises_on_all(fullgraph):
-    errors = run_ranks(_rank_refused, args=(fullgraph,), timeout=60)
-    assert "rank 1 did not take part" in errors[0]
-    for rank, text in enumerate(errors):
-        assert "expected 3 channels in dimension 1, got 4" in text, (rank, text)
-
-
-def _rank_ddp_steps(how: str) -> list[Tensor]:
-    torch._dynamo.reset()
-    model = syncnorm.convert(models.net()).double()
-    if how == "compiled inside":
-        ddp = DistributedDataParallel(torch.compile(model, backend="aot_eager"))
-    else:
-        ddp = DistributedDataParallel(model)
-    call = torch.compile(ddp, backend="aot_eager") if how == "compiled outside" else ddp
-    optimizer = torch.optim.SGD(model.parameters(), 0.05)
-    for step in range(2):
-        generator = torch.Generator().manual_seed(step)
-        x, dy = torch.randn(8, 3, 6, 6, generator=generator).double(), torch.randn(8, 4, generator=generator).double()
-        optimizer.zero_grad()
-        call(x.split([5, 3])[dist.get_rank()]).backward(dy.split([5, 3])[dist.get_rank()])
-        optimizer.step()
-    return [*model.parameters(), *model.buffers()]
-
-
-@pytest.mark.slow
-def test_ddp_inside_and_outside():
-    want = run_ranks(_rank_ddp_steps, args=("eager",))
-    for how in ("compiled inside", "compiled outside"):
-        for got, expected in zip(run_ranks(_rank_ddp_steps, args=(how,), timeout=100), want, strict=True):
-            torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from versions import fake_collectives
 
 import syncnorm
 from syncnorm.comm.communicator import Communicator
@@ -29,6 +30,7 @@ def eight_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@fake_collectives
 @pytest.mark.usefixtures("eight_ranks")
 @pytest.mark.parametrize("rows", [4, 0, 1], ids=["full", "empty", "one value"])
 @pytest.mark.parametrize("momentum", [0.1, None])

@@ -1,16 +1,15 @@
 """How Triton's kernels are launched, on a stand-in GPU, and what happens where they cannot be."""
 
 import itertools
-import os
 import time
 import warnings
 
 import pytest
 import torch
+from versions import why_no_compiler
 
-pytest.importorskip("triton")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("needs Triton's compiler", allow_module_level=True)
+if reason := why_no_compiler():
+    pytest.skip(reason, allow_module_level=True)
 import triton
 import triton.language as tl
 from stand_in_gpu import StandInGpu, on_device, stand_in_gpu
@@ -172,16 +171,12 @@ def test_an_argument_of_an_unknown_type_is_left_to_triton(gpu):
 
 
 def test_another_version_of_triton_is_left_to_itself(gpu, monkeypatch):
-    monkeypatch.setattr(launching, "_KNOWN_VERSIONS", {"2.0"})
+    monkeypatch.setattr(launching, "_KNOWN_VERSIONS", {(2, 0)})
     monkeypatch.setattr(launching, "_forms", {})
-    launching._known.cache_clear()
     calls, run = [], JITFunction.run
     monkeypatch.setattr(JITFunction, "run", lambda *args, **kwargs: (calls.append(1), run(*args, **kwargs))[1])
-    try:
-        for _ in range(3):
-            launch(_scale, (1, 1), *arguments(gpu))
-    finally:
-        launching._known.cache_clear()
+    for _ in range(3):
+        launch(_scale, (1, 1), *arguments(gpu))
     assert len(calls) == len(gpu.launches) == 3
 
 
@@ -318,6 +313,12 @@ def test_devices_without_triton(monkeypatch):
     assert unavailable(torch.device("cuda", 0)) is None
     monkeypatch.setattr(launching, "_installed", lambda: False)
     assert unavailable(torch.device("cuda", 0)) == "Triton is not installed"
+
+
+def test_an_older_triton_is_not_used(monkeypatch):
+    assert passes_available(torch.device("cuda", 0))
+    monkeypatch.setattr(launching, "_version", lambda: (3, 4))
+    assert unavailable(torch.device("cuda", 0)) == "Triton 3.4 is older than 3.5"
 
 
 def test_a_launch_costs_the_host_less_than_tritons(gpu):

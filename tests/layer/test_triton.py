@@ -1,19 +1,19 @@
 """Runs tests of the kernels in a process that selects Triton's interpreter before Triton is imported."""
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from versions import why_no_triton
 
 FILES = "layer/interpreted/test_passes.py", "layer/interpreted/test_sums.py", "layer/interpreted/test_two_ranks.py"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(550)
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_triton()))
 @pytest.mark.parametrize(
     ("file", "forward"),
     [*((file, "auto") for file in FILES), (FILES[2], "sum"), ("gpu/test_device_step.py", "auto")],

@@ -1,13 +1,11 @@
 """The kernels of the forward's sum, compiled ahead of time for GPUs that are not there."""
 
-import importlib.util
-import os
-
 import pytest
 import torch
+from versions import why_no_compiler
 
-if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("needs Triton's compiler", allow_module_level=True)
+if reason := why_no_compiler():
+    pytest.skip(reason, allow_module_level=True)
 
 from stand_in_gpu import spills, stand_in_gpu
 

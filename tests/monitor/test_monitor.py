@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import syncnorm
 from syncnorm.__main__ import main
+from syncnorm._torch_versions import DDP_BUFFERS
 from syncnorm.comm.call import observers
 from syncnorm.errors import InputError, SyncNormError
 from syncnorm.monitor import monitor
@@ -40,7 +41,7 @@ def _rank_train(
     """A few steps with the monitor; on rank 1 ``shift`` is added to the data and each step sleeps for ``sleep_s``."""
     rank, lines = dist.get_rank(), []
     model = build(synced)
-    ddp = DistributedDataParallel(model, forward_sync_buffers=broadcast)
+    ddp = DistributedDataParallel(model, **{DDP_BUFFERS: broadcast})
     optimizer = torch.optim.SGD(ddp.parameters(), 0.1)
     generator = torch.Generator().manual_seed(5 if shift else 5 + rank)
     with monitor(ddp, every=every, log=lines.append) as watch:

@@ -14,6 +14,12 @@ class Scale(nn.Module):
         return 2 * weight
 
 
+def without_bias(layer: nn.Module) -> nn.Module:
+    """``layer`` as its constructor makes it with ``bias=False``, which torch before 2.13 does not take."""
+    layer.register_parameter("bias", None)
+    return layer
+
+
 class BatchNormAct(nn.BatchNorm2d):
     """A batch norm with an activation, written as in timm."""
 

@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from versions import why_no_compiler
 
 from syncnorm import native
 from syncnorm.__main__ import main
@@ -85,9 +86,8 @@ class TestPassesOnAGpu:
 
     @pytest.fixture
     def gpu(self, monkeypatch):
-        pytest.importorskip("triton")
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            pytest.skip("needs Triton's compiler")
+        if reason := why_no_compiler():
+            pytest.skip(reason)
         from stand_in_gpu import stand_in_gpu
 
         monkeypatch.setattr(env, "_gpu", lambda device: f"GPU {device.index}")
@@ -140,3 +140,31 @@ def test_what_ranks_of_this_host_can_share(monkeypatch, tmp_path):
         assert not list(tmp_path.iterdir())
         with mock.patch.object(tempfile, "mkstemp", side_effect=OSError("read-only")):
             assert "  shared memory: no" in str(environment()).splitlines()
+
+
+class TestNothingEndsIt:
+    """``syncnorm env`` is for environments that are broken."""
+
+    BROKEN = (
+        (torch.backends.cudnn, "version", "cuDNN"),
+        (env, "_nccl", "NCCL"),
+        (torch.cuda, "device_count", "0"),
+        (env, "cpu_name", "CPU"),
+        (env, "create_file", "shared memory"),
+        (env.metadata, "version", "numpy"),
+    )
+
+    @pytest.mark.parametrize(("module", "function", "line"), BROKEN, ids=[line for *_, line in BROKEN])
+    def test_a_function_that_raises_is_a_line(self, monkeypatch, module, function, line):
+        monkeypatch.setattr(module, function, mock.Mock(side_effect=KeyError("broken")))
+        (found,) = [text for text in str(environment()).splitlines() if text.strip().startswith(f"{line}: ")]
+        assert "not known: KeyError: 'broken'" in found
+
+    def test_backends_whose_check_raises_or_does_not_exist(self, monkeypatch):
+        monkeypatch.setattr(torch.distributed, "is_gloo_available", mock.Mock(side_effect=RuntimeError("broken")))
+        monkeypatch.delattr(torch.distributed, "is_xccl_available")
+        assert not {"gloo", "xccl"} & set(environment().backends)
+
+    def test_a_user_without_a_home_directory(self, monkeypatch):
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+        assert variables({"NCCL_DEBUG": "a~b"}) == {"NCCL_DEBUG": "a~b"}

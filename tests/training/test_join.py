@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import syncnorm
 from syncnorm import comm
+from syncnorm._torch_versions import DDP_BUFFERS
 from syncnorm.testing import RankError, assert_close, run_ranks
 from syncnorm.training import joinable
 
@@ -28,7 +29,7 @@ def batches(rank: int, steps: int) -> list[tuple[Tensor, Tensor]]:
 
 def _rank_train(steps: list[int], order: str, sync_buffers: bool = True) -> dict[str, Tensor]:
     rank = dist.get_rank()
-    ddp = DistributedDataParallel(syncnorm.convert(models.net()), forward_sync_buffers=sync_buffers)
+    ddp = DistributedDataParallel(syncnorm.convert(models.net()), **{DDP_BUFFERS: sync_buffers})
     optimizer = torch.optim.SGD(ddp.parameters(), 0.05)
     for _ in range(EPOCHS):
         joinables = [ddp, joinable(ddp)] if order == "ddp first" else [joinable(ddp), ddp]

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Literal, TypeAlias, get_args
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from syncnorm import native
+from syncnorm._torch_versions import PrefixStore, Store
 from syncnorm.comm.transports.discovery import find_hosts
 from syncnorm.comm.transports.gloo import GlooTransport
 from syncnorm.comm.transports.shared_memory import Rows, SharedMemoryTransport, bytes_for

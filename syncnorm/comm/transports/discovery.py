@@ -5,10 +5,10 @@ host of the first rank whose file it can open and whose token it finds there. Co
 their own, for example, do not see one another's files, although their ranks may have the same host name.
 """
 
-import fcntl
 import mmap
 import os
 import secrets
+import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,6 +16,9 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+
+if sys.platform != "win32":  # where there is no native code either, which shared memory needs
+    import fcntl
 
 TOKEN_BYTES = 32  # at the start of the file
 _NOTE_BYTES = 512  # of what a rank tells the others

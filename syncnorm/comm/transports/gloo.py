@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from syncnorm._torch_versions import Work
 from syncnorm.comm.frames import Frames, Header, outside_of_modes
 from syncnorm.comm.transports.transfer import SLOTS
 
@@ -22,7 +23,7 @@ _yield = getattr(os, "sched_yield", functools.partial(time.sleep, 0))
 class GlooTransfer:
     """A collective of gloo, and the buffers that must live until it is complete."""
 
-    def __init__(self, work: dist.Work, *buffers: Tensor):
+    def __init__(self, work: Work, *buffers: Tensor):
         self._work, self._buffers = work, buffers
 
     def arrived(self, seconds: float) -> bool:

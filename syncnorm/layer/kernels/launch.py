@@ -26,8 +26,9 @@ from syncnorm.errors import SyncNormError
 # Under its interpreter Triton runs kernels on the CPU, for tests; it is selected before Triton is imported.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DEVICE_TYPES = {"cuda", "cpu"} if _INTERPRETED else {"cuda"}
+_OLDEST_VERSION = (3, 5)  # of torch 2.9; the kernels have not been run with older ones
 # Their rules of what a compiled form depends on are known to be those of _key_function, and so is how to launch one.
-_KNOWN_VERSIONS = {"3.5", "3.6", "3.7"}
+_KNOWN_VERSIONS = {(3, 5), (3, 6), (3, 7), (3, 8)}
 
 _failures: dict[int, str] = {}  # device -> what went wrong at a first launch
 _forms: dict[tuple[int, tuple[type, ...]], "_Forms"] = {}  # id of the kernel, types of the arguments
@@ -92,16 +93,35 @@ def unavailable(device: torch.device) -> str | None:
     """Why Triton's kernels are not used on ``device``; None if they are, as far as is known before a first launch."""
     if device.type not in _DEVICE_TYPES:
         return f"they do not run on devices of type {device.type}"
+    return _unusable() or _failures.get(-1 if device.index is None else device.index)
+
+
+def _unusable() -> str | None:
+    """Why Triton's kernels are used on no device."""
     if os.environ.get("SYNCNORM_TRITON") == "0":
         return "SYNCNORM_TRITON is 0"
     if not _installed():
         return "Triton is not installed"
-    return _failures.get(-1 if device.index is None else device.index)
+    if _version() < _OLDEST_VERSION:
+        return f"Triton {_text(_version())} is older than {_text(_OLDEST_VERSION)}"
+    return None
 
 
 @functools.cache
 def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _version() -> tuple[int, ...]:
+    """Major and minor version of Triton."""
+    import triton  # not at the top: it imports a compiler
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
+def _text(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 class _Form(NamedTuple):
@@ -156,12 +176,9 @@ def _key_function(kernel: Any, types: tuple[type, ...]) -> Callable[..., object]
     return eval(f"lambda {', '.join(names)}: ({', '.join([*parts, aligned])})")  # type: ignore[no-any-return]
 
 
-@functools.cache
 def _known() -> bool:
     """Whether :func:`_key_function` knows this version of Triton, and the rules of its GPUs (AMD's have more)."""
-    import triton  # not at the top: it imports a compiler
-
-    return torch.version.hip is None and ".".join(triton.__version__.split(".")[:2]) in _KNOWN_VERSIONS
+    return torch.version.hip is None and _version() in _KNOWN_VERSIONS
 
 
 def _failed(device: int, error: Exception) -> TritonFailed:

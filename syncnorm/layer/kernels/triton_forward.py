@@ -85,8 +85,8 @@ def _moments_kernel(
     sum_ = tl.zeros((tile_A, tile_C, tile_B), tl.float32)
     squares = tl.zeros((tile_A, tile_C, tile_B), tl.float32)
     # Every parts-th tile: all programs together go through x from its beginning to its end. Two tiles at a time, so
-    # that enough loads are on their way, if there are registers.
-    AT_A_TIME: tl.constexpr = 1 if shifted or mask is not None else 2
+    # that enough loads are on their way, if there are registers for them.
+    AT_A_TIME: tl.constexpr = 1 if mask is not None else 2
     for tile in tl.range(part, tl.cdiv(A, tile_A) * tiles_B, parts, loop_unroll_factor=AT_A_TIME):
         at, loaded, inside, place = channel_tile(
             tile, group * tile_C, A, C, B, tiles_B, vector, shifted, tile_A, tile_C, tile_B

@@ -164,7 +164,7 @@ def watch_memory(device: torch.device) -> Callable[[], PeakMemory | None]:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return lambda: PeakMemory(torch.cuda.max_memory_allocated(device), "cuda allocated")
-    with suppress(OSError, AttributeError):
+    with suppress(OSError, AttributeError, TypeError):  # a C library other than GNU's; Windows
         # Memory freed by an earlier arm stays resident, and would hide the growth.
         ctypes.CDLL(None).malloc_trim(0)
     try:
