@@ -19,7 +19,7 @@ fake_collectives = pytest.mark.skipif(
 
 copied_stores = pytest.mark.skipif(
     not hasattr(torch.distributed.Store, "clone"),
-    reason="torch 2.6 has one connection to a store, which a wait blocks",
+    reason="torch 2.6 has one connection to a store",
 )
 sharded_on_cpus = pytest.mark.skipif(
     _torch_versions.VERSION < (2, 7), reason="torch 2.6 has no fully_shard on CPUs: its Stream has no record_event"
