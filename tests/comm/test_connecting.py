@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from failing import errors_of, net, step
+from versions import copied_stores
 
 import syncnorm
 from syncnorm.comm import exchange, frames
@@ -43,6 +44,7 @@ def _rank_1_fails_to_connect() -> tuple[list[str], float]:
         exchange._connect = real
 
 
+@copied_stores
 def test_a_rank_that_fails_to_connect_is_noticed_at_once():
     results = run_ranks(_rank_1_fails_to_connect, 3, timeout=40)
     for (error,), took in (results[0], results[2]):

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
+from versions import sharded_on_cpus
 
 import syncnorm
 from syncnorm.comm.call import observing
@@ -302,6 +303,7 @@ def _rank_sharded(order: str) -> State:
     return train(model, [mine(0), mine(1)])
 
 
+@sharded_on_cpus
 @pytest.mark.parametrize("order", ["convert, then shard", "shard, then convert"])
 def test_fully_shard_over_the_mesh_that_syncs(order):
     want = train(models.net().double(), [batch(0), batch(1)])

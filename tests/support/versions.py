@@ -11,10 +11,18 @@ one_graph = pytest.mark.skipif(
     not _torch_versions.ONE_GRAPH, reason="before torch 2.13 torch.compile breaks the graph at a synced layer"
 )
 
-# 2.11 has the kernel, 2.6 does not.
+# 2.11 has the kernel, 2.10 does not.
 fake_collectives = pytest.mark.skipif(
     not torch._C._dispatch_has_kernel_for_dispatch_key("c10d::_allgather_base_", "Meta"),
     reason="this torch has no collectives of fake tensors",
+)
+
+copied_stores = pytest.mark.skipif(
+    not hasattr(torch.distributed.Store, "clone"),
+    reason="torch 2.6 has one connection to a store",
+)
+sharded_on_cpus = pytest.mark.skipif(
+    _torch_versions.VERSION < (2, 7), reason="torch 2.6 has no fully_shard on CPUs: its Stream has no record_event"
 )
 
 
