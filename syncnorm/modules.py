@@ -43,7 +43,7 @@ class Synced:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The forward with its hooks; ``torch.fx`` records the call, as it does for the layers of ``torch.nn``."""
-        for argument in args or kwargs.values():
+        for argument in (*args, *kwargs.values()) if kwargs else args:
             if isinstance(argument, fx.Proxy):
                 return _call_when_traced(self, argument.tracer, args, kwargs)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]  # of nn.Module

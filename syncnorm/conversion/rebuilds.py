@@ -15,13 +15,16 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from syncnorm.comm.layer_names import Model
-from syncnorm.modules import Synced, TorchSyncBatchNorm
+from syncnorm.conversion.classes import has_own_forward
+from syncnorm.modules import SyncBatchNorm, Synced, TorchSyncBatchNorm
 
-# apex, mmcv: SyncBatchNorm; detectron2: NaiveSyncBatchNorm; segmentation libraries: SynchronizedBatchNorm2d.
-_SYNCHRONIZED = re.compile(r"Sync\w*(BatchNorm|BN)")
+# apex, mmcv: SyncBatchNorm, MMSyncBN; detectron2: NaiveSyncBatchNorm; others: SynchronizedBatchNorm2d. Not a layer
+# that contains a norm and more, such as SyncBNReLU.
+_SYNCHRONIZED = re.compile(r"(MM|Naive|Torch)?Sync(hronized)?(BatchNorm|BN)([123]d)?")
 
 _watching = False
 _warned: "weakref.WeakSet[Model]" = weakref.WeakSet()
+_warned_of: set[type] = set()  # classes that would have replaced layers which were constructed and not converted
 
 
 def watch() -> None:
@@ -32,23 +35,36 @@ def watch() -> None:
         _watching = True
 
 
-def takes_over(new: nn.Module, old: nn.Module) -> bool:
-    """Whether ``new`` was built from ``old``: a parameter or buffer of ``old`` is its own."""
-    kept = {id(tensor) for tensor in chain(old.parameters(), old.buffers())}
-    return any(id(tensor) in kept for tensor in chain(new.parameters(), new.buffers()))
+def child(parent: nn.Module, name: str) -> nn.Module | None:
+    """The module that is registered as ``name``."""
+    return dict(parent._modules.items()).get(name)  # those of a TorchScript module are no dictionary
+
+
+def rebuilds(new: nn.Module, old: nn.Module) -> bool:
+    """Whether ``new`` is ``old`` built anew as another class of batch norm.
+
+    It then has a parameter or buffer of ``old``, or both have none, and it has none of another name. A class of its
+    own that derives from torch's layer is one only if ``old`` has a forward of its own too, as timm's have.
+    """
+    exact = TorchSyncBatchNorm, SyncBatchNorm
+    derived = isinstance(new, exact) and type(new) not in exact
+    if derived and not has_own_forward(type(old)):
+        return False
+    kept, own = (dict(chain(m.named_parameters(), m.named_buffers())) for m in (old, new))
+    if not kept and not own:
+        return all(getattr(new, name, None) == getattr(old, name) for name in ("num_features", "eps", "momentum"))
+    ids = {id(tensor) for tensor in kept.values()}
+    return own.keys() <= kept.keys() and any(id(tensor) in ids for tensor in own.values())
 
 
 def _keep(parent: nn.Module, name: str, new: nn.Module | None) -> nn.Module | None:
     """The synced layer that ``new`` would replace in ``parent``, if ``new`` is another library's form of it."""
-    old = parent._modules.get(name)
+    old = child(parent, name)
     if not isinstance(old, Synced) or new is None or isinstance(new, Synced):
         return None
-    if not _is_synchronized(new) or not takes_over(new, old):
+    if not _is_synchronized(new) or not rebuilds(new, old):
         return None
-    model = old._sync_name and old._sync_name.model
-    if model not in _warned:
-        if model is not None:
-            _warned.add(model)
+    if _first_of_model(old, type(new)):
         warnings.warn(
             f"a converter to {type(new).__module__}.{type(new).__name__} leaves the layers alone that syncnorm has "
             f"synchronized already, {type(old).__name__} '{name}' of {type(parent).__name__} first; they keep their "
@@ -58,5 +74,16 @@ def _keep(parent: nn.Module, name: str, new: nn.Module | None) -> nn.Module | No
     return old
 
 
+def _first_of_model(layer: Synced, replacement: type) -> bool:
+    """Whether no layer of this one's model has been kept yet; of layers that were constructed, no layer at all."""
+    if layer._sync_name is None or layer._sync_name.built:
+        first = replacement not in _warned_of
+        _warned_of.add(replacement)
+    else:
+        first = layer._sync_name.model not in _warned
+        _warned.add(layer._sync_name.model)
+    return first
+
+
 def _is_synchronized(module: nn.Module) -> bool:
-    return isinstance(module, TorchSyncBatchNorm) or bool(_SYNCHRONIZED.search(type(module).__name__))
+    return isinstance(module, TorchSyncBatchNorm) or bool(_SYNCHRONIZED.fullmatch(type(module).__name__))

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from syncnorm.conversion.convert import convert
-from syncnorm.conversion.rebuilds import takes_over
+from syncnorm.conversion.rebuilds import child, rebuilds
 from syncnorm.modules import SyncBatchNorm, Synced, TorchSyncBatchNorm
 
 # What is set inside the context. torch.nn.modules.SyncBatchNorm stays: DistributedDataParallel looks there for the
@@ -76,11 +76,12 @@ def _convert_instead(parent: nn.Module, name: str, new: nn.Module | None) -> nn.
     For converters that construct layers themselves. timm's builds a subclass of torch's class for layers with an
     activation, which cannot be replaced by name.
     """
-    old = parent._modules.get(name)
+    old = child(parent, name)
     if not isinstance(new, SyncBatchNorm | TorchSyncBatchNorm) or not isinstance(old, _BatchNorm) or old is new:
         return None
-    if not takes_over(new, old):
+    if not rebuilds(new, old):
         return None
+    old.eps, old.momentum = new.eps, new.momentum
     if not isinstance(old, Synced):
         convert(old, process_group=new.process_group)
     return old if isinstance(old, Synced) else None

@@ -48,7 +48,7 @@ class _Sums(NamedTuple):
 # By kernel and by what a tile holds: the rows of a channel, rows that begin within a load, or neighboring channels.
 _SUMS = {
     ("moments", "rows"): _Sums(4096, (5, 8), 8),
-    ("moments", "shifted"): _Sums(4096, (6, 6), 8),
+    ("moments", "shifted"): _Sums(4096, (5, 6), 8),
     ("moments", "neighbors"): _Sums(4096, (4, 5), 8),
     ("sums", "rows"): _Sums(4096, (8, 8), 1),
     ("sums", "shifted"): _Sums(4096, (6, 8), 1),

@@ -54,7 +54,7 @@ def pack_sums(
     Returns:
         The row, (2C + 1), fp32; and ``dz``, the gradient of the shortcut, if ``y`` is given, else None.
     """
-    n = channel_tiles(x, "sums")
+    n = channel_tiles(x, "sums", small=mask is not None or y is not None)
     packed = torch.empty(2 * n.C + 1, dtype=torch.float32, device=x.device)
     partial = partial_sums(n.parts * 2 * n.C, x.device)
     dz = None if y is None else torch.empty_like(x)

@@ -86,7 +86,8 @@ def _moments_kernel(
     squares = tl.zeros((tile_A, tile_C, tile_B), tl.float32)
     # Every parts-th tile: all programs together go through x from its beginning to its end. Two tiles at a time, so
     # that enough loads are on their way, if there are registers for them.
-    AT_A_TIME: tl.constexpr = 1 if mask is not None else 2
+    HALF: tl.constexpr = x.dtype.element_ty != tl.float32
+    AT_A_TIME: tl.constexpr = 1 if mask is not None or (shifted and HALF) else 2
     for tile in tl.range(part, tl.cdiv(A, tile_A) * tiles_B, parts, loop_unroll_factor=AT_A_TIME):
         at, loaded, inside, place = channel_tile(
             tile, group * tile_C, A, C, B, tiles_B, vector, shifted, tile_A, tile_C, tile_B
@@ -98,7 +99,8 @@ def _moments_kernel(
         apart = value - origin
         if shifted or mask is not None:
             apart = tl.where(inside, apart, 0.0)
-        count += tl.where(inside, 1.0, 0.0)  # the conversion of a bool takes longer
+        # The same value; which form needs fewer registers depends on the layout.
+        count += tl.where(inside, 1.0, 0.0) if tile_B == 1 else inside.to(tl.float32)
         sum_ += apart
         squares += apart * apart
     mine = partial + part * 4 * C + channel

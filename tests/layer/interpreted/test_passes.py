@@ -539,11 +539,16 @@ def test_offsets_of_64_bits(A, C, B):
     _offsets_of_rows[(1,)](out, last, A, R, B, tile_A, tile_R)
     assert out.tolist() == [A * R - 1, C - 1, A * B - 1] if B > 1 else [A * R - 1, C - 1, A - 1]
     if B > 1:
-        for shifted in (False, True):
+        for shifted in (False, tile_A * C * B < 2**31):  # the offsets of shifted rows in a tile have 32 bits
             tiles_B = -(-B // 64)
             last = -(-A // tile_A) * tiles_B - 1
             _offsets_of_channels[(1,)](out, last, C - 1, A, C, B, tiles_B, shifted, tile_A, 64)
             assert out[:2].tolist() == [A * R - 1, A * B - 1]
+
+
+@pytest.mark.parametrize(("C", "B", "shifted"), [(4, 2**28 + 1, True), (4, 2**30 + 1, False), (2**20, 49, False)])
+def test_rows_are_shifted_where_offsets_in_a_tile_have_32_bits(C, B, shifted):
+    assert channel_tiles(torch.empty(8, C, B, dtype=torch.bfloat16, device="meta"), "sums").shifted == shifted
 
 
 @pytest.mark.parametrize("momentum", [0.3, None])
