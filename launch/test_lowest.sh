@@ -22,6 +22,8 @@ if [ ! "$venv/syncnorm-$torch" -nt pyproject.toml ]; then
         { echo "syncnorm: torch $torch could not be installed within ten minutes: its tests are skipped" && exit 0; }
 fi
 echo "syncnorm: running tests with torch $torch"
-# Numerics, checkpointing, torch.compile with breaks, conversion, training, collectives: what versions of torch change.
-exec "$venv/bin/python" -m pytest -n auto --dist worksteal -m "not slow" tests/layer tests/conversion tests/training \
-    tests/comm/test_{native,transports,groups,disagreement,no_process_group}.py "$@"
+# What versions of torch change: numerics, checkpointing, torch.compile with breaks, conversion, Join, collectives.
+exec "$venv/bin/python" -m pytest -n auto --dist worksteal -m "not slow" \
+    tests/layer/test_{layer,masks,checkpointing,compile_breaks,double_backward,native}.py \
+    tests/conversion/test_{conversion,forward_override,replacing}.py \
+    tests/training/test_join.py tests/comm/test_{native,disagreement}.py "$@"
