@@ -161,6 +161,7 @@ def test_what_was_not_measured_is_not_judged():
 
 @pytest.mark.parametrize("world_size", [1, 8])
 def test_a_fake_world_in_one_process(world_size, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("COLUMNS", "100")  # notes on one line
     monkeypatch.setitem(COPIED_BYTES, "cpu", 2**22)
     files = {name: tmp_path / f"out.{name}" for name in ("json", "csv")}
     arguments = ["layer", "--backend", "fake", "--world", str(world_size), "--device", "cpu", "--quick"]
