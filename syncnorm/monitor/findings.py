@@ -233,7 +233,7 @@ def _table(found: Findings) -> list[str]:
     columns = [
         (header, *cells)
         for header, *cells in zip(_HEADERS, *rows, strict=True)
-        if not nothing.get(header, set()).issuperset(cells)
+        if header not in nothing or not nothing[header].issuperset(cells)
     ]
     return _lines(columns)
 
