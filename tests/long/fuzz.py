@@ -11,9 +11,12 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "support"))  # where pytest finds it by itself
 from cases import Case, compare, laid_out, run_case, valid
 
 from syncnorm.testing import TOLERANCES, run_ranks
