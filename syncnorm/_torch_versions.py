@@ -79,8 +79,9 @@ def graph_break(function: F) -> F:
     """``function`` as one that ``torch.compile`` does not trace, where it could not (before 2.13)."""
     if ONE_GRAPH:
         return function
-    opaque: F = torch._disable_dynamo(function)  # type: ignore[attr-defined,assignment]  # torch.compiler.disable
-    return opaque  # would import the compiler here, and not at the first call
+    # Not torch.compiler.disable, which imports the compiler now; this does so at the first call.
+    opaque: F = torch._disable_dynamo(function)  # type: ignore[attr-defined,assignment]  # not in torch's stubs
+    return opaque
 
 
 def register_ordered(operator: Any) -> None:
@@ -138,8 +139,9 @@ else:  # 2.6 cannot ask for them: they are noted as they come and go
             _entered.pairs.pop()
         _exit(self, *args)
 
-    saved_tensors_hooks.__enter__ = _noting_enter  # type: ignore[method-assign]  # on purpose
-    saved_tensors_hooks.__exit__ = _noting_exit  # type: ignore[method-assign]  # on purpose
+    # Replaced on the class: checkpointing and offloading use subclasses, which inherit these methods.
+    saved_tensors_hooks.__enter__ = _noting_enter  # type: ignore[method-assign]  # 2.6 has no other way to ask
+    saved_tensors_hooks.__exit__ = _noting_exit  # type: ignore[method-assign]  # as above
 
     def top_saved_tensors_hooks() -> tuple[Any, Any] | None:
         """The innermost pair of saved-tensor hooks of this thread; None outside of any, or if they are disabled."""

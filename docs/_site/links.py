@@ -65,7 +65,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         return f"{config.extra['repository']}/{kind}/main/{file.relative_to(ROOT).as_posix()}{anchor}"
 
     if not re.search(r"^## ", markdown, re.MULTILINE):
-        page.meta.setdefault("hide", ["toc"])  # an empty column beside a wide table
+        page.meta.setdefault("hide", ["toc"])  # otherwise an empty column takes space from wide tables
 
     def change(text: str) -> str:
         text = DRAWING.sub(lambda match: _inline(place.parent / match[1]), text)

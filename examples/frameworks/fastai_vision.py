@@ -47,14 +47,17 @@ class Report(Callback):
 
     order = 9
 
-    def before_fit(self) -> None:  # noqa: D102
+    def before_fit(self) -> None:
+        """Starts an empty list."""
         self.losses = []
 
-    def after_batch(self) -> None:  # noqa: D102
+    def after_batch(self) -> None:
+        """Keeps the loss of a training batch."""
         if self.training:
             self.losses.append(self.learn.loss)
 
-    def after_fit(self) -> None:  # noqa: D102
+    def after_fit(self) -> None:
+        """Prints, before the callback of a higher order reverts the layers."""
         report(self.learn.model, self.losses)
 
 

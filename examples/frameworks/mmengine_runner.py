@@ -37,13 +37,16 @@ class Report(Hook):
 
     priority = "HIGHEST"  # its after_train comes before that of SyncNorm
 
-    def before_train(self, runner: Runner) -> None:  # noqa: D102
+    def before_train(self, runner: Runner) -> None:
+        """Starts an empty list."""
         self.losses = []
 
-    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: object, outputs: dict) -> None:  # noqa: D102
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: object, outputs: dict) -> None:
+        """Keeps the loss."""
         self.losses.append(outputs["loss"])
 
-    def after_train(self, runner: Runner) -> None:  # noqa: D102
+    def after_train(self, runner: Runner) -> None:
+        """Prints."""
         report(runner.model, self.losses)
 
 

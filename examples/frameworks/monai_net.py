@@ -1,7 +1,7 @@
 """MONAI: a name for the synchronized layer that every network of MONAI accepts as its ``norm``.
 
-What it shows: ``Norm.add_factory_callable`` adds "syncnorm" beside MONAI's own "batch" and "instance"; a 3-D UNet
-               built with it trains on one volume per rank, where local batch statistics are poorest.
+What it shows: ``Norm.add_factory_callable`` adds "syncnorm" to MONAI's norm types, next to "batch" and "instance"; a
+               3-D UNet built with it trains on one volume per rank, where local batch statistics are poorest.
 How to start:  torchrun --nproc-per-node 2 examples/frameworks/monai_net.py
 Needs: monai.
 """

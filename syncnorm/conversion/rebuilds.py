@@ -43,8 +43,8 @@ def child(parent: nn.Module, name: str) -> nn.Module | None:
 def rebuilds(new: nn.Module, old: nn.Module) -> bool:
     """Whether ``new`` is ``old`` built anew as another class of batch norm.
 
-    It then has a parameter or buffer of ``old``, or both have none, and it has none of another name. A class of its
-    own that derives from torch's layer is one only if ``old`` has a forward of its own too, as timm's have.
+    It then shares a parameter or buffer with ``old`` (or neither has any) and has no additional ones. A subclass of
+    torch's layer counts only if ``old`` has a forward of its own as well, as timm's layers with an activation do.
     """
     exact = TorchSyncBatchNorm, SyncBatchNorm
     derived = isinstance(new, exact) and type(new) not in exact
@@ -59,10 +59,10 @@ def rebuilds(new: nn.Module, old: nn.Module) -> bool:
 
 def _keep(parent: nn.Module, name: str, new: nn.Module | None) -> nn.Module | None:
     """The synced layer that ``new`` would replace in ``parent``, if ``new`` is another library's form of it."""
-    old = child(parent, name)
-    if not isinstance(old, Synced) or new is None or isinstance(new, Synced):
+    if new is None or isinstance(new, Synced) or not _is_synchronized(new):  # first: most modules end here
         return None
-    if not _is_synchronized(new) or not rebuilds(new, old):
+    old = child(parent, name)
+    if not isinstance(old, Synced) or not rebuilds(new, old):
         return None
     if _first_of_model(old, type(new)):
         warnings.warn(

@@ -76,10 +76,10 @@ def _convert_instead(parent: nn.Module, name: str, new: nn.Module | None) -> nn.
     For converters that construct layers themselves. timm's builds a subclass of torch's class for layers with an
     activation, which cannot be replaced by name.
     """
-    old = child(parent, name)
-    if not isinstance(new, SyncBatchNorm | TorchSyncBatchNorm) or not isinstance(old, _BatchNorm) or old is new:
+    if not isinstance(new, SyncBatchNorm | TorchSyncBatchNorm):
         return None
-    if not rebuilds(new, old):
+    old = child(parent, name)
+    if not isinstance(old, _BatchNorm) or old is new or not rebuilds(new, old):
         return None
     old.eps, old.momentum = new.eps, new.momentum
     if not isinstance(old, Synced):

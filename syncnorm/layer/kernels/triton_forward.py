@@ -105,7 +105,8 @@ def _moments_kernel(
         squares += apart * apart
     mine = partial + part * 4 * C + channel
     total = sum_over_tile(count)
-    tl.store(mine, total, mask=exists)  # here: Triton 3.6 moves what a later store needs to before its definition
+    # Stored at once: Triton 3.6 cannot compile this kernel for some shapes if the store comes after the other sums.
+    tl.store(mine, total, mask=exists)
     per_value = 1.0 / tl.maximum(total, 1.0)
     if mask is not None:  # from one origin per thread to one per channel
         common = sum_over_tile(count * origin) * per_value
