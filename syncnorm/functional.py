@@ -23,7 +23,7 @@ from syncnorm._torch_versions import graph_break
 from syncnorm.comm import process_groups
 from syncnorm.comm.process_groups import ProcessGroupLike
 from syncnorm.errors import REFUSED, InputError, SyncNormError
-from syncnorm.layer import checkpointing, checks, device_step, func_transforms, local
+from syncnorm.layer import checkpointing, checks, device_step, func_transforms, in_step, local, micro_batches
 from syncnorm.layer.arguments import NoGradArgs, Sync
 from syncnorm.layer.autograd import SyncBatchNormFunction, has_own_class, plain_tensor
 from syncnorm.layer.moments import Running
@@ -136,7 +136,7 @@ def batch_norm_over(
             sync, running = Sync(None, sync.layer_name), None
         checks.check_training(input, weight, bias, running, eps, sync.group is not None, mask is not None)
         args = NoGradArgs(eps, Sync(sync.group, sync.layer_name, checkpointing.graph_owners()), None, running)
-        if device_step.applies(input, weight, bias, residual, mask, args):
+        if not _in_step() and device_step.applies(input, weight, bias, residual, mask, args):
             return device_step.batch_norm(input, weight, bias, residual, mask, relu, args)
     if mask is not None:
         padding = ~mask.expand(input.size(0), *input.shape[2:]).unsqueeze(1)
@@ -158,10 +158,14 @@ def _in_training(
     residual: Tensor | None,
     relu: bool,
 ) -> Tensor:
-    """The path for this call: local, compiled, under ``torch.func``, or the usual one."""
-    # A checkpointed forward under no_sync_stats may be recomputed outside of it, and must be recognized there.
+    """The path for this call: in step, local, compiled, under ``torch.func``, or the usual one."""
+    # A checkpointed forward under no_sync_stats may be recomputed outside of it, and must be recognized there; so
+    # must that of a micro-batch that ran in step with others.
     unsynced_checkpoint = bool(args.sync.graph_owners) and not process_groups.syncing()
-    if args.sync.group is None and args.padding is None and not unsynced_checkpoint:
+    recognized = unsynced_checkpoint or checkpointing.recomputes_in_step(args.sync.layer_name)
+    if _in_step():
+        output = in_step.batch_norm(input, weight, bias, args)
+    elif args.sync.group is None and args.padding is None and not recognized:
         output = local.batch_norm(input, weight, bias, args)
     elif torch.compiler.is_compiling():
         from syncnorm.layer import compiled  # not at the top: it imports the compiler, which takes two seconds
@@ -172,6 +176,11 @@ def _in_training(
     else:
         output = SyncBatchNormFunction.apply(input, weight, bias, args)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return add_and_rectify(output, residual, relu)
+
+
+def _in_step() -> bool:
+    """Whether this is a call for one of several micro-batches of this process that run in step."""
+    return not torch.compiler.is_compiling() and micro_batches.current() is not None
 
 
 def running_of(

@@ -5,8 +5,8 @@ Rebuilding it as another class would lose that, so its forward runs unchanged un
 intercepts this one call.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from syncnorm import functional
 from syncnorm._torch_versions import graph_break
 from syncnorm.comm import process_groups
 from syncnorm.conversion.baselines import check_instances
-from syncnorm.layer import checkpointing
+from syncnorm.layer import checkpointing, micro_batches
 from syncnorm.modules import Synced, warn_under_data_parallel
 
 NOT_CALLED = "did not call F.batch_norm in training"
@@ -127,17 +127,19 @@ class SyncOverrideMixin(Synced):
         group = process_groups.synced_group(self.process_group)
         name = self.sync_name(group)
 
+        tracked = [layer.num_batches_tracked for layer in (self, *self._sync_inner)]
+        counts = _BatchCounters([count for count in tracked if count is not None])
         calls: list[str | None] = []  # per call, the name of the synced layer; None if it was not synchronized
 
         def norm(*args: Any, **kwargs: Any) -> Tensor:
             calls.append(name)
-            return functional.sync_batch_norm(*args, **kwargs, process_group=self.process_group, layer_name=name)
+            with counts.of_one_batch():
+                return functional.sync_batch_norm(*args, **kwargs, process_group=self.process_group, layer_name=name)
 
         def fallback(*args: Any, **kwargs: Any) -> Tensor:
-            return _sync_inner_layer(self, calls, *args, **kwargs)
+            with counts.of_one_batch():
+                return _sync_inner_layer(self, calls, *args, **kwargs)
 
-        tracked = [layer.num_batches_tracked for layer in (self, *self._sync_inner)]
-        counts = _BatchCounters([count for count in tracked if count is not None])
         try:
             with OverrideBatchNorm(self, norm, fallback), counts.with_records():
                 output = super().forward(input, *args, **kwargs)  # type: ignore[misc]  # the class after the mix-in has it
@@ -159,11 +161,23 @@ class _BatchCounters:
     def __init__(self, counts: list[Tensor]):
         self._counts = counts
         self._before = [count.clone() for count in counts]
+        self._later = False  # whether this is not the first of micro-batches that run in step
         self.records: list[checkpointing.ForwardStatistics] = []  # of checkpointed forwards
 
     def with_records(self) -> AbstractContextManager[None]:
         """Collects the records of checkpointed forwards while the layer's forward runs."""
         return nullcontext() if torch.compiler.is_compiling() else checkpointing.recording(self.records)
+
+    @contextmanager
+    def of_one_batch(self) -> Iterator[None]:
+        """Around a call in which micro-batches may wait for each other: of them only the first counts."""
+        micro_batch = None if torch.compiler.is_compiling() else micro_batches.current()
+        self._later = micro_batch is not None and micro_batch.index > 0
+        if self._later:
+            self._restore()
+        yield
+        if self._later:
+            self._before = [count.clone() for count in self._counts]
 
     def finish(self, failed: bool = False) -> None:
         """Restores the counters after a forward that must not increment them."""
@@ -171,14 +185,17 @@ class _BatchCounters:
         if checkpointing.in_backward():
             restore = all(record.counted for record in self.records)
         else:
-            restore = failed or not process_groups.syncing()
+            restore = failed or self._later or not process_groups.syncing()
         if restore:
-            for count, before in zip(self._counts, self._before, strict=True):
-                count.copy_(before)
+            self._restore()
         elif self.records:
             counted = any(bool(count != before) for count, before in zip(self._counts, self._before, strict=True))
             for record in self.records:
                 record.counted = record.counted or counted
+
+    def _restore(self) -> None:
+        for count, before in zip(self._counts, self._before, strict=True):
+            count.copy_(before)
 
 
 def _sync_inner_layer(layer: Any, calls: list[str | None], *args: Any, **kwargs: Any) -> Tensor:

@@ -47,9 +47,11 @@ class ForwardCall(NamedTuple):
         group: as of `Sync`. The graph owners are left out: a graph that held them would never be freed.
         layer_name: as of `Sync`.
         number: of the forward among all calls over the group.
+        in_step: whether it was the forward of micro-batches that run in step; see ``layer.in_step``.
     """
 
     total_count: Count
     group: dist.ProcessGroup | None
     layer_name: str
     number: int
+    in_step: bool = False

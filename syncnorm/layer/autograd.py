@@ -11,11 +11,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from syncnorm import comm
+from syncnorm.errors import SyncNormError
 from syncnorm.layer import checkpointing, kernels, native_step
 from syncnorm.layer.arguments import ForwardCall, NoGradArgs
 from syncnorm.layer.double_backward import double_backward
 from syncnorm.layer.global_moments import global_moments
 from syncnorm.layer.moments import statistics_dtype
+
+ONLY_ONE_BACKWARD = (
+    "torch.utils.checkpoint with use_reentrant=True runs a backward of its own for each micro-batch, but those that "
+    "run in step share one. Pass use_reentrant=False"
+)
 
 
 def forward(
@@ -101,6 +107,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
         checkpointing.backward_begins()
         dy = plain_tensor(dy)
         try:
+            if ctx.call.in_step:
+                raise SyncNormError(ONLY_ONE_BACKWARD)
             input, weight, *statistics = ctx.saved_tensors
             call, bias_dtype, needed = ctx.call, ctx.bias_dtype, ctx.needs_input_grad
             differentiated = torch.is_grad_enabled()  # create_graph=True: the backward needs a derivative in turn

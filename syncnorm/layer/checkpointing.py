@@ -180,6 +180,13 @@ def known(layer_name: str) -> bool:
     return bool(_remembered[layer_name])
 
 
+def recomputes_in_step(layer_name: str) -> bool:
+    """Whether this is a recomputation, and the layer's first runs were those of micro-batches that ran in step."""
+    return in_backward() and any(
+        record and record.call.in_step for record in (ref() for ref in _remembered[layer_name])
+    )
+
+
 def only_candidate(layer_name: str, channels: int, local_count: int) -> ForwardStatistics | None:
     """The record of the layer's first run in the segment that is being recomputed, if the segment has only one.
 

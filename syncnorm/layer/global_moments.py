@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from syncnorm import comm
+from syncnorm.errors import SyncNormError
 from syncnorm.layer import checkpointing, global_sums, kernels, moments
 from syncnorm.layer.arguments import ForwardCall, Sync
 from syncnorm.layer.checks import check_count
@@ -55,6 +56,11 @@ def global_moments(
             first = checkpointing.lookup(sync.layer_name, fingerprint, local_count, moves)
         if first is not None:
             return first, first.complete(running, moves, counts)
+        if checkpointing.recomputes_in_step(sync.layer_name):
+            raise SyncNormError(
+                f"a checkpoint has recomputed a forward of {sync.layer_name} with an input that none of the "
+                f"micro-batches of its first run had: the checkpointed function must compute the same again"
+            )
         if sync.group is None and checkpointing.known(sync.layer_name):
             running = None  # the input is too far from the first one to be recognized, but was counted then
     (merged_mean, merged_invstd, var, total), number = _merged(local, eps, sync, running)

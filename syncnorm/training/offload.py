@@ -1,0 +1,61 @@
+"""Keeps what a backward needs in host memory until then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+
+
+class _OnHost(NamedTuple):
+    copy: Tensor
+    device: torch.device
+
+
+class OffloadedTensors:
+    """Hooks of saved tensors that move them from their device to host memory, and back when the backward needs them.
+
+    Unlike ``torch.autograd.graph.save_on_cpu`` it leaves parameters and buffers where they are, and copies a tensor
+    that several operations save once. Copies use pinned memory and the stream of the computation, so the host waits
+    for none.
+
+    Args:
+        stays: tensors that stay on their device.
+    """
+
+    def __init__(self, stays: Iterable[Tensor]):
+        self._stays = {tensor.untyped_storage()._cdata for tensor in stays}
+        # By storage and view: a weak reference keeps the address from being used again, and the copy.
+        self._copies: dict[tuple[Any, ...], tuple[StorageWeakRef, Tensor]] = {}
+
+    def hooks(self) -> saved_tensors_hooks:
+        """A context in whose thread tensors are moved."""
+        return saved_tensors_hooks(self._pack, _unpack)
+
+    def forget(self) -> None:
+        """Drops the table of copies; the graph keeps those that it needs."""
+        self._copies.clear()
+
+    def _pack(self, tensor: Tensor) -> Tensor | _OnHost:
+        if tensor.device.type == "cpu" or tensor.layout != torch.strided:
+            return tensor
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._stays:
+            return tensor
+        key = (
+            storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version,
+        )  # fmt: skip
+        reference, copy = self._copies.get(key, (None, None))
+        if reference is None or reference.expired() or copy is None:  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            copy.copy_(tensor, non_blocking=True)
+            self._copies[key] = StorageWeakRef(storage), copy  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return _OnHost(copy, tensor.device)
+
+
+def _unpack(packed: Tensor | _OnHost) -> Tensor:
+    return packed.copy.to(packed.device, non_blocking=True) if isinstance(packed, _OnHost) else packed
