@@ -215,4 +215,6 @@ def count_nodes_to(nodes: int) -> None:
     if missing > 0 and not torch.is_inference_mode_enabled():
         with torch.enable_grad():
             scalar = torch.zeros((), device="cpu", requires_grad=True)
-            torch.broadcast_tensors(*[scalar] * missing, torch.empty(2, device="cpu"))  # one node for each  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            larger = torch.empty(2, device="cpu")
+            # One node for each copy.
+            torch.broadcast_tensors(*[scalar] * missing, larger)  # type: ignore[no-untyped-call]  # torch leaves it untyped
