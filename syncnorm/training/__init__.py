@@ -1,7 +1,8 @@
-"""Distributed training around the layer: uneven inputs, precise batch norm, merged running statistics."""
+"""Training around the layer: uneven inputs, precise batch norm, merged statistics, gradient accumulation."""
 
+from syncnorm.layer.window import end_window
 from syncnorm.training.buffers import merge_buffers
 from syncnorm.training.join import joinable
 from syncnorm.training.recalibration import recalibrate
 
-__all__ = ["joinable", "merge_buffers", "recalibrate"]
+__all__ = ["end_window", "joinable", "merge_buffers", "recalibrate"]
