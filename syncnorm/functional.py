@@ -27,7 +27,7 @@ from syncnorm.layer import checkpointing, checks, device_step, func_transforms, 
 from syncnorm.layer.arguments import NoGradArgs, Sync
 from syncnorm.layer.autograd import SyncBatchNormFunction, has_own_class, plain_tensor
 from syncnorm.layer.moments import Running
-from syncnorm.layer.window import Window
+from syncnorm.layer.window import IN_GRAPH, Window
 
 
 @graph_break
@@ -135,6 +135,8 @@ def batch_norm_over(
     checks.check_residual(input, residual)
     args, padding = None, None
     if training:
+        if sync.window is not None and torch.compiler.is_compiling():
+            raise InputError(f"{sync.layer_name}: {IN_GRAPH}")
         if not process_groups.syncing():
             sync, running = Sync(None, sync.layer_name), None  # and no window
         checks.check_training(input, weight, bias, running, eps, sync.group is not None, mask is not None)

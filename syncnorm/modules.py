@@ -14,13 +14,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from syncnorm import comm, functional
-from syncnorm._torch_versions import BATCH_NORM_TAKES_BIAS, graph_break
+from syncnorm._torch_versions import BATCH_NORM_TAKES_BIAS, graph_break, outside_of_graphs
 from syncnorm.comm import process_groups
 from syncnorm.comm.layer_names import LayerName, Model
 from syncnorm.comm.process_groups import ProcessGroupLike
 from syncnorm.errors import SyncNormError
 from syncnorm.layer import checks
 from syncnorm.layer.arguments import Sync
+from syncnorm.layer.window import IN_GRAPH as WINDOW_IN_GRAPH
 from syncnorm.layer.window import Window, window_of
 
 M = TypeVar("M", bound=nn.Module)
@@ -48,6 +49,8 @@ class Synced:
         for argument in (*args, *kwargs.values()) if kwargs else args:
             if isinstance(argument, fx.Proxy):
                 return _call_when_traced(self, argument.tracer, args, kwargs)
+        if self._sync_window is not None and torch.compiler.is_compiling() and self.training:  # type: ignore[attr-defined]  # of nn.Module
+            return outside_of_graphs(WINDOW_IN_GRAPH, super().__call__, *args, **kwargs)  # type: ignore[misc]  # as above
         return super().__call__(*args, **kwargs)  # type: ignore[misc]  # of nn.Module
 
     def __prepare_scriptable__(self) -> nn.Module:

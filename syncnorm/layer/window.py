@@ -29,6 +29,10 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from syncnorm.layer.moments import Count, Running, update_running_
 
 ATTRIBUTE = "_sync_window"  # of a synced layer
+IN_GRAPH = (
+    "a synced layer accumulates statistics over micro-batches, which no graph can hold: compile without fullgraph, "
+    "or turn it off by syncnorm.convert(model, accumulate=1)"
+)
 
 
 class ConvertedModel:
@@ -102,12 +106,21 @@ class Window:
         row = self._row
         if row is not None and (row.numel() != 2 * mean.numel() or row.device != mean.device):
             self.end()
-        same = self.model.backwards == self._backwards and any(graph() is not None for graph in self._graphs)
-        number = self._micro_batches if same else self._micro_batches + 1
+        number = self._next()
         if number > self.size:
             self.end()
             number = 1
         return number
+
+    def _next(self) -> int:
+        """The number of the micro-batch of the next call, were the window not limited."""
+        same = self.model.backwards == self._backwards and any(graph() is not None for graph in self._graphs)
+        return self._micro_batches if same else self._micro_batches + 1
+
+    @property
+    def continues(self) -> bool:
+        """Whether the running statistics contain micro-batches of the window to which the next call belongs."""
+        return bool(self._tracked) and self._next() <= self.size
 
     def with_earlier(self, rows: Tensor, counts: Sequence[int] | Tensor) -> tuple[Tensor, Sequence[int] | Tensor]:
         """The moments (W, 2C) and counts of all ranks, and behind them those of the earlier micro-batches.
@@ -155,11 +168,6 @@ class Window:
         update_running_(running, mean, var, count, moves, counts)
         self._tracked |= {name: (earlier[name], buffer.clone()) for name, buffer in buffers.items()}
 
-    @property
-    def tracks(self) -> bool:
-        """Whether the running statistics already contain micro-batches of the window."""
-        return bool(self._tracked)
-
     def belongs_to(self, parameters: set[int], models: dict[ConvertedModel, bool]) -> bool:
         """Whether the window ends when an optimizer with these parameters, given by their ids, steps.
 
@@ -183,7 +191,7 @@ _open: "weakref.WeakSet[Window]" = weakref.WeakSet()  # all that have gathered s
 
 def window_of(layer: nn.Module) -> Window | None:
     """The window of a layer whose forward runs; None if it has none."""
-    window: Window | None = getattr(layer, ATTRIBUTE)
+    window: Window | None = getattr(layer, ATTRIBUTE, None)
     if window is not None and window._layer is None:
         window._layer = weakref.ref(layer)
     return window
