@@ -10,9 +10,10 @@ micro-batch of a window sees the statistics of the whole batch, the first only i
 The weights do not change within a window, so earlier statistics need no correction. The running statistics are kept
 as if the micro-batches so far were one batch: at the end of a window they have been updated once, by all of it.
 
-Source: Bochkovskiy, Wang, Liao, "YOLOv4" (2020), section 3.3 and figure 4, which names it cross mini-batch
-normalization. It is equations 10 and 11 of Yao et al., "Cross-Iteration Batch Normalization" (CVPR 2021), with the
-statistics of earlier iterations as they are: the Taylor terms of equations 7 and 8 vanish with the change of weights.
+Source: Bochkovskiy, Wang, Liao, "YOLOv4" (2020), section 3.3 and figure 4: cross mini-batch normalization. Yao et al.,
+"Cross-Iteration Batch Normalization" (CVPR 2021), pool over optimizer steps as well, and correct earlier statistics
+by a Taylor expansion in the weights, whose terms are zero here. They average the statistics of iterations; here these
+are merged by their counts, by Chan's formula (``moments.merge``).
 """
 
 import copy
