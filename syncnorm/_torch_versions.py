@@ -91,7 +91,7 @@ def outside_of_graphs(reason: str, function: Callable[..., Any], *args: Any, **k
     return _untraced(function, *args, **kwargs)
 
 
-@torch._disable_dynamo  # type: ignore[attr-defined,untyped-decorator]  # as in graph_break
+@torch._disable_dynamo  # type: ignore[attr-defined]  # as in graph_break
 def _untraced(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 

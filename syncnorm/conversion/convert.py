@@ -81,9 +81,9 @@ def convert(
         ``model``; the new layer if ``model`` itself is a batch norm and ``to`` is a norm without communication.
 
     Raises:
-        InputError: wrong options, an ``accumulate`` that is no positive int, a ``num_groups`` that does not divide a layer's channels, a class that is
-            derived from that of a fused block, or a ``transport`` for a group whose ranks have connected in another
-            way, or before there is a group; nothing was changed.
+        InputError: wrong options, an ``accumulate`` that is no positive int, a ``num_groups`` that does not divide a
+            layer's channels, a class that is derived from that of a fused block, or a ``transport`` for a group
+            whose ranks have connected in another way, or before there is a group; nothing was changed.
 
     Warns:
         UserWarning: once with the names of the layers that cannot be converted and stay unchanged, and once with

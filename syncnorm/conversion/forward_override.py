@@ -139,7 +139,9 @@ class SyncOverrideMixin(Synced):
         def fallback(*args: Any, **kwargs: Any) -> Tensor:
             return _sync_inner_layer(self, calls, *args, **kwargs)
 
-        counts = _BatchCounters([layer for layer in (self, *self._sync_inner) if layer.num_batches_tracked is not None])
+        counts = _BatchCounters(
+            [layer for layer in (self, *self._sync_inner) if layer.num_batches_tracked is not None]
+        )
         try:
             with OverrideBatchNorm(self, norm, fallback), counts.with_records():
                 output = super().forward(input, *args, **kwargs)  # type: ignore[misc]  # the class after the mix-in has it
@@ -187,7 +189,9 @@ class _BatchCounters:
             for count, before in zip(self._counts, self._before, strict=True):
                 count.copy_(before)
         elif self.records:
-            counted = bool(self._again) or any(bool(count != before) for count, before in zip(self._counts, self._before, strict=True))
+            counted = bool(self._again) or any(
+                bool(count != before) for count, before in zip(self._counts, self._before, strict=True)
+            )
             for record in self.records:
                 record.counted = record.counted or counted
 

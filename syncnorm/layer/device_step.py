@@ -40,7 +40,12 @@ def applies(
     args: NoGradArgs,
 ) -> bool:
     """Whether the kernels can read and write these tensors, and the group's own collectives carry the statistics."""
-    if torch.compiler.is_compiling() or args.sync.group is None or args.sync.window is not None or not launch.passes_available(input.device):
+    if (
+        torch.compiler.is_compiling()
+        or args.sync.group is None
+        or args.sync.window is not None
+        or not launch.passes_available(input.device)
+    ):
         return False
     return (
         torch._C._functorch.peek_interpreter_stack() is None

@@ -100,9 +100,10 @@ def _merged(
         merged = global_sums.from_sums(summed, eps, native.tag_sum, native.mismatch, native.reported, running)
         if micro_batch == 0:
             return merged, native.number
-        rows, counts, number = torch.cat(merged[:2]).unsqueeze(0), summed[:1].view(1, 1), native.number
+        gathered = comm.Gathered(torch.cat(merged[:2]).unsqueeze(0), summed[:1].view(1, 1), native.number)
     else:
-        rows, counts, number = comm.gather_moments((mean, invstd), count, eps, group, name, native, micro_batch)
+        gathered = comm.gather_moments((mean, invstd), count, eps, group, name, native, micro_batch)
+    rows, counts, number = gathered
     if sync.window is not None and micro_batch > 0:
         rows, counts = sync.window.with_earlier(rows, counts)
     check_count(counts, count)

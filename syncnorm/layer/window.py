@@ -10,10 +10,10 @@ micro-batch of a window sees the statistics of the whole batch, the first only i
 The weights do not change within a window, so earlier statistics need no correction. The running statistics are kept
 as if the micro-batches so far were one batch: at the end of a window they have been updated once, by all of it.
 
-Source: Bochkovskiy, Wang, Liao, "YOLOv4" (2020), section 3.3 and figure 4: cross mini-batch normalization. Yao et al.,
-"Cross-Iteration Batch Normalization" (CVPR 2021), pool over optimizer steps as well, and correct earlier statistics
-by a Taylor expansion in the weights, whose terms are zero here. They average the statistics of iterations; here these
-are merged by their counts, by Chan's formula (``moments.merge``).
+Source: Bochkovskiy, Wang, Liao, "YOLOv4" (2020), section 3.3 and figure 4: cross mini-batch normalization. Yao et
+al., "Cross-Iteration Batch Normalization" (CVPR 2021), pool over optimizer steps as well, and correct earlier
+statistics by a Taylor expansion in the weights, whose terms are zero here. They average the statistics of iterations;
+here these are merged by their counts, by Chan's formula (``moments.merge``).
 """
 
 import copy
@@ -190,7 +190,7 @@ class Window:
 _open: "weakref.WeakSet[Window]" = weakref.WeakSet()  # all that have gathered something
 
 
-def window_of(layer: nn.Module) -> Window | None:
+def window_of(layer: Any) -> Window | None:
     """The window of a layer whose forward runs; None if it has none."""
     window: Window | None = getattr(layer, ATTRIBUTE, None)
     if window is not None and window._layer is None:

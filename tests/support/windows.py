@@ -119,4 +119,3 @@ def check(case: Windows) -> None:
 def rows_of(x: Tensor, mask: Tensor | None) -> Tensor:
     """The values that count, as (values, C)."""
     return valid(x, torch.ones((), dtype=torch.bool) if mask is None else mask).detach()
-
