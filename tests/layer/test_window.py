@@ -37,7 +37,7 @@ from syncnorm.training import end_window
         Windows((((4, 3), (2, 5)), ((1, 1), (2, 2))), track=False),
         Windows((((4, 3), (2, 5), (3, 3)),), dtype="float32"),
         Windows((((4,), (2,), (3,)), ((3,),)), dtype="float32", layout="channels_last"),
-        Windows((((4, 3), (2, 5), (3, 3)),), dtype="float32", mean=100.0),
+        Windows((((4, 3), (2, 5), (3, 3)),), dtype="float32", mean=8.0),
         Windows((((4, 3), (2, 5)),), dtype="bfloat16", layout="channels_last"),
         Windows((((4,), (2,)),), dtype="float16"),
     ],
