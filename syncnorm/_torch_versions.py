@@ -84,6 +84,18 @@ def graph_break(function: F) -> F:
     return opaque
 
 
+def outside_of_graphs(reason: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls ``function``, called while ``torch.compile`` traces: the graph breaks, for ``reason``."""
+    if ONE_GRAPH:  # before, the layer's forward is a graph break itself, and 2.6 takes no reason
+        torch._dynamo.graph_break(msg=reason)
+    return _untraced(function, *args, **kwargs)
+
+
+@torch._disable_dynamo  # type: ignore[attr-defined]  # as in graph_break
+def _untraced(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
 def register_ordered(operator: Any) -> None:
     """Makes a graph keep all calls of a custom operator, in order."""
     if not ONE_GRAPH:

@@ -27,6 +27,7 @@ from syncnorm.layer import checkpointing, checks, device_step, func_transforms, 
 from syncnorm.layer.arguments import NoGradArgs, Sync
 from syncnorm.layer.autograd import SyncBatchNormFunction, has_own_class, plain_tensor
 from syncnorm.layer.moments import Running
+from syncnorm.layer.window import IN_GRAPH, Window
 
 
 @graph_break
@@ -46,6 +47,7 @@ def sync_batch_norm(
     relu: bool = False,
     num_batches_tracked: Tensor | None = None,
     layer_name: str = "sync_batch_norm",
+    window: Window | None = None,
 ) -> Tensor:
     """``F.batch_norm`` over the batches of all ranks, as if they were one.
 
@@ -68,6 +70,7 @@ def sync_batch_norm(
             (``syncnorm.layer.device_step``); elsewhere sum and ReLU work in place.
         num_batches_tracked: int64 scalar, incremented in training unless all ranks are empty.
         layer_name: the name by which ranks distinguish their calls and errors name the layer.
+        window: the earlier micro-batches of a layer that was converted with ``accumulate``; None for none.
 
     Returns:
         Like ``input``: same shape, dtype and memory format.
@@ -95,7 +98,7 @@ def sync_batch_norm(
         checks.check_input(input)
         checks.check_mask(input, mask)
         running = running_of(running_mean, running_var, num_batches_tracked, momentum)
-        sync = Sync(group, layer_name)
+        sync = Sync(group, layer_name, window=window)
         return batch_norm_over(
             input, weight, bias, running,
             training=training, eps=eps, sync=sync, mask=mask, residual=residual, relu=relu,
@@ -132,11 +135,13 @@ def batch_norm_over(
     checks.check_residual(input, residual)
     args, padding = None, None
     if training:
+        if sync.window is not None and torch.compiler.is_compiling():
+            raise InputError(f"{sync.layer_name}: {IN_GRAPH}")
         if not process_groups.syncing():
-            sync, running = Sync(None, sync.layer_name), None
+            sync, running = Sync(None, sync.layer_name), None  # and no window
         checks.check_training(input, weight, bias, running, eps, sync.group is not None, mask is not None)
-        args = NoGradArgs(eps, Sync(sync.group, sync.layer_name, checkpointing.graph_owners()), None, running)
-        if not _in_step() and device_step.applies(input, weight, bias, residual, mask, args):
+        args = NoGradArgs(eps, sync._replace(graph_owners=checkpointing.graph_owners()), None, running)
+        if micro_batches.current() is None and device_step.applies(input, weight, bias, residual, mask, args):
             return device_step.batch_norm(input, weight, bias, residual, mask, relu, args)
     if mask is not None:
         padding = ~mask.expand(input.size(0), *input.shape[2:]).unsqueeze(1)
@@ -163,9 +168,10 @@ def _in_training(
     # must that of a micro-batch that ran in step with others.
     unsynced_checkpoint = bool(args.sync.graph_owners) and not process_groups.syncing()
     recognized = unsynced_checkpoint or checkpointing.recomputes_in_step(args.sync.layer_name)
-    if _in_step():
+    alone = args.sync.group is None and args.sync.window is None
+    if micro_batches.current() is not None:
         output = in_step.batch_norm(input, weight, bias, args)
-    elif args.sync.group is None and args.padding is None and not recognized:
+    elif alone and args.padding is None and not recognized:
         output = local.batch_norm(input, weight, bias, args)
     elif torch.compiler.is_compiling():
         from syncnorm.layer import compiled  # not at the top: it imports the compiler, which takes two seconds
@@ -176,11 +182,6 @@ def _in_training(
     else:
         output = SyncBatchNormFunction.apply(input, weight, bias, args)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return add_and_rectify(output, residual, relu)
-
-
-def _in_step() -> bool:
-    """Whether this is a call for one of several micro-batches of this process that run in step."""
-    return not torch.compiler.is_compiling() and micro_batches.current() is not None
 
 
 def running_of(

@@ -14,13 +14,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from syncnorm import comm, functional
-from syncnorm._torch_versions import BATCH_NORM_TAKES_BIAS, graph_break
+from syncnorm._torch_versions import BATCH_NORM_TAKES_BIAS, graph_break, outside_of_graphs
 from syncnorm.comm import process_groups
 from syncnorm.comm.layer_names import LayerName, Model
 from syncnorm.comm.process_groups import ProcessGroupLike
 from syncnorm.errors import SyncNormError
 from syncnorm.layer import checks
 from syncnorm.layer.arguments import Sync
+from syncnorm.layer.window import IN_GRAPH as WINDOW_IN_GRAPH
+from syncnorm.layer.window import Window, window_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -40,12 +42,15 @@ class Synced:
     _sync_seen: str | None = None
     # Synced layers inside a layer with its own forward, which may use their statistics without calling them.
     _sync_inner: tuple[nn.Module, ...] = ()
+    _sync_window: Window | None = None  # of micro-batches that share statistics; set by convert
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The forward with its hooks; ``torch.fx`` records the call, as it does for the layers of ``torch.nn``."""
         for argument in (*args, *kwargs.values()) if kwargs else args:
             if isinstance(argument, fx.Proxy):
                 return _call_when_traced(self, argument.tracer, args, kwargs)
+        if self._sync_window is not None and torch.compiler.is_compiling() and self.training:  # type: ignore[attr-defined]  # of nn.Module
+            return outside_of_graphs(WINDOW_IN_GRAPH, super().__call__, *args, **kwargs)  # type: ignore[misc]  # as above
         return super().__call__(*args, **kwargs)  # type: ignore[misc]  # of nn.Module
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -112,6 +117,8 @@ class Synced:
                 "no_sync_stats; or call syncnorm.training.recalibrate(model, batches), which computes them again on "
                 "all ranks or, inside no_sync_stats, on this one alone"
             )
+        if self._sync_window is not None:
+            self._sync_window.end()
         super().reset_running_stats()  # type: ignore[misc]  # of the class that this one is mixed into
 
 
@@ -212,6 +219,7 @@ class SyncMixin(Synced):
         running = None
         if self.track_running_stats or not self.training:
             running = functional.running_of(running_mean, running_var, self.num_batches_tracked, self.momentum)
+        name = self.sync_name(group)
         return functional.batch_norm_over(
             input,
             self.weight,
@@ -219,7 +227,7 @@ class SyncMixin(Synced):
             running,
             training=self.training or running_mean is None,
             eps=self.eps,
-            sync=Sync(None if in_replica else group, self.sync_name(group)),
+            sync=Sync(None, name) if in_replica else Sync(group, name, window=window_of(self)),
             mask=mask,
             residual=residual,
             relu=relu,

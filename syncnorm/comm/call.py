@@ -34,6 +34,7 @@ class Call(NamedTuple):
         eps: of the layer.
         built: for a layer that was constructed as a synced one, its place among the layers of its class and width in
             order of construction, from 1, as far as this rank knows. 0 for a layer of a converted model.
+        micro_batch: the place of a forward in the layer's window of micro-batches, from 1; 0 for none.
     """
 
     kind: Kind
@@ -43,6 +44,7 @@ class Call(NamedTuple):
     dtype: torch.dtype = torch.float32
     eps: float = 0.0
     built: int = 0
+    micro_batch: int = 0
 
     def __str__(self) -> str:
         if self.kind == Kind.JOINED:
@@ -54,6 +56,8 @@ class Call(NamedTuple):
         details = f"{self.channels} channels, {dtype} statistics, eps {self.eps:g}"
         if self.built and not self.layer.endswith(f" {self.built}"):
             details += f", no. {self.built} in order of construction"
+        if self.micro_batch:
+            details += f", micro-batch {self.micro_batch} of its window"
         place = f"call {self.number} of the group; " if self.number else ""
         return f"{pass_name} of {self.layer} ({place}{details})"
 
@@ -65,14 +69,14 @@ class Call(NamedTuple):
 
     def key(self) -> int:
         """A 63-bit hash of all fields except ``number``: ranks whose keys are equal make the same call."""
-        return _key(self.kind, self.layer, self.channels, self.dtype, self.eps, self.built)
+        return _key(self.kind, self.layer, self.channels, self.dtype, self.eps, self.built, self.micro_batch)
 
 
 @lru_cache(maxsize=4096)
-def _key(kind: Kind, layer: str, channels: int, dtype: torch.dtype, eps: float, built: int) -> int:
+def _key(kind: Kind, layer: str, channels: int, dtype: torch.dtype, eps: float, built: int, micro_batch: int) -> int:
     if built:  # the number in the name follows the order of this rank's forwards, which may differ between ranks
         layer = f"{layer.rsplit(' ', 1)[0]} {built}"
-    text = f"{kind}/{layer}/{channels}/{dtype}/{eps!r}"
+    text = f"{kind}/{layer}/{channels}/{dtype}/{eps!r}" + (f"/{micro_batch}" if micro_batch else "")
     return int(struct.unpack("<Q", hashlib.blake2b(text.encode(), digest_size=8).digest())[0]) >> 1
 
 
@@ -106,6 +110,11 @@ def explain_disagreement(rank: int, calls: dict[int, str]) -> str:
         f"`with syncnorm.no_sync_stats():`. If some ranks run out of data earlier than others, use torch's Join with "
         f"syncnorm.training.joinable(model)."
     )
+    if " of its window" in by_rank:
+        message += (
+            " With convert(accumulate=...), all ranks must make the same micro-batches, optimizer steps and calls of "
+            "syncnorm.training.end_window."
+        )
     if " of model " in by_rank or " in order of construction" in by_rank:
         message += (
             " Models that contain such layers, including copies, must be created in the same order on all ranks."

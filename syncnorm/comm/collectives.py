@@ -140,6 +140,7 @@ def native_call(
     group: dist.ProcessGroup,
     device: torch.device,
     number: int = 0,
+    micro_batch: int = 0,
 ) -> NativeCall | None:
     """Begins a native collective; None if frames carry the values of this group and device.
 
@@ -152,6 +153,7 @@ def native_call(
         group: the process group.
         device: of the tensors.
         number: of the forward, for a backward.
+        micro_batch: as of `Call`.
 
     Raises:
         SyncNormError: the ranks make different calls, an earlier call was out of step, or another rank has failed.
@@ -161,7 +163,7 @@ def native_call(
     if exchange_of(group, device) is not None:
         return None
     built = peers_of(group).models.built(layer_name)
-    return native_of(group, device).begin(Call(kind, layer_name, number, channels, dtype, eps, built))
+    return native_of(group, device).begin(Call(kind, layer_name, number, channels, dtype, eps, built, micro_batch))
 
 
 def set_transport(group: dist.ProcessGroup | None, transport: TransportName | None) -> None:
@@ -232,6 +234,7 @@ def gather_moments(
     group: dist.ProcessGroup | None,
     layer_name: str,
     native: NativeCall | None = None,
+    micro_batch: int = 0,
 ) -> Gathered:
     """Gathers the moments of every rank, packed as ``[mean (C), invstd (C), count (1)]``.
 
@@ -243,6 +246,7 @@ def gather_moments(
         group: the process group; None means this process alone.
         layer_name: the name of the layer, which ranks compare and errors mention.
         native: what :func:`native_call` returned for this forward; None if frames carry the moments.
+        micro_batch: as of `Call`.
 
     Returns:
         The moments of each rank in rank order, with the same bits on every rank.
@@ -266,7 +270,7 @@ def gather_moments(
     assert exchange is not None, "there is no native call"
     number = exchange.calls + 1
     built = peers_of(group).models.built(layer_name)
-    call = Call(Kind.FORWARD, layer_name, number, channels, first.dtype, eps, built)
+    call = Call(Kind.FORWARD, layer_name, number, channels, first.dtype, eps, built, micro_batch)
     _check_has_data(first)
     received, counts, joined = exchange(call, moments, int(count))
     for row in joined:

@@ -17,6 +17,7 @@ from syncnorm.conversion import baselines, classes, fuse_relu, rebuilds
 from syncnorm.conversion.batch_norm_calls import bypassed_layers, mentions_batch_norm
 from syncnorm.conversion.forward_override import GroupNormOverrideMixin
 from syncnorm.errors import InputError
+from syncnorm.layer.window import ConvertedModel, Window
 from syncnorm.modules import BatchNorm, Synced, TorchSyncBatchNorm
 
 M = TypeVar("M", bound=nn.Module)
@@ -37,6 +38,7 @@ def convert(
     num_groups: int | None = None,
     fuse: bool = False,
     transport: comm.TransportName | None = None,
+    accumulate: int | None = None,
 ) -> M:
     """Changes every batch norm of ``model`` to another norm, in place.
 
@@ -66,14 +68,22 @@ def convert(
             calls ``all_gather`` and ``all_reduce`` of ``torch.distributed``, as on GPUs: an error on one rank does
             not reach the others then. None is ``SYNCNORM_TRANSPORT``, or ``"auto"`` if that is not set. It belongs
             to the process group: all layers over that group have it, those of other models too.
+        accumulate: under gradient accumulation, the number K of micro-batches (forward and backward) per optimizer
+            step. Each micro-batch is then normalized with the statistics of all since the last step, over all ranks
+            (CmBN; see ``syncnorm.layer.window``), and the running statistics and ``num_batches_tracked`` change as
+            by one batch per step. The statistics end when an optimizer steps that holds parameters of the layer
+            (for layers without trained ones: of ``model``), after K micro-batches in any case, and where
+            :func:`syncnorm.training.end_window` is called. It works without a process group, too. None leaves
+            layers as they are in this respect, 1 turns it off. Under ``torch.compile`` such a layer is a graph
+            break, and it has no second derivative.
 
     Returns:
         ``model``; the new layer if ``model`` itself is a batch norm and ``to`` is a norm without communication.
 
     Raises:
-        InputError: wrong options, a ``num_groups`` that does not divide a layer's channels, a class that is
-            derived from that of a fused block, or a ``transport`` for a group whose ranks have connected in another
-            way, or before there is a group; nothing was changed.
+        InputError: wrong options, an ``accumulate`` that is no positive int, a ``num_groups`` that does not divide a
+            layer's channels, a class that is derived from that of a fused block, or a ``transport`` for a group
+            whose ranks have connected in another way, or before there is a group; nothing was changed.
 
     Warns:
         UserWarning: once with the names of the layers that cannot be converted and stay unchanged, and once with
@@ -89,6 +99,7 @@ def convert(
         'SyncBatchNorm2d'
     """
     _check_options(model, to, process_group, group_size, num_groups, fuse, transport)
+    _check_accumulate(accumulate, to)
     fuse_relu.unfuse(model)
     if to == "batch":
         return _to_batch(model)
@@ -111,6 +122,10 @@ def convert(
         inner = tuple(m for m in layer.modules() if m in planned and m is not layer)  # type: ignore[attr-defined]  # Synced is mixed into modules
         if inner:
             layer._sync_inner = inner
+    if accumulate is not None:
+        converted = ConvertedModel(model)
+        for layer in synced.values():
+            layer._sync_window = None if accumulate == 1 else Window(accumulate, converted)
     if fuse:
         fuse_relu.fuse(model)
     _warn_skipped(skipped)
@@ -216,7 +231,7 @@ def _set_synced(module: nn.Module, cls: type, group: dist.ProcessGroup | None) -
 
 def _set_plain(module: nn.Module) -> None:
     group = module.__dict__.pop("_sync_group", None)
-    for name in ("_sync_name", "_sync_seen", "_sync_inner", "_num_groups"):
+    for name in ("_sync_name", "_sync_seen", "_sync_inner", "_sync_window", "_num_groups"):
         module.__dict__.pop(name, None)
     _set_class(module, classes.plain_class(type(module)))
     if type(module) is TorchSyncBatchNorm:
@@ -309,3 +324,12 @@ def _check_options(
         )
     if num_groups is not None and (to != "group" or num_groups < 1):
         raise InputError(f"num_groups={num_groups} must be positive and requires to='group' (got to={to!r})")
+
+
+def _check_accumulate(accumulate: Any, to: str) -> None:
+    if accumulate is None:
+        return
+    if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
+        raise InputError(f"accumulate={accumulate!r} must be a number of micro-batches, an int from 1 on")
+    if to != "sync":
+        raise InputError(f"to={to!r} shares no statistics between micro-batches: accumulate requires to='sync'")

@@ -59,7 +59,9 @@ def describe(model: nn.Module) -> Description:
     fused, bypassed = fuse_relu.fused_layers(model), bypassed_layers(model)
     for name, module in model.named_modules():
         obstacle = _unsynced_forward(module) or bypassed.get(module)
-        note = obstacle or ("fused with its ReLU" if module in fused else _note(module))
+        note = obstacle or _note(module)
+        if module in fused and not obstacle:
+            note = f"fused with its ReLU; {note}" if note else "fused with its ReLU"
         if note is not None:
             synced = isinstance(module, Synced) and obstacle is None
             group, transport = "-", ""
@@ -79,7 +81,8 @@ def _unsynced_forward(module: nn.Module) -> str | None:
 def _note(module: nn.Module) -> str | None:
     """The note for a norm layer; None if ``module`` is not one."""
     if isinstance(module, Synced):
-        return ""
+        window = module._sync_window
+        return "" if window is None else f"statistics of up to {window.size} micro-batches"
     if isinstance(module, GroupNormOverrideMixin):
         return f"group norm ({module._num_groups}) in place of its batch norm"
     if isinstance(module, _BatchNorm | torch.jit.ScriptModule):

@@ -19,6 +19,7 @@ from syncnorm._torch_versions import graph_break
 from syncnorm.comm import process_groups
 from syncnorm.conversion.baselines import check_instances
 from syncnorm.layer import checkpointing, micro_batches
+from syncnorm.layer.window import window_of
 from syncnorm.modules import Synced, warn_under_data_parallel
 
 NOT_CALLED = "did not call F.batch_norm in training"
@@ -127,14 +128,17 @@ class SyncOverrideMixin(Synced):
         group = process_groups.synced_group(self.process_group)
         name = self.sync_name(group)
 
-        tracked = [layer.num_batches_tracked for layer in (self, *self._sync_inner)]
-        counts = _BatchCounters([count for count in tracked if count is not None])
+        counts = _BatchCounters(
+            [layer for layer in (self, *self._sync_inner) if layer.num_batches_tracked is not None]
+        )
         calls: list[str | None] = []  # per call, the name of the synced layer; None if it was not synchronized
 
         def norm(*args: Any, **kwargs: Any) -> Tensor:
             calls.append(name)
             with counts.of_one_batch():
-                return functional.sync_batch_norm(*args, **kwargs, process_group=self.process_group, layer_name=name)
+                return functional.sync_batch_norm(
+                    *args, **kwargs, process_group=self.process_group, layer_name=name, window=window_of(self)
+                )
 
         def fallback(*args: Any, **kwargs: Any) -> Tensor:
             with counts.of_one_batch():
@@ -158,10 +162,17 @@ class SyncOverrideMixin(Synced):
 class _BatchCounters:
     """The ``num_batches_tracked`` of layers whose own forward increments them even when they must not change."""
 
-    def __init__(self, counts: list[Tensor]):
-        self._counts = counts
-        self._before = [count.clone() for count in counts]
+    def __init__(self, layers: list[Any]):
+        self._counts = [layer.num_batches_tracked for layer in layers]
+        self._before = [count.clone() for count in self._counts]
         self._later = False  # whether this is not the first of micro-batches that run in step
+        self._again: list[tuple[Tensor, Tensor]] = []  # those that earlier micro-batches of a window have incremented
+        if process_groups.syncing() and not checkpointing.in_backward() and micro_batches.current() is None:
+            for layer, count, before in zip(layers, self._counts, self._before, strict=True):
+                window = window_of(layer)
+                if window is not None and window.continues:
+                    count.sub_(1)
+                    self._again.append((count, before))
         self.records: list[checkpointing.ForwardStatistics] = []  # of checkpointed forwards
 
     def with_records(self) -> AbstractContextManager[None]:
@@ -171,7 +182,7 @@ class _BatchCounters:
     @contextmanager
     def of_one_batch(self) -> Iterator[None]:
         """Around a call in which micro-batches may wait for each other: of them only the first counts."""
-        micro_batch = None if torch.compiler.is_compiling() else micro_batches.current()
+        micro_batch = micro_batches.current()
         self._later = micro_batch is not None and micro_batch.index > 0
         if self._later:
             self._restore()
@@ -181,6 +192,8 @@ class _BatchCounters:
 
     def finish(self, failed: bool = False) -> None:
         """Restores the counters after a forward that must not increment them."""
+        for count, before in self._again:
+            count.clamp_(min=before)
         # In a backward the forward is recomputed, and an exception may end it as soon as it has saved all tensors.
         if checkpointing.in_backward():
             restore = all(record.counted for record in self.records)
@@ -189,7 +202,9 @@ class _BatchCounters:
         if restore:
             self._restore()
         elif self.records:
-            counted = any(bool(count != before) for count, before in zip(self._counts, self._before, strict=True))
+            counted = bool(self._again) or any(
+                bool(count != before) for count, before in zip(self._counts, self._before, strict=True)
+            )
             for record in self.records:
                 record.counted = record.counted or counted
 
@@ -208,7 +223,9 @@ def _sync_inner_layer(layer: Any, calls: list[str | None], *args: Any, **kwargs:
             group = inner.process_group
             name = inner.sync_name(process_groups.synced_group(group))
             calls.append(name)
-            return functional.sync_batch_norm(*args, **kwargs, process_group=group, layer_name=name)
+            return functional.sync_batch_norm(
+                *args, **kwargs, process_group=group, layer_name=name, window=window_of(inner)
+            )
     if not checkpointing.in_backward():  # a recomputation may pass copies; its first run was noted
         calls.append(None)
     return F.batch_norm(*args, **kwargs)

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncnorm.layer.moments import Count, Running
+from syncnorm.layer.window import Window
 
 
 class Sync(NamedTuple):
@@ -16,11 +17,13 @@ class Sync(NamedTuple):
         group: its ranks share statistics; None is this process alone.
         layer_name: the name by which ranks compare their calls and errors name the layer.
         graph_owners: what ``checkpointing.graph_owners`` returned; empty outside of activation checkpointing.
+        window: the earlier micro-batches that share statistics; None without gradient accumulation.
     """
 
     group: dist.ProcessGroup | None
     layer_name: str
     graph_owners: Sequence[Any] = ()
+    window: Window | None = None
 
 
 class NoGradArgs(NamedTuple):
@@ -47,6 +50,7 @@ class ForwardCall(NamedTuple):
         group: as of `Sync`. The graph owners are left out: a graph that held them would never be freed.
         layer_name: as of `Sync`.
         number: of the forward among all calls over the group.
+        window: as of `Sync`.
         in_step: whether it was the forward of micro-batches that run in step; see ``layer.in_step``.
     """
 
@@ -54,4 +58,5 @@ class ForwardCall(NamedTuple):
     group: dist.ProcessGroup | None
     layer_name: str
     number: int
+    window: Window | None = None
     in_step: bool = False

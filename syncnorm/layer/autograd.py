@@ -105,6 +105,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of input, weight and bias. Collective: one sum."""
         checkpointing.backward_begins()
+        if ctx.call.window is not None:
+            ctx.call.window.model.backwards += 1
         dy = plain_tensor(dy)
         try:
             if ctx.call.in_step:

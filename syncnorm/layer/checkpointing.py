@@ -84,7 +84,8 @@ class ForwardStatistics:
         """Updates ``running`` as far as no run before this recomputation has; whether a caller is to move its own."""
         moves_left, counts_left = self.left_to(moves, counts)
         if running is not None and self.var is not None:
-            update_running_(running, self.mean, self.var, self.call.total_count, moves_left, counts_left)
+            update_ = update_running_ if self.call.window is None else self.call.window.track
+            update_(running, self.mean, self.var, self.call.total_count, moves_left, counts_left)
         return moves_left
 
     def used_again(self) -> "ForwardStatistics":

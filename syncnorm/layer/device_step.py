@@ -40,7 +40,12 @@ def applies(
     args: NoGradArgs,
 ) -> bool:
     """Whether the kernels can read and write these tensors, and the group's own collectives carry the statistics."""
-    if torch.compiler.is_compiling() or args.sync.group is None or not launch.passes_available(input.device):
+    if (
+        torch.compiler.is_compiling()
+        or args.sync.group is None
+        or args.sync.window is not None
+        or not launch.passes_available(input.device)
+    ):
         return False
     return (
         torch._C._functorch.peek_interpreter_stack() is None
@@ -171,7 +176,7 @@ def _dense(vector: Tensor | None) -> Tensor | None:
 
 def _global_moments(x: Tensor, mask: Tensor | None, args: NoGradArgs, node: Any) -> checkpointing.ForwardStatistics:
     """``global_moments`` in two kernels; in a recomputation none, unless the segment runs the layer several times."""
-    (group, layer_name, owners), channels = args.sync, x.size(1)
+    (group, layer_name, owners, _), channels = args.sync, x.size(1)
     eps = float(args.eps)  # Triton takes no numbers of NumPy
     assert group is not None, "applies() has checked it"
     moves, counts = checkpointing.updates_of(args.running)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from syncnorm import comm
+from syncnorm.errors import InputError
 from syncnorm.layer.arguments import ForwardCall
 
 
@@ -44,8 +45,17 @@ def double_backward(
         u: (C), the cotangent of this rank's dw; None for zero.
         t: (C), the cotangent of this rank's db; None for zero.
 
+    Raises:
+        InputError: the forward was one of a window of micro-batches.
+
     Collective: one all_reduce of 5C.
     """
+    if call.window is not None:
+        raise InputError(
+            f"{call.layer_name} has no second derivative while it accumulates statistics over micro-batches: its "
+            f"statistics are not those of the present batch alone. For gradient penalties use "
+            f"syncnorm.convert(model, accumulate=1)"
+        )
     dims = [d for d in range(x.dim()) if d != 1]
     shape = (-1, *(1,) * (x.dim() - 2))
     s, w = invstd, invstd.new_ones(()) if weight is None else weight.to(invstd.dtype)

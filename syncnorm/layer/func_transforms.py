@@ -22,12 +22,17 @@ def batch_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, args: 
 
     Raises:
         InputError: under ``torch.func.jvp`` or ``jacfwd``; under ``vmap`` with arguments that the batches cannot
-            share.
+            share; with a window of micro-batches.
     """
     stack = torch._C._functorch.get_interpreter_stack() or []
     if any(interpreter.key() == torch._C._functorch.TransformType.Jvp for interpreter in stack):
         raise InputError(
             f"{args.sync.layer_name} has no forward-mode derivative in training: use grad, vjp or jacrev"
+        )
+    if args.sync.window is not None:
+        raise InputError(
+            f"{args.sync.layer_name} accumulates statistics over micro-batches, which torch.func's transforms do not "
+            f"support: syncnorm.convert(model, accumulate=1) turns that off"
         )
     return _Forward.apply(input, weight, bias, args)[0]  # type: ignore[no-any-return,no-untyped-call]  # torch leaves it untyped
 

@@ -63,8 +63,16 @@ def global_moments(
             )
         if sync.group is None and checkpointing.known(sync.layer_name):
             running = None  # the input is too far from the first one to be recognized, but was counted then
-    (merged_mean, merged_invstd, var, total), number = _merged(local, eps, sync, running)
-    call = ForwardCall(total, sync.group, sync.layer_name, number)
+    window = None if recomputed else sync.window
+    micro_batch = 0 if window is None else window.begin(mean)
+    (merged_mean, merged_invstd, var, total), number = _merged(
+        local, eps, sync, running if window is None else None, micro_batch
+    )
+    if window is not None:
+        window.add(micro_batch, merged_mean, merged_invstd, total, (node, *sync.graph_owners))
+        if running is not None:
+            window.track(running, merged_mean, var, total)
+    call = ForwardCall(total, sync.group, sync.layer_name, number, window)
     record = checkpointing.ForwardStatistics(merged_mean, merged_invstd, var, call)
     record.note(moves, counts)
     if sync.graph_owners:
@@ -73,24 +81,40 @@ def global_moments(
 
 
 def _merged(
-    local: tuple[Tensor, Tensor, Count], eps: float, sync: Sync, running: moments.Running | None
+    local: tuple[Tensor, Tensor, Count],
+    eps: float,
+    sync: Sync,
+    running: moments.Running | None,
+    micro_batch: int,
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Count], int]:
-    """``(mean, invstd, var, count)`` of the global batch, and the number of the call. One gather, or one sum."""
+    """``(mean, invstd, var, count)`` of the global batch, and the number of the call. One gather, or one sum.
+
+    From micro-batch 1 on also of the earlier ones in the window; 0 stands for no window.
+    """
     mean, invstd, count = local
     group, name = sync.group, sync.layer_name
     native = None
     if group is not None:
         kind = comm.Kind.FORWARD
-        native = comm.native_call(kind, name, mean.numel(), mean.dtype, eps, group, mean.device)
+        native = comm.native_call(
+            kind, name, mean.numel(), mean.dtype, eps, group, mean.device, micro_batch=micro_batch
+        )
     if native is not None and native.sums:
         summed = native.sum_(global_sums.pack_sums_of_moments(mean, invstd, count, eps, native.tag))
-        check_count(summed[:1], count)
+        if micro_batch == 0:
+            check_count(summed[:1], count)
         merged = global_sums.from_sums(summed, eps, native.tag_sum, native.mismatch, native.reported, running)
-        return merged, native.number
-    gathered = comm.gather_moments((mean, invstd), count, eps, group, name, native)
-    check_count(gathered.counts, count)
+        if micro_batch == 0:
+            return merged, native.number
+        gathered = comm.Gathered(torch.cat(merged[:2]).unsqueeze(0), summed[:1].view(1, 1), native.number)
+    else:
+        gathered = comm.gather_moments((mean, invstd), count, eps, group, name, native, micro_batch)
+    rows, counts, number = gathered
+    if sync.window is not None and micro_batch > 0:
+        rows, counts = sync.window.with_earlier(rows, counts)
+    check_count(counts, count)
     merge = kernels.passes_for(mean).merge
-    return merge(gathered.moments, gathered.counts, eps, running), gathered.number
+    return merge(rows, counts, eps, running), number
 
 
 def _known_to_the_host(count: Count) -> int:

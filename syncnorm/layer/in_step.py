@@ -130,7 +130,8 @@ def _meet(requests: list[Any]) -> list[Any]:
 @torch.no_grad()
 def _whole_batch(requests: list[Request]) -> checkpointing.ForwardStatistics:
     first = requests[0]
-    eps, sync, running = first.args.eps, first.args.sync._replace(graph_owners=()), first.args.running
+    eps, running = first.args.eps, first.args.running
+    sync = first.args.sync._replace(graph_owners=(), window=None)  # the batch is whole
     counts: list[Any] | Tensor = [request.count for request in requests]
     if any(isinstance(count, Tensor) for count in counts):
         counts = torch.stack(

@@ -47,8 +47,8 @@ _here = _Here()
 
 
 def current() -> MicroBatch[Any] | None:
-    """The micro-batch that this thread runs."""
-    return _here.micro_batch
+    """The micro-batch that this thread runs, one of several that run in step; None outside of them."""
+    return None if torch.compiler.is_compiling() else _here.micro_batch
 
 
 class MicroBatch(Generic[T]):

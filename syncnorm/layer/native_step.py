@@ -24,6 +24,7 @@ def applies(input: Tensor, weight: Tensor | None, bias: Tensor | None, args: NoG
         kernels.passes_for(input, weight, bias) is native
         and group is not None
         and args.padding is None
+        and args.sync.window is None
         and not args.sync.graph_owners
         and not checkpointing.is_recording()
         and not checkpointing.in_backward()
@@ -45,7 +46,7 @@ def forward(
     mean = statistics.data_ptr()  # addresses, because views would take as long as a pass
     invstd = mean + 4 * channels
     native.moments_at(mean, invstd, x, eps)
-    group, layer_name, _ = args.sync
+    group, layer_name = args.sync[:2]
     rows, counts, number = comm.gather_moments((statistics,), count, eps, group, layer_name)
     check_count(counts, count)
     assert not isinstance(counts, Tensor)

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from syncnorm import comm
 from syncnorm.comm import Exchange, Kind, process_groups
+from syncnorm.layer.window import end_window
 from syncnorm.modules import Synced
 
 
@@ -141,8 +142,10 @@ class _Shadow(JoinHook):
         for thread in self._threads:
             thread.join()
         self._threads = []
-        for group in self._layers:
+        for group, layers in self._layers.items():
             comm.peers_of(group).joins.discard(id(self))
+            for layer in layers:
+                end_window(layer)  # the ranks have made different numbers of micro-batches
         if self.notify_hook is not None:
             self.notify_hook.remove()  # outside of Join a single rank may make a forward, without a collective
         self.raise_error()

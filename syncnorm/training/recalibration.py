@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncnorm.comm import process_groups
 from syncnorm.comm.gather import gather_objects, gather_rows
 from syncnorm.errors import InputError, SyncNormError
+from syncnorm.layer.window import without_windows
 from syncnorm.modules import Synced, TorchSyncBatchNorm
 from syncnorm.training.buffers import check_same_layers, running_stats, tracking_layers
 
@@ -74,7 +75,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], num_batches: int = 200
             layer.training = True  # not train(): a dropout inside the layer keeps its mode
             hooks.append(layer.register_forward_hook(functools.partial(_add_input, moments), with_kwargs=True))
         for inputs in _in_lockstep(islice(batches, num_batches), world, device):
-            with torch.no_grad():
+            with torch.no_grad(), without_windows(model):
                 _ = model(**inputs) if isinstance(inputs, dict) else model(inputs)
         pooled = _pool_over_ranks(moments)
     finally:
