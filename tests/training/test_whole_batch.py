@@ -1,6 +1,7 @@
 """Micro-batches that run in step: outputs, gradients and statistics of the whole batch of all ranks."""
 
 import copy
+import gc
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -497,3 +499,28 @@ def test_a_backward_goes_through_one_micro_batch_after_the_other():
     layer = syncnorm.convert(nn.BatchNorm1d(4))
     torch.cat(run_in_step(function, range(3))).sum().backward()
     assert seen == [2, 2, 2, 1, 1, 1, 0, 0, 0] * 2
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_graph_that_no_backward_uses_is_freed(offload):
+    model = syncnorm.convert(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Sigmoid(), nn.Linear(4, 4)))
+    saved: list[StorageWeakRef] = []
+    model[2].register_forward_hook(lambda *call: saved.append(StorageWeakRef(call[-1].untyped_storage())))
+    with whole_batch(model, 2, offload=offload):
+        y = model(torch.randn(6, 4))
+    assert [output.expired() for output in saved] == [False, False]
+    del y
+    gc.collect()
+    assert [output.expired() for output in saved] == [True, True]
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_backward_after_the_weights_have_changed_is_refused(offload):
+    model = syncnorm.convert(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with whole_batch(model, 2, offload=offload):
+        y = model(torch.randn(6, 4, requires_grad=True))
+    y.sum().backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
