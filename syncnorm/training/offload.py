@@ -17,7 +17,7 @@ class _OnHost(NamedTuple):
 
 
 class _InPlace(NamedTuple):
-    """A tensor that stays where it is: detached, as an operation that saved its own output would keep itself alive."""
+    """A tensor that stays where it is: detached, or an operation that saves its output would keep itself alive."""
 
     detached: Tensor
     version: int

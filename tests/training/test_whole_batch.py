@@ -1,7 +1,11 @@
 """Micro-batches that run in step: outputs, gradients and statistics of the whole batch of all ranks."""
 
+import contextvars
 import copy
 import gc
+import signal
+import threading
+import time
 from contextlib import nullcontext
 from typing import Any
 
@@ -524,3 +528,27 @@ def test_a_backward_after_the_weights_have_changed_is_refused(offload):
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def test_an_interrupt_of_the_waiting_thread_ends_all_micro_batches():
+    layer, ended = syncnorm.convert(nn.BatchNorm1d(4)), []
+
+    def function(x: Tensor) -> Tensor:
+        try:
+            y = layer(x)
+            threading.Timer(0.1, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()
+            time.sleep(0.5)
+            return layer(y)
+        finally:
+            ended.append(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_in_step(function, torch.randn(6, 4).split(2))
+    assert len(ended) == 3
+    assert len(run_in_step(layer, torch.randn(6, 4).split(2))) == 3  # and the next one works
+
+
+def test_context_variables_of_the_caller_hold():
+    variable = contextvars.ContextVar("variable", default=0)
+    variable.set(3)
+    assert run_in_step(lambda _: variable.get(), range(2)) == [3, 3]
