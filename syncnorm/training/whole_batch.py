@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -66,14 +67,8 @@ def whole_batch(model: nn.Module, micro_batches: int, *, offload: bool = True) -
     _check_number(micro_batches)
     module = _unwrapped(model)
     _check_model(module)
-    own, forward = module.__dict__.get("forward"), module.forward
-
-    def in_parts(*args: Any, **kwargs: Any) -> Any:
-        parts = divided((args, kwargs), micro_batches)
-        outputs = _run(lambda part: forward(*part.value[0], **part.value[1]), parts, _kept(offload, module))
-        return concatenated(outputs, [part.samples for part in parts])
-
-    module.forward = in_parts
+    own = module.__dict__.get("forward")
+    module.forward = _ForwardInParts(module, micro_batches, offload)
     try:
         with _eager():
             yield
@@ -82,6 +77,27 @@ def whole_batch(model: nn.Module, micro_batches: int, *, offload: bool = True) -
             del module.__dict__["forward"]
         else:
             module.forward = own
+
+
+class _ForwardInParts:
+    """The forward of a module in the context. Copies and pickles of the module, such as averages, are not divided."""
+
+    def __init__(self, module: nn.Module, micro_batches: int, offload: bool):
+        self._module, self._own, self._forward = module, module.__dict__.get("forward"), module.forward
+        self._micro_batches, self._offload = micro_batches, offload
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        parts = divided((args, kwargs), self._micro_batches)
+        kept = _kept(self._offload, self._module)
+        outputs = _run(lambda part: self._forward(*part.value[0], **part.value[1]), parts, kept)
+        return concatenated(outputs, [part.samples for part in parts])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _forward_of, (self._module, self._own)
+
+
+def _forward_of(module: nn.Module, own: Callable[..., Any] | None) -> Callable[..., Any]:
+    return MethodType(type(module).forward, module) if own is None else own
 
 
 def run_in_step(

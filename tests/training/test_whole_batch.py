@@ -3,6 +3,7 @@
 import contextvars
 import copy
 import gc
+import pickle
 import signal
 import threading
 import time
@@ -552,3 +553,19 @@ def test_context_variables_of_the_caller_hold():
     variable = contextvars.ContextVar("variable", default=0)
     variable.set(3)
     assert run_in_step(lambda _: variable.get(), range(2)) == [3, 3]
+
+
+def test_a_copy_made_in_the_context_is_a_model_of_its_own():
+    model = syncnorm.convert(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    x = torch.randn(6, 4)
+    with whole_batch(model, 2):
+        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for copied in copies:
+        torch.testing.assert_close(copied(x), model(x))
+        before = model[1].num_batches_tracked.item()
+        with torch.no_grad():
+            copied[0].weight.zero_()
+        assert copied.train()(x).std() < 0.01  # by its own weights
+        assert model[1].num_batches_tracked == before
+        with whole_batch(copied, 2):
+            copied(x)
