@@ -343,6 +343,14 @@ def test_a_checkpoint_around_the_divided_model_is_refused():
             y.backward(dy)
 
 
+def test_a_reentrant_checkpoint_around_the_divided_model_is_refused_in_the_forward():
+    model = syncnorm.convert(resnet().double())
+    x, _ = data(6)
+    with whole_batch(model, 2), pytest.raises(SyncNormError, match="inside of the model"):
+        checkpoint(model, x.requires_grad_(), use_reentrant=True)
+    assert model[1].num_batches_tracked == 0
+
+
 def test_a_loss_of_some_micro_batches_only_is_refused():
     layer = syncnorm.convert(nn.BatchNorm1d(4))
     x = torch.randn(8, 4, requires_grad=True)
