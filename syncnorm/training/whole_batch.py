@@ -31,7 +31,9 @@ def whole_batch(model: nn.Module, micro_batches: int, *, offload: bool = True) -
     Gradient accumulation with plain batch norm normalizes each micro-batch by its own statistics. Here the
     micro-batches run in step, layer by layer, as ranks do. Outputs, gradients and running statistics are those of
     the whole batch up to rounding, and running statistics are updated once. One ``backward`` follows, of a loss of
-    the whole output; inside of the context or after it. Dropout draws other numbers than for an undivided batch.
+    the whole output; inside of the context or after it. There is no second derivative, as for a gradient penalty.
+    Dropout draws other numbers than for an undivided batch, and other state that a forward changes, such as that of
+    ``spectral_norm``, is changed by each part.
 
     In memory are, at the largest, what one micro-batch computes between two synced layers, and what all of them keep
     from one layer to the next. Activations for the backward are in host memory (``offload``), or checkpointed in the
@@ -48,11 +50,13 @@ def whole_batch(model: nn.Module, micro_batches: int, *, offload: bool = True) -
     Arguments of the model: all tensors of one or more dimensions must have one entry per sample in dimension 0, or
     one entry in all; they may stand in tuples, lists and dicts. A list with one element per sample is divided as a
     list. Everything else is passed to every part. Outputs: tensors whose dimension 0 is that of the samples, or a
-    multiple of it, in tuples, lists and dicts; they are concatenated. For others use :func:`run_in_step`.
+    multiple of it, in tuples, lists and dicts; they are concatenated. An object that all parts return, and equal
+    values of other types, are returned as they are. For others use :func:`run_in_step`.
 
     Raises:
-        InputError: the options are wrong; a batch norm of the model is in training mode and not synced; the model is
-            sharded by FSDP; in a forward, the arguments or outputs cannot be divided.
+        InputError: the options are wrong; a batch norm of the model is in training mode and not synced, or in eval
+            mode without running statistics; the model is sharded by FSDP; in a forward, the arguments or outputs
+            cannot be divided.
         SyncNormError: in a forward, the micro-batches call different layers. In a backward: see :func:`run_in_step`.
 
     Collective: as one forward and one backward of the model, whatever the number of micro-batches.
@@ -188,10 +192,17 @@ def _check_model(model: nn.Module) -> None:
     local = [
         name or "the model"
         for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.training and not isinstance(module, Synced)
+        if isinstance(module, _BatchNorm)
+        and not (isinstance(module, Synced) if module.training else _is_frozen(module))
     ]
     if local:
         raise InputError(
             f"{', '.join(local[:3])}{' and others' if len(local) > 3 else ''} would see each micro-batch alone: "
-            f"call syncnorm.convert(model) first, or eval() for batch norms that are frozen"
+            f"call syncnorm.convert(model) first, or eval() for batch norms that are frozen, which need running "
+            f"statistics"
         )
+
+
+def _is_frozen(norm: _BatchNorm) -> bool:
+    """Whether a batch norm in eval mode uses running statistics; without them it uses those of its input."""
+    return norm.running_mean is not None

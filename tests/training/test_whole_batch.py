@@ -7,7 +7,9 @@ import pickle
 import signal
 import threading
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import models
@@ -577,3 +579,43 @@ def test_a_copy_made_in_the_context_is_a_model_of_its_own():
         assert model[1].num_batches_tracked == before
         with whole_batch(copied, 2):
             copied(x)
+
+
+def test_batch_norm_in_eval_mode_without_running_statistics_is_refused():
+    model = syncnorm.convert(nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False)))
+    with whole_batch(model, 2):
+        pass
+    model.eval()
+    with (
+        pytest.raises(InputError, match="0 would see each micro-batch alone"),
+        whole_batch(model, 2),
+    ):
+        pass
+
+
+@dataclass
+class Output:
+    logits: Tensor
+
+
+class Returns(nn.Module):
+    """Returns what a function makes of its input and a parameter."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Any]):
+        super().__init__()
+        self.weight, self.function = nn.Parameter(torch.ones(1, 4)), function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x, self.weight)
+
+
+def test_outputs_that_are_no_tensors_of_samples():
+    same = Returns(lambda x, weight: (x, weight, "text"))
+    with whole_batch(same, 6):
+        output, weight, text = same(torch.zeros(6, 4))
+    assert output.shape == (6, 4)
+    assert weight is same.weight
+    assert text == "text"
+    unknown = Returns(lambda x, _: Output(x))
+    with whole_batch(unknown, 2), pytest.raises(InputError, match="outputs of type Output"):
+        unknown(torch.zeros(6, 4))
