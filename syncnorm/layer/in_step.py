@@ -76,6 +76,12 @@ def run(functions: Sequence[Callable[[], T]]) -> list[T]:
         SyncNormError: the functions call different layers, in a checkpoint around this call, or as the layer.
         BaseException: what a function raised; ranks that wait for this one raise as well.
     """
+    check_surroundings()
+    return micro_batches.run_in_step(functions, _meet, _tell_ranks)
+
+
+def check_surroundings() -> None:
+    """Raises the errors of :func:`run` for the place of the call."""
     # In the forward of a function without gradients, as a reentrant checkpoint is, nothing would be remembered.
     repeated = not torch.is_grad_enabled() and bool(checkpointing.graph_owners())
     if repeated or checkpointing.in_backward():
@@ -85,7 +91,6 @@ def run(functions: Sequence[Callable[[], T]]) -> list[T]:
         )
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise InputError("micro-batches cannot run in step under a transform of torch.func: transform inside of them")
-    return micro_batches.run_in_step(functions, _meet, _tell_ranks)
 
 
 def batch_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, args: NoGradArgs) -> Tensor:

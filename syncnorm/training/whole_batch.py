@@ -92,6 +92,8 @@ class _ForwardInParts:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         parts = divided((args, kwargs), self._micro_batches)
+        if len(parts) > 1:
+            in_step.check_surroundings()  # here already: under torch.func parameters have no storage
         kept = _kept(self._offload, self._module)
         outputs = _run(lambda part: self._forward(*part.value[0], **part.value[1]), parts, kept)
         return concatenated(outputs, [part.samples for part in parts])

@@ -619,3 +619,13 @@ def test_outputs_that_are_no_tensors_of_samples():
     unknown = Returns(lambda x, _: Output(x))
     with whole_batch(unknown, 2), pytest.raises(InputError, match="outputs of type Output"):
         unknown(torch.zeros(6, 4))
+
+
+def test_a_transform_of_torch_func_around_the_divided_model_is_refused():
+    model = syncnorm.convert(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, parameters, (torch.randn(6, 4),)).sum()
+
+    with whole_batch(model, 2), pytest.raises(InputError, match="transform inside of them"):
+        torch.func.grad(loss)(dict(model.named_parameters()))
