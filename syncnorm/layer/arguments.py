@@ -46,7 +46,7 @@ class ForwardCall(NamedTuple):
     """What a backward has to know about its forward, besides tensors.
 
     Attributes:
-        total_count: values per channel over all ranks, N in the formulas.
+        total_count: values per channel over all ranks, N in the formulas; of this micro-batch alone in a window.
         group: as of `Sync`. The graph owners are left out: a graph that held them would never be freed.
         layer_name: as of `Sync`.
         number: of the forward among all calls over the group.

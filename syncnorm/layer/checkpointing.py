@@ -24,7 +24,7 @@ from syncnorm._torch_versions import top_saved_tensors_hooks
 from syncnorm.comm.process_groups import syncing
 from syncnorm.errors import SyncNormError
 from syncnorm.layer.arguments import ForwardCall
-from syncnorm.layer.moments import Running, update_running_
+from syncnorm.layer.moments import Count, Running, update_running_
 
 UNKNOWN = -1  # a local count that only the device knows
 
@@ -44,6 +44,7 @@ class ForwardStatistics:
         mean: (C), of the global batch.
         invstd: (C).
         var: (C), biased.
+        count: values per channel in the above, with those of earlier micro-batches in a window.
         call: the forward.
         moved: the storage of the running statistics that it updated; 0 for none, -1 if none may be updated.
         counted: whether ``num_batches_tracked`` includes this batch.
@@ -56,6 +57,7 @@ class ForwardStatistics:
     mean: Tensor
     invstd: Tensor
     var: Tensor | None
+    count: Count
     call: ForwardCall
     moved: int = 0
     counted: bool = True
@@ -85,7 +87,7 @@ class ForwardStatistics:
         moves_left, counts_left = self.left_to(moves, counts)
         if running is not None and self.var is not None:
             update_ = update_running_ if self.call.window is None else self.call.window.track
-            update_(running, self.mean, self.var, self.call.total_count, moves_left, counts_left)
+            update_(running, self.mean, self.var, self.count, moves_left, counts_left)
         return moves_left
 
     def used_again(self) -> "ForwardStatistics":

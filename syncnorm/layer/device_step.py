@@ -192,7 +192,9 @@ def _global_moments(x: Tensor, mask: Tensor | None, args: NoGradArgs, node: Any)
     assert call is not None, "applies() has checked it"
     packed = _forward_kernels().pack_moments(x, eps, call.tag, mask, to_sum=call.sums)
     mean, invstd, var, total = _merged(call, packed, count, args)
-    record = checkpointing.ForwardStatistics(mean, invstd, var, ForwardCall(total, group, layer_name, call.number))
+    record = checkpointing.ForwardStatistics(
+        mean, invstd, var, total, ForwardCall(total, group, layer_name, call.number)
+    )
     record.note(moves, counts)
     if owners:
         # A sum has overwritten the row of this rank.

@@ -68,12 +68,14 @@ def global_moments(
     (merged_mean, merged_invstd, var, total), number = _merged(
         local, eps, sync, running if window is None else None, micro_batch
     )
+    present = total
     if window is not None:
+        present = total - window.count
         window.add(micro_batch, merged_mean, merged_invstd, total, (node, *sync.graph_owners))
         if running is not None:
             window.track(running, merged_mean, var, total)
-    call = ForwardCall(total, sync.group, sync.layer_name, number, window)
-    record = checkpointing.ForwardStatistics(merged_mean, merged_invstd, var, call)
+    call = ForwardCall(present, sync.group, sync.layer_name, number, window)
+    record = checkpointing.ForwardStatistics(merged_mean, merged_invstd, var, total, call)
     record.note(moves, counts)
     if sync.graph_owners:
         checkpointing.remember(record, fingerprint, local_count, sync.graph_owners, node)

@@ -116,7 +116,7 @@ def _remember(
 ) -> None:
     """Keeps the statistics for a checkpoint that runs this micro-batch's forward again."""
     moves, counts = checkpointing.updates_of(args.running)
-    own = checkpointing.ForwardStatistics(record.mean, record.invstd, record.var, record.call)
+    own = checkpointing.ForwardStatistics(record.mean, record.invstd, record.var, record.count, record.call)
     own.note(moves, counts)
     if args.sync.graph_owners:
         mean, invstd, count = local

@@ -46,6 +46,9 @@ class _Here(threading.local):
 
 
 _here = _Here()
+# The highest number of autograd's nodes in the threads of micro-batches. They do not begin at that of the thread that
+# calls: with the nodes of a whole training, catching up would take minutes.
+_highest = 0
 
 
 def current() -> MicroBatch[Any] | None:
@@ -161,6 +164,7 @@ def run_in_step(
         raise InputError(
             "micro-batches cannot be divided again: this call is made in a micro-batch that runs in step"
         )
+    global _highest
     state, own_random = ThreadState(), RandomStream()
     streams = RandomStream.branched(len(functions))
     own_random.note()
@@ -172,10 +176,10 @@ def run_in_step(
             micro_batches.append(MicroBatch(index, function, state, stream))
             ending.callback(micro_batches[-1].cancel)
         answers: Sequence[Any] = [None] * len(functions)
+        nodes = _highest
         while True:
-            nodes = torch._C._autograd._get_sequence_nr()
             for micro_batch, answer in zip(micro_batches, answers, strict=True):
-                nodes = micro_batch.resume(answer, nodes)
+                nodes = _highest = micro_batch.resume(answer, nodes)
             if all(m.ended for m in micro_batches):
                 return [m.result for m in micro_batches]
             count_nodes_to(nodes)

@@ -2,18 +2,24 @@
 
 A micro-batch is a rank that came earlier. What the ranks' gather would have brought from it, ``[mean | invstd]`` and
 a count, is kept in the layer's window and joins the rows of the present micro-batch in the same merge. Micro-batch t
-is thus normalized with mean and variance of the N_t values of micro-batches 1 to t, over all ranks. Its backward is
-the usual one with N_t in place of N, which is the exact derivative through the values of micro-batch t. Neglected is
-how these values move the outputs of later micro-batches, and how later ones would have moved its output: the last
-micro-batch of a window sees the statistics of the whole batch, the first only its own.
+is thus normalized with mean and variance of the N_t values of micro-batches 1 to t, over all ranks.
+
+Its backward is the usual one, with these statistics and with the number of values of micro-batch t. The statistics
+also depend on the weights through the earlier micro-batches, whose graphs are gone: their share of the derivative is
+taken to be that of micro-batch t, as it is on average. With N_t instead of that number, which is the derivative
+through micro-batch t alone, a part of the gradient would remain along the shift and the scale of each channel, where
+the output does not depend on the weights; norms of weights then grow with every step. Neglected is how these values
+move the outputs of later micro-batches, and how later ones would have moved theirs: the last micro-batch of a window
+sees the statistics of the whole batch, the first only its own.
 
 The weights do not change within a window, so earlier statistics need no correction. The running statistics are kept
 as if the micro-batches so far were one batch: at the end of a window they have been updated once, by all of it.
 
 Source: Bochkovskiy, Wang, Liao, "YOLOv4" (2020), section 3.3 and figure 4: cross mini-batch normalization. Yao et
 al., "Cross-Iteration Batch Normalization" (CVPR 2021), pool over optimizer steps as well, and correct earlier
-statistics by a Taylor expansion in the weights, whose terms are zero here. They average the statistics of iterations;
-here these are merged by their counts, by Chan's formula (``moments.merge``).
+statistics by a Taylor expansion in the weights. Within a window its terms are zero, but their derivatives are those
+of the earlier statistics, for which the present ones stand here. They average the statistics of iterations; here
+these are merged by their counts, by Chan's formula (``moments.merge``).
 """
 
 import copy
@@ -89,8 +95,8 @@ class Window:
     def end(self) -> None:
         """Forgets what was gathered. The running statistics already contain it."""
         self._micro_batches = 0
-        self._row: Tensor | None = None  # [mean (C) | invstd (C)] of all micro-batches, and their values per channel
-        self._count: Count = 0
+        self._row: Tensor | None = None  # [mean (C) | invstd (C)] of all micro-batches
+        self.count: Count = 0  # of the values in it
         self._graphs: Sequence[weakref.ref[Any]] = ()  # what lives as long as the graph of the last call
         self._backwards = 0  # of the model, at the last call
         self._tracked: dict[str, tuple[Tensor, Tensor]] = {}  # buffers before the window, and as it has updated them
@@ -128,10 +134,10 @@ class Window:
 
         Counts on a GPU are a tensor (W, 1), which no host waits for.
         """
-        if not rows.is_cpu or isinstance(counts, Tensor) or isinstance(self._count, Tensor):
-            counts = torch.cat([_column(n, rows) for n in (*_parts(counts), self._count)])
+        if not rows.is_cpu or isinstance(counts, Tensor) or isinstance(self.count, Tensor):
+            counts = torch.cat([_column(n, rows) for n in (*_parts(counts), self.count)])
         else:
-            counts = [*counts, self._count]
+            counts = [*counts, self.count]
         row = torch.ones_like(rows[:1]) if self._row is None else self._row.to(rows.dtype)
         return torch.cat([rows, row]), counts
 
@@ -146,7 +152,7 @@ class Window:
             graphs: objects that live as long as the graph of this call.
         """
         self._micro_batches = number
-        self._row, self._count = torch.cat([mean, invstd]).unsqueeze(0), count
+        self._row, self.count = torch.cat([mean, invstd]).unsqueeze(0), count
         self._graphs = [weakref.ref(graph) for graph in graphs if graph is not None]
         self._backwards = self.model.backwards
         _open.add(self)

@@ -91,12 +91,13 @@ def check(case: Windows) -> None:
             inputs = [rows_of(x.double(), mask).requires_grad_() for x, _, mask in of_ranks]
             whole = torch.cat([earlier, *inputs])
             layer.load_state_dict(buffers, strict=False)
+            outputs = inputs
             if len(whole) > 0:
-                outputs = layer(whole[:, :, None, None])[len(earlier) :, :, 0, 0].split([len(x) for x in inputs])
-            else:
-                outputs = inputs
+                layer(whole.detach()[:, :, None, None])  # for its buffers
+            if len(whole) > len(earlier):
+                outputs = normalized(layer, inputs, whole.detach())
             for (_, dy, mask), x, y, result in zip(of_ranks, inputs, outputs, got, strict=True):
-                leaves = [x, *(layer.parameters() if len(whole) else [])]
+                leaves = [x, *(layer.parameters() if outputs is not inputs else [])]
                 # The oracle of a rank: dx contains the sums over all ranks, gradients of parameters are its own.
                 own = torch.autograd.grad(y, leaves, rows_of(dy.double(), mask), True, allow_unused=True)
                 assert_close(rows_of(result["y"], mask), y.detach(), dtype)
@@ -114,6 +115,19 @@ def check(case: Windows) -> None:
                     assert torch.equal(result["buffers"][name], got[0]["buffers"][name]), name
             earlier = whole.detach()
         buffers = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+
+
+def normalized(layer: nn.BatchNorm2d, inputs: list[Tensor], whole: Tensor) -> list[Tensor]:
+    """Inputs (values, C), normalized by the statistics of ``whole``, whose derivatives are those of these inputs.
+
+    That is the derivative of the whole batch if earlier micro-batches change with the weights as this one does.
+    """
+    present, mean, var = torch.cat(inputs), whole.mean(0), whole.var(0, unbiased=False)
+    own_mean, own_var = present.mean(0), (present - mean).square().mean(0)
+    mean, var = mean + own_mean - own_mean.detach(), var + own_var - own_var.detach()
+    weight = 1 if layer.weight is None else layer.weight
+    bias = 0 if layer.bias is None else layer.bias
+    return [(x - mean) * (var + layer.eps).rsqrt() * weight + bias for x in inputs]
 
 
 def rows_of(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -24,7 +24,7 @@ def net() -> nn.Sequential:
 
 def counts(model: nn.Module) -> list[int]:
     """Values per channel in the window of each layer."""
-    return [int(m._sync_window._count) for m in model.modules() if hasattr(m, "_sync_window")]
+    return [int(m._sync_window.count) for m in model.modules() if hasattr(m, "_sync_window")]
 
 
 def step(model: nn.Module, rows: int = 4) -> Tensor:
