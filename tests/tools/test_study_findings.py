@@ -308,7 +308,7 @@ def test_whether_exact_accumulation_is_exact_is_measured():
     found = accumulation.find(_accumulated((0.9, 0.9)), RULE)
     assert found[-4].startswith("Exact compared with the whole batch")
     assert "equivalent within 0.5 at 2 (-0.028 to +0.028) and 4" in found[-4]
-    assert "by at most 1e-07 of the largest after one step, and by at most 3e-05 after all" in found[-3]
+    assert "by at most 1e-07 of the largest after one step in fp64, and by at most 3e-05 after all" in found[-3]
     wrong = accumulation.find(_accumulated((0.9, 0.9), exact=0.88, first=0.02, last=0.5), RULE)
     assert "worse at 2 by 2.0" in wrong[-4]
-    assert "by at most 2e-02 of the largest after one step, and by at most 5e-01 after all" in wrong[-3]
+    assert "by at most 2e-02 of the largest after one step in fp64, and by at most 5e-01 after all" in wrong[-3]
