@@ -167,7 +167,8 @@ def _rank_sizes(name, settings):
 @pytest.mark.parametrize("name", ["accumulate-bn:2", "accumulate:2", "accumulate-exact:2"])
 def test_a_layer_gets_the_micro_batches_one_by_one(name):
     settings = make_settings(arms=[name], ranks=2, batch_per_rank=5)
-    assert run_ranks(_rank_sizes, 2, (name, settings)) == [[3, 2], [3, 2]]
+    for sizes in run_ranks(_rank_sizes, 2, (name, settings)):
+        assert sorted(sizes) == [2, 3]
     assert run_ranks(_rank_sizes, 2, ("ddp+syncbn", settings)) == [[5], [5]]
 
 
