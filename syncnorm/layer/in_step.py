@@ -73,17 +73,24 @@ def run(functions: Sequence[Callable[[], T]]) -> list[T]:
 
     Raises:
         InputError: under a transform of ``torch.func``, or in a micro-batch that already runs in step.
-        SyncNormError: the functions call different layers, in a recomputation of a checkpoint, or as the layer.
+        SyncNormError: the functions call different layers, in a checkpoint around this call, or as the layer.
         BaseException: what a function raised; ranks that wait for this one raise as well.
     """
-    if checkpointing.in_backward():
+    check_surroundings()
+    return micro_batches.run_in_step(functions, _meet, _tell_ranks)
+
+
+def check_surroundings() -> None:
+    """Raises the errors of :func:`run` for the place of the call."""
+    # In the forward of a function without gradients, as a reentrant checkpoint is, nothing would be remembered.
+    repeated = not torch.is_grad_enabled() and bool(checkpointing.graph_owners())
+    if repeated or checkpointing.in_backward():
         raise SyncNormError(
             "torch.utils.checkpoint runs micro-batches in step once more in a backward: call it inside of the model "
             "or function that is divided, not around it"
         )
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise InputError("micro-batches cannot run in step under a transform of torch.func: transform inside of them")
-    return micro_batches.run_in_step(functions, _meet, _tell_ranks)
 
 
 def batch_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, args: NoGradArgs) -> Tensor:

@@ -7,12 +7,14 @@ time. Threads are what lets the code of any model stop in the middle of a forwar
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -67,10 +69,9 @@ class MicroBatch(Generic[T]):
         self._answer: Any = None
         self._result: list[T] = []
         self._error: BaseException | None = None
-        self._turn, self._stopped = threading.Lock(), threading.Lock()
-        self._turn.acquire()
-        self._stopped.acquire()
-        self._running = _threads().submit(self._run)
+        # Not locks: an interrupt may come between the two halves of a handover, whose other half then comes twice.
+        self._turn, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
+        self._running = _threads().submit(contextvars.copy_context().run, self._run)
 
     @property
     def ended(self) -> bool:
@@ -106,7 +107,7 @@ class MicroBatch(Generic[T]):
         return self._answer
 
     def cancel(self) -> None:
-        """Ends the function where it waits."""
+        """Ends the function where it waits, or will wait: after an interrupt it may still run."""
         if not self.ended:
             self._error = _Cancelled()
             self._turn.release()
@@ -165,9 +166,12 @@ def run_in_step(
     streams = RandomStream.branched(len(functions))
     own_random.note()
     micro_batches: list[MicroBatch[T]] = []
+    ending = ExitStack()  # which ends all, even if an interrupt comes in one of the calls
+    ending.callback(own_random.restore)
     try:
         for index, (function, stream) in enumerate(zip(functions, streams, strict=True)):
             micro_batches.append(MicroBatch(index, function, state, stream))
+            ending.callback(micro_batches[-1].cancel)
         answers: Sequence[Any] = [None] * len(functions)
         while True:
             nodes = torch._C._autograd._get_sequence_nr()
@@ -181,9 +185,7 @@ def run_in_step(
         failed(error, [m.request for m in micro_batches if m.request is not None])
         raise
     finally:
-        for micro_batch in micro_batches:
-            micro_batch.cancel()
-        own_random.restore()
+        ending.close()
 
 
 def _requests(micro_batches: list[MicroBatch[Any]]) -> list[Any]:

@@ -16,6 +16,23 @@ class _OnHost(NamedTuple):
     device: torch.device
 
 
+class _InPlace(NamedTuple):
+    """A tensor that stays where it is: detached, or an operation that saves its output would keep itself alive."""
+
+    detached: Tensor
+    version: int
+
+    def unchanged(self) -> Tensor:
+        """The tensor. Autograd itself does not see changes of tensors that have passed a hook."""
+        if self.detached._version != self.version:
+            raise RuntimeError(
+                f"a tensor of shape {tuple(self.detached.shape)} that is needed for gradient computation has been "
+                f"modified by an inplace operation: it is at version {self.detached._version}, expected version "
+                f"{self.version}. Run the backward before the optimizer's step, or compute the forward again after it"
+            )
+        return self.detached
+
+
 class OffloadedTensors:
     """Hooks of saved tensors that move them from their device to host memory, and back when the backward needs them.
 
@@ -40,12 +57,12 @@ class OffloadedTensors:
         """Drops the table of copies; the graph keeps those that it needs."""
         self._copies.clear()
 
-    def _pack(self, tensor: Tensor) -> Tensor | _OnHost:
+    def _pack(self, tensor: Tensor) -> _InPlace | _OnHost:
         if tensor.device.type == "cpu" or tensor.layout != torch.strided:
-            return tensor
+            return _InPlace(tensor.detach(), tensor._version)
         storage = tensor.untyped_storage()
         if storage._cdata in self._stays:
-            return tensor
+            return _InPlace(tensor.detach(), tensor._version)
         key = (
             storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version,
         )  # fmt: skip
@@ -57,5 +74,7 @@ class OffloadedTensors:
         return _OnHost(copy, tensor.device)
 
 
-def _unpack(packed: Tensor | _OnHost) -> Tensor:
-    return packed.copy.to(packed.device, non_blocking=True) if isinstance(packed, _OnHost) else packed
+def _unpack(packed: _InPlace | _OnHost) -> Tensor:
+    if isinstance(packed, _InPlace):
+        return packed.unchanged()
+    return packed.copy.to(packed.device, non_blocking=True)

@@ -48,6 +48,8 @@ def divided(whole: Any, count: int) -> list[Part]:
 def concatenated(outputs: Sequence[Any], samples: Sequence[int]) -> Any:
     """The outputs of all parts as one.
 
+    What all parts return as the same object, such as a parameter, is the output of the whole as well.
+
     Args:
         outputs: of one structure: tensors with the part's samples, or a multiple of them, in dimension 0.
         samples: of each part.
@@ -56,6 +58,8 @@ def concatenated(outputs: Sequence[Any], samples: Sequence[int]) -> Any:
         InputError: they cannot be concatenated.
     """
     first = outputs[0]
+    if len(outputs) > 1 and all(output is first for output in outputs):
+        return first
     if any(type(output) is not type(first) for output in outputs):
         raise InputError(f"the outputs of the micro-batches differ in type: {INSTEAD}")
     if isinstance(first, Tensor):
@@ -71,9 +75,16 @@ def concatenated(outputs: Sequence[Any], samples: Sequence[int]) -> Any:
             raise InputError(f"the outputs of the micro-batches have different lengths: {INSTEAD}")
         columns = [concatenated(column, samples) for column in zip(*outputs, strict=True)]
         return type(first)(*columns) if hasattr(first, "_fields") else type(first)(columns)
-    if all(output is first or output == first for output in outputs):
+    if all(_are_equal(output, first) for output in outputs):
         return first
     raise InputError(f"outputs of type {type(first).__name__} that differ cannot be concatenated: {INSTEAD}")
+
+
+def _are_equal(a: Any, b: Any) -> bool:
+    try:
+        return a is b or bool(a == b)
+    except (RuntimeError, ValueError):  # as of tensors and arrays in a dataclass
+        return False
 
 
 def _check_rows(outputs: Sequence[Tensor], samples: Sequence[int]) -> None:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -30,7 +31,9 @@ def whole_batch(model: nn.Module, micro_batches: int, *, offload: bool = True) -
     Gradient accumulation with plain batch norm normalizes each micro-batch by its own statistics. Here the
     micro-batches run in step, layer by layer, as ranks do. Outputs, gradients and running statistics are those of
     the whole batch up to rounding, and running statistics are updated once. One ``backward`` follows, of a loss of
-    the whole output; inside of the context or after it. Dropout draws other numbers than for an undivided batch.
+    the whole output; inside of the context or after it. There is no second derivative, as for a gradient penalty.
+    Dropout draws other numbers than for an undivided batch, and other state that a forward changes, such as that of
+    ``spectral_norm``, is changed by each part.
 
     In memory are, at the largest, what one micro-batch computes between two synced layers, and what all of them keep
     from one layer to the next. Activations for the backward are in host memory (``offload``), or checkpointed in the
@@ -47,11 +50,13 @@ def whole_batch(model: nn.Module, micro_batches: int, *, offload: bool = True) -
     Arguments of the model: all tensors of one or more dimensions must have one entry per sample in dimension 0, or
     one entry in all; they may stand in tuples, lists and dicts. A list with one element per sample is divided as a
     list. Everything else is passed to every part. Outputs: tensors whose dimension 0 is that of the samples, or a
-    multiple of it, in tuples, lists and dicts; they are concatenated. For others use :func:`run_in_step`.
+    multiple of it, in tuples, lists and dicts; they are concatenated. An object that all parts return, and equal
+    values of other types, are returned as they are. For others use :func:`run_in_step`.
 
     Raises:
-        InputError: the options are wrong; a batch norm of the model is in training mode and not synced; the model is
-            sharded by FSDP; in a forward, the arguments or outputs cannot be divided.
+        InputError: the options are wrong; a batch norm of the model is in training mode and not synced, or in eval
+            mode without running statistics; the model is sharded by FSDP; in a forward, the arguments or outputs
+            cannot be divided.
         SyncNormError: in a forward, the micro-batches call different layers. In a backward: see :func:`run_in_step`.
 
     Collective: as one forward and one backward of the model, whatever the number of micro-batches.
@@ -66,14 +71,8 @@ def whole_batch(model: nn.Module, micro_batches: int, *, offload: bool = True) -
     _check_number(micro_batches)
     module = _unwrapped(model)
     _check_model(module)
-    own, forward = module.__dict__.get("forward"), module.forward
-
-    def in_parts(*args: Any, **kwargs: Any) -> Any:
-        parts = divided((args, kwargs), micro_batches)
-        outputs = _run(lambda part: forward(*part.value[0], **part.value[1]), parts, _kept(offload, module))
-        return concatenated(outputs, [part.samples for part in parts])
-
-    module.forward = in_parts
+    own = module.__dict__.get("forward")
+    module.forward = _ForwardInParts(module, micro_batches, offload)
     try:
         with _eager():
             yield
@@ -82,6 +81,29 @@ def whole_batch(model: nn.Module, micro_batches: int, *, offload: bool = True) -
             del module.__dict__["forward"]
         else:
             module.forward = own
+
+
+class _ForwardInParts:
+    """The forward of a module in the context. Copies and pickles of the module, such as averages, are not divided."""
+
+    def __init__(self, module: nn.Module, micro_batches: int, offload: bool):
+        self._module, self._own, self._forward = module, module.__dict__.get("forward"), module.forward
+        self._micro_batches, self._offload = micro_batches, offload
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        parts = divided((args, kwargs), self._micro_batches)
+        if len(parts) > 1:
+            in_step.check_surroundings()  # here already: under torch.func parameters have no storage
+        kept = _kept(self._offload, self._module)
+        outputs = _run(lambda part: self._forward(*part.value[0], **part.value[1]), parts, kept)
+        return concatenated(outputs, [part.samples for part in parts])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _forward_of, (self._module, self._own)
+
+
+def _forward_of(module: nn.Module, own: Callable[..., Any] | None) -> Callable[..., Any]:
+    return MethodType(type(module).forward, module) if own is None else own
 
 
 def run_in_step(
@@ -172,10 +194,17 @@ def _check_model(model: nn.Module) -> None:
     local = [
         name or "the model"
         for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.training and not isinstance(module, Synced)
+        if isinstance(module, _BatchNorm)
+        and not (isinstance(module, Synced) if module.training else _is_frozen(module))
     ]
     if local:
         raise InputError(
             f"{', '.join(local[:3])}{' and others' if len(local) > 3 else ''} would see each micro-batch alone: "
-            f"call syncnorm.convert(model) first, or eval() for batch norms that are frozen"
+            f"call syncnorm.convert(model) first, or eval() for batch norms that are frozen, which need running "
+            f"statistics"
         )
+
+
+def _is_frozen(norm: _BatchNorm) -> bool:
+    """Whether a batch norm in eval mode uses running statistics; without them it uses those of its input."""
+    return norm.running_mean is not None

@@ -1,7 +1,15 @@
 """Micro-batches that run in step: outputs, gradients and statistics of the whole batch of all ranks."""
 
+import contextvars
 import copy
+import gc
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import models
@@ -10,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -336,6 +345,14 @@ def test_a_checkpoint_around_the_divided_model_is_refused():
             y.backward(dy)
 
 
+def test_a_reentrant_checkpoint_around_the_divided_model_is_refused_in_the_forward():
+    model = syncnorm.convert(resnet().double())
+    x, _ = data(6)
+    with whole_batch(model, 2), pytest.raises(SyncNormError, match="inside of the model"):
+        checkpoint(model, x.requires_grad_(), use_reentrant=True)
+    assert model[1].num_batches_tracked == 0
+
+
 def test_a_loss_of_some_micro_batches_only_is_refused():
     layer = syncnorm.convert(nn.BatchNorm1d(4))
     x = torch.randn(8, 4, requires_grad=True)
@@ -497,3 +514,118 @@ def test_a_backward_goes_through_one_micro_batch_after_the_other():
     layer = syncnorm.convert(nn.BatchNorm1d(4))
     torch.cat(run_in_step(function, range(3))).sum().backward()
     assert seen == [2, 2, 2, 1, 1, 1, 0, 0, 0] * 2
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_graph_that_no_backward_uses_is_freed(offload):
+    model = syncnorm.convert(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Sigmoid(), nn.Linear(4, 4)))
+    saved: list[StorageWeakRef] = []
+    model[2].register_forward_hook(lambda *call: saved.append(StorageWeakRef(call[-1].untyped_storage())))
+    with whole_batch(model, 2, offload=offload):
+        y = model(torch.randn(6, 4))
+    assert [output.expired() for output in saved] == [False, False]
+    del y
+    gc.collect()
+    assert [output.expired() for output in saved] == [True, True]
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_backward_after_the_weights_have_changed_is_refused(offload):
+    model = syncnorm.convert(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with whole_batch(model, 2, offload=offload):
+        y = model(torch.randn(6, 4, requires_grad=True))
+    y.sum().backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_an_interrupt_of_the_waiting_thread_ends_all_micro_batches():
+    layer, ended = syncnorm.convert(nn.BatchNorm1d(4)), []
+
+    def function(x: Tensor) -> Tensor:
+        try:
+            y = layer(x)
+            threading.Timer(0.1, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()
+            time.sleep(0.5)
+            return layer(y)
+        finally:
+            ended.append(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_in_step(function, torch.randn(6, 4).split(2))
+    assert len(ended) == 3
+    assert len(run_in_step(layer, torch.randn(6, 4).split(2))) == 3  # and the next one works
+
+
+def test_context_variables_of_the_caller_hold():
+    variable = contextvars.ContextVar("variable", default=0)
+    variable.set(3)
+    assert run_in_step(lambda _: variable.get(), range(2)) == [3, 3]
+
+
+def test_a_copy_made_in_the_context_is_a_model_of_its_own():
+    model = syncnorm.convert(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    x = torch.randn(6, 4)
+    with whole_batch(model, 2):
+        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for copied in copies:
+        torch.testing.assert_close(copied(x), model(x))
+        before = model[1].num_batches_tracked.item()
+        with torch.no_grad():
+            copied[0].weight.zero_()
+        assert copied.train()(x).std() < 0.01  # by its own weights
+        assert model[1].num_batches_tracked == before
+        with whole_batch(copied, 2):
+            copied(x)
+
+
+def test_batch_norm_in_eval_mode_without_running_statistics_is_refused():
+    model = syncnorm.convert(nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False)))
+    with whole_batch(model, 2):
+        pass
+    model.eval()
+    with (
+        pytest.raises(InputError, match="0 would see each micro-batch alone"),
+        whole_batch(model, 2),
+    ):
+        pass
+
+
+@dataclass
+class Output:
+    logits: Tensor
+
+
+class Returns(nn.Module):
+    """Returns what a function makes of its input and a parameter."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Any]):
+        super().__init__()
+        self.weight, self.function = nn.Parameter(torch.ones(1, 4)), function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x, self.weight)
+
+
+def test_outputs_that_are_no_tensors_of_samples():
+    same = Returns(lambda x, weight: (x, weight, "text"))
+    with whole_batch(same, 6):
+        output, weight, text = same(torch.zeros(6, 4))
+    assert output.shape == (6, 4)
+    assert weight is same.weight
+    assert text == "text"
+    unknown = Returns(lambda x, _: Output(x))
+    with whole_batch(unknown, 2), pytest.raises(InputError, match="outputs of type Output"):
+        unknown(torch.zeros(6, 4))
+
+
+def test_a_transform_of_torch_func_around_the_divided_model_is_refused():
+    model = syncnorm.convert(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, parameters, (torch.randn(6, 4),)).sum()
+
+    with whole_batch(model, 2), pytest.raises(InputError, match="transform inside of them"):
+        torch.func.grad(loss)(dict(model.named_parameters()))
