@@ -23,6 +23,7 @@ from syncnorm.errors import InputError, SyncNormError, known_everywhere
 from syncnorm.layer.thread_state import RandomStream, ThreadState
 
 T = TypeVar("T")
+NODES_AT_ONCE = 1000
 # What a waiting micro-batch has come with, and what it gets when all have come.
 Meet = Callable[[list[Any]], Sequence[Any]]
 
@@ -222,5 +223,7 @@ def count_nodes_to(nodes: int) -> None:
         with torch.enable_grad():
             scalar = torch.zeros((), device="cpu", requires_grad=True)
             larger = torch.empty(2, device="cpu")
-            # One node for each copy.
-            torch.broadcast_tensors(*[scalar] * missing, larger)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            # One node for each copy. Not all at once: a training makes millions, and they would stay in memory.
+            for done in range(0, missing, NODES_AT_ONCE):
+                copies = [scalar] * min(NODES_AT_ONCE, missing - done)
+                torch.broadcast_tensors(*copies, larger)  # type: ignore[no-untyped-call]  # torch leaves it untyped

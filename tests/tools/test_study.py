@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["batch-size", "placement", "learning-rate", "dp-vs-ddp"])
+@pytest.mark.parametrize("name", ["batch-size", "placement", "learning-rate", "dp-vs-ddp", "accumulation"])
 def test_a_study_gives_a_well_formed_record(name, tmp_path):
     study = run(name, quick=True, steps=1)
     assert study.settings == StudySettings(name, world_size=2, seeds=2, steps=1, quick=True)

@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from syncnorm.comm.process_groups import subgroup
 from syncnorm.testing import run_ranks
 from syncnorm.tools.common.ranks import initialized_ranks
-from syncnorm.tools.study import StudySettings, batch_size, dp_vs_ddp
+from syncnorm.tools.study import StudySettings, accumulation, batch_size, dp_vs_ddp
 from syncnorm.tools.study.experiment import Recipe, batches, build_net, fit, load_images, with_norm
 from syncnorm.tools.study.trials import Trial, Trials, run_trials
 
@@ -142,3 +143,36 @@ def test_trials_come_back_in_order_each_run_once_alone_or_by_all():
     assert found == [("a", 0, True), ("b", 0, True), ("c", 0, False), ("d", 1, False), ("e", 0, False)]
     assert (labels, others) == (["a", "b", "c", "e"], ["a", "b", "d"])
     assert trials.num_stages(2) == len(labels)
+
+
+def _rank_accumulation(norm, size, seeds):
+    """Each rank on its own, with a seed of its own."""
+    with initialized_ranks(torch.device("cpu")) as ranks:
+        subgroup(1)
+        trial = Trial({"norm": norm, accumulation.SIZE: size}, 0.1, seeds[ranks.rank], 3)
+        return accumulation.train(trial, ranks, False)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_exact_accumulation_trains_what_the_whole_batch_trains(size):
+    for rows in run_ranks(_rank_accumulation, 2, ("exact", size, (0, 1))):
+        found = {row.measure: row.value for row in rows}
+        assert 0 < found[accumulation.AFTER_ONE_STEP] < 1e-13  # rounding
+        assert 0 < found[accumulation.AFTER_ALL_STEPS] < 1e-4
+
+
+def test_runs_of_accumulation_do_not_depend_on_other_ranks():
+    together = run_ranks(_rank_accumulation, 2, ("CmBN", 16, (0, 1)))
+    alone = [run_ranks(_rank_accumulation, 1, ("CmBN", 16, (seed,)))[0] for seed in (0, 1)]
+    assert together == alone
+    assert together[0][0].units != together[1][0].units
+
+
+def test_accumulated_gradients_of_a_norm_of_single_images_are_those_of_the_batch():
+    images, states = load_images(), []
+    for micro_batches in (1, 4):
+        model = with_norm(build_net(3), "GN")
+        fit(model, batches(images.train_x, images.train_y, 16, 0), Recipe(0.1, 3), micro_batches=micro_batches)
+        states.append(_state(model))
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=1e-3, atol=1e-5)

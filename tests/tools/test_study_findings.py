@@ -6,7 +6,7 @@ import pytest
 from study_rows import accuracy_row, by_size, rows
 
 from syncnorm.tools.common.decision import Difference, Rule
-from syncnorm.tools.study import StudyRow, batch_size, dp_vs_ddp, learning_rate, placement
+from syncnorm.tools.study import StudyRow, accumulation, batch_size, dp_vs_ddp, learning_rate, placement
 from syncnorm.tools.study.findings import by_level, compared, difference, outcome, support, verdict
 from syncnorm.tools.study.trials import VALIDATION_ACCURACY, best_rates
 
@@ -262,3 +262,53 @@ def test_dp_vs_ddp_findings():
     assert "0.6 from those of the last rank, undecided compared with rank 0 (-" in found[0]
     assert "equally close compared with all ranks" in found[0]
     assert "where those of the ranks differ, is undecided here" in found[-2]
+
+
+def _accumulated(cmbn, exact=0.9, first=1e-7, last=3e-5):
+    """The whole batch at 90 %, local statistics 4 points behind, GN in between."""
+    sizes = (2, 4)
+    by_norm = {"BN": (0.86, 0.86), "CmBN": cmbn, "exact": (exact, exact), "GN": (0.88, 0.88)}
+    cells = {
+        (("norm", norm), (accumulation.SIZE, size)): accuracy
+        for norm, accuracies in by_norm.items()
+        for size, accuracy in zip(sizes, accuracies, strict=True)
+    }
+    cells |= {(("norm", norm), (accumulation.SIZE, 32)): {"BN": 0.9, "GN": 0.88}[norm] for norm in ("BN", "GN")}
+    return [
+        *rows("accuracy", cells),
+        *(
+            StudyRow({"norm": "exact", accumulation.SIZE: size}, 0, measure, value / size)
+            for size in sizes
+            for measure, value in ((accumulation.AFTER_ONE_STEP, 2 * first), (accumulation.AFTER_ALL_STEPS, 2 * last))
+        ),
+    ]
+
+
+@pytest.mark.parametrize(("cmbn", "gains", "restores"), [
+    ((0.9, 0.9), "holds here: supported by 2", "holds here: supported by 2"),
+    ((0.88, 0.88), "holds here: supported by 2", "does not hold here: supported by 0, contradicted by 2"),
+    ((0.86, 0.9), "holds in part here: supported by 1, contradicted by 1", "holds in part here: supported by 1"),
+    ((0.8, 0.8), "does not hold here: supported by 0, contradicted by 2", "does not hold here: supported by 0"),
+])  # fmt: skip
+def test_accumulation_findings(cmbn, gains, restores):
+    found = accumulation.find(_accumulated(cmbn), RULE)
+    assert found[0] == (
+        "BN compared with the whole batch, by images per micro-batch, in percentage points (95% intervals): "
+        "worse at 2 by 4.0 (3.6 to 4.4) and 4 by 4.0 (3.6 to 4.4)."
+    )
+    assert found[1].startswith("CmBN compared with the whole batch, by images per micro-batch")
+    assert found[2].startswith("CmBN compared with BN, by images per micro-batch")
+    assert found[3].startswith("GN compared with BN, by images per micro-batch")
+    assert "better at 2 by 2.0" in found[3]
+    assert found[-2].startswith(f"The claim that CmBN is better than BN at small micro-batches {gains}")
+    assert found[-1].startswith(f"The claim that CmBN is as good as the whole batch {restores}")
+
+
+def test_whether_exact_accumulation_is_exact_is_measured():
+    found = accumulation.find(_accumulated((0.9, 0.9)), RULE)
+    assert found[-4].startswith("Exact compared with the whole batch")
+    assert "equivalent within 0.5 at 2 (-0.028 to +0.028) and 4" in found[-4]
+    assert "by at most 1e-07 of the largest after one step in fp64, and by at most 3e-05 after all" in found[-3]
+    wrong = accumulation.find(_accumulated((0.9, 0.9), exact=0.88, first=0.02, last=0.5), RULE)
+    assert "worse at 2 by 2.0" in wrong[-4]
+    assert "by at most 2e-02 of the largest after one step in fp64, and by at most 5e-01 after all" in wrong[-3]

@@ -279,8 +279,8 @@ def _parity(output=EXACT, params=EXACT, stats=EXACT, note=None):
         ),
         (
             _parity(params=FAR),
-            "The outputs of SyncBN's layers match those of the single process, but the weights differ after step 1: "
-            "the loss may not be a mean over samples, or the model may use random numbers.",
+            "With SyncBN, the outputs of the norm layers match those of the single process, but the weights differ "
+            "after step 1: the loss may not be a mean over samples, or the model may use random numbers.",
         ),
         (_parity(params=None), None),  # not finite, which another sentence reports
         (_parity(params=FAR, note="gradients are halved"), "With SyncBN, gradients are halved."),
@@ -316,6 +316,19 @@ def test_groups_and_functions_as_arms_have_names():
     sentences = _sentences(SINGLE, SYNCED, *arms)
     assert sentences[-2].startswith("SyncBN in groups of 8 is worse than SyncBN by 3.1 points")
     assert sentences[-1].startswith("mine:edit is worse than SyncBN by 3.1 points")
+
+
+def test_exact_accumulation_is_judged_like_syncbn_and_cmbn_is_not():
+    arms = [
+        replace(SYNCED, name=name, parity=_parity(output=output))
+        for name, output in (("accumulate-exact:4", EXACT), ("accumulate-exact", FAR), ("accumulate:4", FAR))
+    ]
+    sentences = _sentences(SINGLE, SYNCED, *arms, replace(LOCAL_LOSES, name="accumulate-bn:4"))
+    assert "Accumulation with local BN in 4 micro-batches is worse than SyncBN by 3.1 points" in " ".join(sentences)
+    better = "Accumulation with CmBN in 4 micro-batches is better than accumulation with local BN in 4 micro-batches"
+    assert any(sentence.startswith(better) for sentence in sentences)
+    assert sentences[-2].startswith("Exact accumulation in 4 micro-batches is correct here: in step 1, outputs, weig")
+    assert sentences[-1].startswith("Exact accumulation does not match the single process here: the first layer that")
 
 
 def test_difference_is_paired_over_seeds_and_samples():

@@ -70,7 +70,9 @@ from syncnorm.tools.report.progress import progress_on_stderr
     help=f"Arms to run in addition to single, of {', '.join(ARMS)}; {','.join(DEFAULT_ARMS[1:])} by default. Further "
     "arms: ddp+syncbn:N, in groups of "
     "N ranks; ddp+recalibrated, local BN with precise statistics in tests; ddp+frozen, initial statistics, for "
-    "pretrained weights; and module:function, which edits the model.",
+    "pretrained weights; accumulate:N, accumulate-exact:N and accumulate-bn:N, which split each rank's batch into N "
+    "micro-batches (2 without N) with the statistics of those so far, of all, or of each alone; and module:function, "
+    "which edits the model.",
 )
 @ranks_option
 @click.option(

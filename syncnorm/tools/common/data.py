@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -55,8 +56,20 @@ def collate(items: Sequence[Any]) -> Any:
     return tuple(batch) if isinstance(batch, list) else batch
 
 
+def pieces(places: range, number: int) -> list[range]:
+    """``places`` in ``number`` consecutive pieces, whose sizes differ by at most one; the larger ones come first.
+
+    Example:
+        >>> pieces(range(5), 2)
+        [range(0, 3), range(3, 5)]
+    """
+    size, more = divmod(len(places), number)
+    ends = [index * size + min(index, more) for index in range(number + 1)]
+    return [places[start:end] for start, end in pairwise(ends)]
+
+
 class Batches:
-    """This rank's part of each global batch, one collated batch per step.
+    """This rank's part of each global batch, collated: one batch per step, or several micro-batches.
 
     Each item is drawn under a seed that depends on the step and on the item's place in the global batch, so that
     random augmentation gives the same item on whichever rank, in whichever arm and in whichever process it is loaded.
@@ -68,6 +81,10 @@ class Batches:
         seed: of the order of the samples.
         collate: list of items -> batch.
         num_workers: processes that load the items; 0 loads them in this one.
+        micro_batches: number of micro-batches that the part of a step is split into, see `pieces`.
+
+    Attributes:
+        shares: of each micro-batch of a step in the samples of the part.
     """
 
     def __init__(
@@ -78,8 +95,12 @@ class Batches:
         seed: int,
         collate: Collate = collate,
         num_workers: int = 0,
+        micro_batches: int = 1,
     ) -> None:
-        draws = _draws(len(dataset), batch, part, seed)
+        places = range(batch)[part]
+        split = pieces(places, micro_batches)
+        self.shares = [len(piece) / len(places) for piece in split]
+        draws = _draws(len(dataset), batch, split, seed)
         self._batches: Iterator[Any]
         if num_workers:
             loader: DataLoader[Any] = DataLoader(
@@ -93,10 +114,10 @@ class Batches:
             self._batches = iter(loader)
         else:
             drawn = _Drawn(dataset)
-            self._batches = (collate([drawn[draw] for draw in of_step]) for of_step in draws)
+            self._batches = (collate([drawn[draw] for draw in of_batch]) for of_batch in draws)
 
     def next(self) -> Any:
-        """The batch of the next step."""
+        """The next batch, or micro-batch."""
         return next(self._batches)
 
 
@@ -104,11 +125,12 @@ class Batches:
 Draw = tuple[int, int]
 
 
-def _draws(num_samples: int, batch: int, part: slice, seed: int) -> Iterator[list[Draw]]:
-    """Yields what each step draws, forever."""
+def _draws(num_samples: int, batch: int, split: Sequence[range], seed: int) -> Iterator[list[Draw]]:
+    """Yields what each micro-batch of each step draws, forever; ``split`` has the places of each in the batch."""
     first = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed)))
     for index in batch_indices(num_samples, batch, seed):
-        yield [(int(index[place]), first + place) for place in range(batch)[part]]
+        for places in split:
+            yield [(int(index[place]), first + place) for place in places]
         first += batch
 
 

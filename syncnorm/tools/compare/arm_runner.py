@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from syncnorm.comm.process_groups import no_sync_stats
 from syncnorm.errors import InputError, SyncNormError
 from syncnorm.tools.common.data import Batches, to_device
 from syncnorm.tools.common.data_parallel import EmulatedDataParallel
@@ -35,6 +37,7 @@ from syncnorm.tools.compare.records import (
 from syncnorm.tools.compare.training import Trainer, curve
 from syncnorm.tools.compare.turns import BASELINE, time_in_turns
 from syncnorm.tools.compare.wrapping import RECALIBRATION_BATCHES, recalibrated, wrap
+from syncnorm.training import whole_batch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -155,7 +158,7 @@ class ArmRunner:
         try:
             trainer = self._trainer(arm, self.settings.seeds[0])
             self._try_forward(arm, trainer.model)
-        except ValueError as error:
+        except (ValueError, SyncNormError) as error:
             return None, f"torch refuses: {error}" if arm.torch_may_refuse else str(error)
         return trainer, None
 
@@ -163,11 +166,12 @@ class ArmRunner:
         settings, ranks = self.settings, self.ranks
         model = arm.convert_norms(self.problem.model(seed), settings.num_groups).to(ranks.device)
         wrapper = wrap(arm, model, self.problem, ranks)
-        batches = self._batches(self._samples(arm), seed, settings.num_workers)
-        return Trainer(wrapper, model, self.problem, batches, seed, settings, ranks)
+        batches = self._batches(self._samples(arm), seed, settings.num_workers, arm.micro_batches_in_turn)
+        return Trainer(wrapper, model, self.problem, batches, arm, seed, settings, ranks)
 
-    def _batches(self, samples: slice, seed: int, num_workers: int = 0) -> Batches:
-        return Batches(self.datasets[0], self.settings.global_batch, samples, seed, self.problem.collate, num_workers)
+    def _batches(self, samples: slice, seed: int, num_workers: int = 0, micro_batches: int = 1) -> Batches:
+        data, size, collate = self.datasets[0], self.settings.global_batch, self.problem.collate
+        return Batches(data, size, samples, seed, collate, num_workers, micro_batches)
 
     def _samples(self, arm: Arm) -> slice:
         """The samples of each global batch that this rank trains on."""
@@ -177,16 +181,26 @@ class ArmRunner:
         return slice(0, self.settings.global_batch)
 
     def _try_forward(self, arm: Arm, model: nn.Module) -> None:
-        """A step of a copy without communication, to find out before the training that a norm rejects such inputs."""
-        if communicates(arm, model):
+        """A step of a copy without communication, to find out before the training that a norm rejects such inputs.
+
+        Or, if micro-batches run in step, that the model cannot be divided.
+        """
+        if communicates(arm, model) and not arm.in_step:
             return
         samples = slice(0, self.settings.batch_per_rank) if arm.parallelism == "dp" else self._samples(arm)
-        batch = to_device(self._batches(samples, self.settings.seeds[0]).next(), self.ranks.device)
+        batches = self._batches(samples, self.settings.seeds[0], micro_batches=arm.micro_batches_in_turn)
+        # The last is the smallest.
+        batch = to_device([batches.next() for _ in batches.shares][-1], self.ranks.device)
         if arm.parallelism == "dp" and not isinstance(batch[0], Tensor):
             raise InputError(
                 f"DataParallel splits a tensor, and the model is called with a {type(batch[0]).__name__}"
             )
-        self.problem.try_step(model, batch, self.settings)
+        if arm.in_step:
+            model = copy.deepcopy(model).train()
+            with no_sync_stats(), whole_batch(model, micro_batches=arm.micro_batches):
+                self.problem.loss_of(model, batch)
+        else:
+            self.problem.try_step(model, batch, self.settings)
 
     def _parity(self, arm: Arm, trainer: Trainer) -> tuple[Parity, ...]:
         settings, layers = self.settings, self.task.norm_layers

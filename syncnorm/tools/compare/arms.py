@@ -30,6 +30,11 @@ class Arm:
         synced: its norm layers communicate.
         torch_may_refuse: a ``ValueError`` during the setup of the arm means that torch does not support it here.
         recalibrated: the running statistics are recomputed from training batches before each test.
+        group_size: number of ranks that a synced layer combines; ``None`` for all.
+        micro_batches: number of micro-batches that each rank splits its batch into.
+        in_step: they run layer by layer in step, as one batch (`syncnorm.training.whole_batch`); otherwise one after
+            another, and their gradients are accumulated.
+        of_user: the user's function edits the model.
     """
 
     name: str
@@ -39,6 +44,15 @@ class Arm:
     synced: bool = False
     torch_may_refuse: bool = False
     recalibrated: bool = False
+    group_size: int | None = None
+    micro_batches: int = 1
+    in_step: bool = False
+    of_user: bool = False
+
+    @property
+    def micro_batches_in_turn(self) -> int:
+        """Number of micro-batches whose gradients are accumulated."""
+        return 1 if self.in_step else self.micro_batches
 
 
 def _unchanged(model: nn.Module, num_groups: int) -> nn.Module:
@@ -64,6 +78,47 @@ def _to_eval_mode(module: nn.Module, args: Any) -> None:
 
 SINGLE = Arm("single", "one process with the global batch: the reference", "single", _unchanged)
 _SYNCED = Arm("ddp+syncbn", "DDP after syncnorm.convert(model)", "ddp", lambda model, _: convert(model), synced=True)
+
+
+def _in_groups(size: int) -> Arm:
+    return replace(
+        _SYNCED,
+        about=f"DDP after syncnorm.convert(model, group_size={size})",
+        convert_norms=lambda model, _: convert(model, group_size=size),
+        group_size=size,
+    )
+
+
+def _accumulate_local(number: int) -> Arm:
+    about = f"DDP with local BN; gradients of {number} micro-batches, each with its own statistics"
+    return Arm("accumulate-bn", about, "ddp", _unchanged, micro_batches=number)
+
+
+def _accumulate(number: int) -> Arm:
+    return Arm(
+        "accumulate",
+        f"DDP after convert(model, accumulate={number}): each micro-batch has the statistics of those so far",
+        "ddp",
+        lambda model, _: convert(model, accumulate=number),
+        synced=True,
+        micro_batches=number,
+    )
+
+
+def _accumulate_exactly(number: int) -> Arm:
+    about = f"ddp+syncbn with whole_batch(model, micro_batches={number}): the statistics of all micro-batches"
+    return replace(_SYNCED, name="accumulate-exact", about=about, micro_batches=number, in_step=number > 1)
+
+
+# Name -> the arm for a number N after a colon, and what N is.
+_NUMBERED: dict[str, tuple[Callable[[int], Arm], str]] = {
+    _SYNCED.name: (_in_groups, "ranks in a group"),
+    "accumulate-bn": (_accumulate_local, "micro-batches"),
+    "accumulate": (_accumulate, "micro-batches"),
+    "accumulate-exact": (_accumulate_exactly, "micro-batches"),
+}
+# Micro-batches of an arm that is named without a number.
+DEFAULT_MICRO_BATCHES = 2
 
 # Those that run by default.
 ARMS = {
@@ -108,13 +163,15 @@ MORE_ARMS = {
             recalibrated=True,
         ),
         Arm("ddp+frozen", "BN with its initial running statistics: for pretrained weights", "ddp", _frozen),
+        *(make(DEFAULT_MICRO_BATCHES) for make in (_accumulate_local, _accumulate, _accumulate_exactly)),
     )
 }
 
 
 def arm_named(name: str) -> Arm:
-    """The arm called ``name``: one of `ARMS` or `MORE_ARMS`, or ``ddp+syncbn:8`` for groups of 8 ranks.
+    """The arm called ``name``: one of `ARMS` or `MORE_ARMS`, or one with a number.
 
+    ``ddp+syncbn:8`` is the arm with groups of 8 ranks, ``accumulate:4`` the one with 4 micro-batches.
     ``module:function`` is an arm too: it edits the model, with its batch norms, in place or returns another.
 
     Raises:
@@ -124,26 +181,18 @@ def arm_named(name: str) -> Arm:
     if name in known:
         return known[name]
     base, colon, rest = name.partition(":")
-    if colon and base == _SYNCED.name:
+    if colon and base in _NUMBERED:
+        make, what = _NUMBERED[base]
         if not rest.isdecimal() or int(rest) < 1:
-            raise InputError(f"arm {name!r}: expected the number of ranks in a group, such as {base}:8")
-        size = int(rest)
-        about = f"DDP after syncnorm.convert(model, group_size={size})"
-        return replace(
-            _SYNCED, name=name, about=about, convert_norms=lambda model, _: convert(model, group_size=size)
-        )
+            raise InputError(f"arm {name!r}: expected the number of {what}, such as {base}:8")
+        return replace(make(int(rest)), name=name)
     if colon and base.replace(".", "").isidentifier():
-        return Arm(name, "DDP after a function of the user", "ddp", partial(_edit, load(name, "--arms"), name))
+        edit = partial(_edit, load(name, "--arms"), name)
+        return Arm(name, "DDP after a function of the user", "ddp", edit, of_user=True)
     close = get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}? " if close else ""
-    names = ", ".join((*known, f"{_SYNCED.name}:N"))
+    names = ", ".join((*known, *(f"{numbered}:N" for numbered in _NUMBERED)))
     raise InputError(f"no arm is called {name!r}: {hint}the arms are {names}, and module:function")
-
-
-def group_size_of(arm: str) -> int | None:
-    """The number of ranks in a group of ``ddp+syncbn:8``; ``None`` for other arms."""
-    base, colon, rest = arm.partition(":")
-    return int(rest) if colon and base == _SYNCED.name else None
 
 
 def _edit(edit: Callable[[nn.Module], Any], name: str, model: nn.Module, num_groups: int) -> nn.Module:

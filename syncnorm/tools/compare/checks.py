@@ -19,7 +19,7 @@ from syncnorm.conversion.convert import convert
 from syncnorm.errors import InputError
 from syncnorm.tools.common.data import Batches, digits
 from syncnorm.tools.common.errors import missing_extra, one_line
-from syncnorm.tools.compare.arms import arm_named, group_size_of
+from syncnorm.tools.compare.arms import arm_named
 from syncnorm.tools.compare.evaluation import autocast
 from syncnorm.tools.compare.metrics import LOSS, Metric, Tally, num_required, remembered
 from syncnorm.tools.compare.named_metrics import ACCURACY
@@ -127,11 +127,19 @@ def _equal(a: Any, b: Any) -> bool:
 
 def _check_arms(problem: Problem, settings: CompareSettings) -> None:
     for name in settings.arms:
-        size = group_size_of(name)
-        if size is not None and settings.world_size % size:
-            raise InputError(f"arm {name}: {settings.world_size} ranks cannot be divided into groups of {size}")
         arm = arm_named(name)
-        if ":" in name and size is None:  # a function of the user
+        if arm.group_size and settings.world_size % arm.group_size:
+            raise InputError(
+                f"arm {name}: {settings.world_size} ranks cannot be divided into groups of {arm.group_size}"
+            )
+        if arm.micro_batches > settings.batch_per_rank:
+            raise InputError(
+                f"arm {name}: {settings.batch_per_rank} samples per rank cannot be split into {arm.micro_batches} "
+                f"micro-batches: use fewer, or a larger --batch-per-rank"
+            )
+        if arm.micro_batches > 1 and settings.accumulate > 1:
+            raise InputError(f"arm {name} splits the batch of each step itself: leave out --accumulate")
+        if arm.of_user:
             with _raising_input_error(f"arm {name} raised"):
                 arm.convert_norms(problem.model(settings.seeds[0]), 1)
 

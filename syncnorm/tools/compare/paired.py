@@ -12,6 +12,7 @@ from syncnorm.tools.common.units import decode
 from syncnorm.tools.compare.records import ArmResult, Comparison, Decision
 
 LOCAL, SYNCED, REFERENCE = "ddp", "ddp+syncbn", "single"
+ACCUMULATED_LOCALLY, ACCUMULATED, ACCUMULATED_EXACTLY = "accumulate-bn", "accumulate", "accumulate-exact"
 
 
 def decisions(comparison: Comparison) -> tuple[Decision, ...]:
@@ -22,11 +23,18 @@ def decisions(comparison: Comparison) -> tuple[Decision, ...]:
 
 
 def pairs(names: Iterator[str] | dict[str, ArmResult]) -> Iterator[tuple[str, str]]:
-    """Local BN and SyncBN with the whole batch, SyncBN with local BN, and every other arm with SyncBN."""
+    """Local BN and SyncBN with the whole batch, SyncBN with local BN, and every other arm with SyncBN.
+
+    Other ways of accumulation are also compared with that of local BN, with as many micro-batches.
+    """
     present = list(names)
     others = [name for name in present if name not in (REFERENCE, LOCAL, SYNCED)]
     wanted = [(LOCAL, REFERENCE), (SYNCED, LOCAL), (SYNCED, REFERENCE)]
     wanted += [(name, SYNCED if SYNCED in present else REFERENCE) for name in others]
+    for name in others:
+        base, colon, number = name.partition(":")
+        if base in (ACCUMULATED, ACCUMULATED_EXACTLY):
+            wanted.append((name, f"{ACCUMULATED_LOCALLY}{colon}{number}"))
     return ((name, other) for name, other in wanted if name in present and other in present)
 
 

@@ -32,7 +32,7 @@ class LayerParity:
 
     Attributes:
         layer: its name in the model.
-        output: for rank 0's part of the batch, in the forward of this step.
+        output: for rank 0's part of the batch, or its first micro-batch, in the forward of this step.
         gradients: of the layer's weight and bias, after DDP has averaged them.
         params: its weight and bias after the step.
         running_mean: after the step, on rank 0.

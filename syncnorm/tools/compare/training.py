@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from syncnorm.tools.common.data import Batches, seed_everything, to_device
 from syncnorm.tools.common.ranks import Ranks
 from syncnorm.tools.common.timing import synchronize
+from syncnorm.tools.compare.arms import Arm
 from syncnorm.tools.compare.evaluation import autocast
 from syncnorm.tools.compare.measurements import CollectiveRecorder, StepTimes
 from syncnorm.tools.compare.parity import Recorder, Snapshot, WithoutDropout, steps_to_measure
 from syncnorm.tools.compare.problem import Problem
 from syncnorm.tools.compare.records import CollectiveCount, CompareSettings, Point
 from syncnorm.tools.compare.steps import WholeStep, as_loss, list_of
+from syncnorm.training import whole_batch
 
 
 @dataclass
@@ -34,7 +36,8 @@ class Trainer:
     Attributes:
         wrapper: the module that is called: ``model``, or data parallelism around it.
         problem: the step or the loss, and the optimizer.
-        batches: this rank's part of each global batch.
+        batches: this rank's part of each global batch, in micro-batches if the arm processes them in turn.
+        arm: how it processes a batch.
         settings: learning rates fall to zero in ``steps`` steps, each of ``accumulate`` batches.
     """
 
@@ -42,6 +45,7 @@ class Trainer:
     model: nn.Module
     problem: Problem
     batches: Batches
+    arm: Arm
     seed: int
     settings: CompareSettings
     ranks: Ranks
@@ -70,7 +74,8 @@ class Trainer:
         factor = 0.5 * (1 + math.cos(math.pi * min(1.0, self.steps_done / settings.steps)))
         for group, initial in self._groups:
             group["lr"] = initial * factor
-        batches = [to_device(self.batches.next(), device) for _ in range(settings.accumulate)]
+        shares = [share / settings.accumulate for _ in range(settings.accumulate) for share in self.batches.shares]
+        batches = [(share, to_device(self.batches.next(), device)) for share in shares]
         # For dropout, which differs between ranks.
         seed_everything(self.seed + 1000 * self.steps_done + self.ranks.rank)
         self.steps_done += 1
@@ -82,15 +87,18 @@ class Trainer:
         self.losses.append(loss.detach().float())
         return StepTimes(time.perf_counter() - started, backward_done)
 
-    def _train(self, batches: list[Any], recorder: Recorder | None) -> tuple[Tensor, float]:
-        """Forward, backward and update; the mean loss, and when the backward was done."""
+    def _train(self, batches: list[tuple[float, Any]], recorder: Recorder | None) -> tuple[Tensor, float]:
+        """Forward, backward and update; the mean loss, and when the backward was done.
+
+        The share of a batch in the samples of the step is the weight of its loss.
+        """
         total = torch.zeros((), device=self.ranks.device)
         for optimizer in self._optimizers:
             optimizer.zero_grad()
-        for number, batch in enumerate(batches, start=1):
-            with self._reduced_after(number == len(batches)):
+        for number, (share, batch) in enumerate(batches, start=1):
+            with self._reduced_after(number == len(batches)), self._in_step():
                 with autocast(self._amp, self.ranks.device):
-                    loss = self._loss(batch) / len(batches)
+                    loss = share * self._loss(batch)
                 self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             total += loss.detach()
         backward_done = time.perf_counter()
@@ -101,7 +109,7 @@ class Trainer:
         self._scaler.update()
         return total, backward_done
 
-    def _let_train(self, batches: list[Any], recorder: Recorder | None) -> tuple[Tensor, float]:
+    def _let_train(self, batches: list[tuple[float, Any]], recorder: Recorder | None) -> tuple[Tensor, float]:
         """Calls a step that runs backward and optimizers itself; what it recorded, and when the last update began."""
         step, last_update, total = self.problem.step, 0.0, torch.zeros(())
         assert step is not None
@@ -114,10 +122,10 @@ class Trainer:
 
         hooks = [each.register_step_pre_hook(before_update) for each in self._optimizers]
         try:
-            for batch in batches:
+            for share, batch in batches:
                 with autocast(self._amp, self.ranks.device):
                     recorded = step(self.wrapper, batch, self.optimizer)
-                total += as_loss(recorded, f"the step {self.problem.step_name}").detach().cpu() / len(batches)
+                total += share * as_loss(recorded, f"the step {self.problem.step_name}").detach().cpu()
         finally:
             for hook in hooks:
                 hook.remove()
@@ -128,6 +136,11 @@ class Trainer:
             loss: Tensor = self.wrapper(batch)
             return loss
         return self.problem.loss_of(self.wrapper, batch)
+
+    def _in_step(self) -> AbstractContextManager[Any]:
+        """Splits the batch of a forward into micro-batches that run in step, if the arm does."""
+        # The model inside of DDP, which then sees one forward.
+        return whole_batch(self.model, micro_batches=self.arm.micro_batches) if self.arm.in_step else nullcontext()
 
     def _reduced_after(self, last: bool) -> AbstractContextManager[Any]:
         """DDP adds up the gradients of several batches on each rank, and averages them over ranks after the last."""

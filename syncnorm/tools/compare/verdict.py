@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from syncnorm.tools.compare.paired import LOCAL, REFERENCE, SYNCED, decisions, pairs
+from syncnorm.tools.compare.paired import (
+    ACCUMULATED,
+    ACCUMULATED_EXACTLY,
+    ACCUMULATED_LOCALLY,
+    LOCAL,
+    REFERENCE,
+    SYNCED,
+    decisions,
+    pairs,
+)
 from syncnorm.tools.compare.records import ArmResult, Comparison, Decision, MetricInfo, StepRatio
 
 NO_COMMUNICATION = {"ddp+group": "GroupNorm", "ddp+layer": "LayerNorm", "ddp+instance": "InstanceNorm"}
@@ -16,6 +25,9 @@ NAMES = {
     "ddp+recalibrated": "recalibrated local BN",
     "ddp+frozen": "frozen BN",
     "ddp+torch-syncbn": "torch.nn.SyncBatchNorm",
+    ACCUMULATED_LOCALLY: "accumulation with local BN",
+    ACCUMULATED: "accumulation with CmBN",
+    ACCUMULATED_EXACTLY: "exact accumulation",
     **NO_COMMUNICATION,
 }
 # An interval whose ends differ by more than this factor says too little: the first if it contains 1, else the second.
@@ -43,14 +55,15 @@ def verdict(comparison: Comparison) -> list[str]:
         *(_reason(comparison, found[pair]) for pair in pairs(arms) if pair in found and _informative(found[pair])),
         *_failures(comparison),
         *_cost(arms),
-        *_correctness(arms),
+        *(sentence for arm in comparison.arms if _must_match(arm.name) for sentence in _correctness(arm)),
     ]
     return [f"{each[0].upper()}{each[1:]}" if _starts_with_a_word(each) else each for each in sentences]
 
 
 def _starts_with_a_word(sentence: str) -> bool:
     # Names of arms and functions are never capitalized.
-    return sentence.startswith(("local BN", "recalibrated local", "frozen BN", "undecided", "single-process"))
+    local = ("local BN", "recalibrated local", "frozen BN", "accumulation with", "exact accumulation")
+    return sentence.startswith((*local, "undecided", "single-process"))
 
 
 def _advice(comparison: Comparison, found: Mapping[Pair, Decision]) -> Iterator[str]:
@@ -119,6 +132,8 @@ def arm_name(arm: str) -> str:
     base, colon, size = arm.partition(":")
     if colon and base == SYNCED:
         return f"SyncBN in groups of {size}"
+    if colon and base in NAMES:
+        return f"{NAMES[base]} in {size} micro-batches"
     return NAMES.get(arm, arm)
 
 
@@ -192,38 +207,43 @@ def _ends(cost: StepRatio) -> str:
     return f"{cost.low:.2f} to {cost.high:.2f}"
 
 
-def _correctness(arms: Mapping[str, ArmResult]) -> Iterator[str]:
-    arm = arms.get(SYNCED)
-    first = arm.parity[0] if arm is not None and arm.parity else None
+def _must_match(arm: str) -> bool:
+    """Whether the arm computes what one process with the whole batch computes."""
+    return arm == SYNCED or arm.partition(":")[0] == ACCUMULATED_EXACTLY
+
+
+def _correctness(arm: ArmResult) -> Iterator[str]:
+    first = arm.parity[0] if arm.parity else None
     if first is None:
         return
+    name = arm_name(arm.name)
     if first.note:
-        yield f"With SyncBN, {first.note}."
+        yield f"With {name}, {first.note}."
     if first.within_rounding:
         errors = (first.output, first.update, first.running_mean, first.running_var)
         largest = max(error.max_rel for error in errors if error)
         updated = "weights" if first.update == first.params else "gradients"
         yield (
-            f"SyncBN is correct here: in step 1, outputs, {updated} and running statistics match those of the single "
+            f"{name} is correct here: in step 1, outputs, {updated} and running statistics match those of the single "
             f"process to {largest:.0e}, which is fp32 rounding."
         )
     elif first.first_divergent_layer is not None:
         output = next(layer for layer in first.layers if layer.layer == first.first_divergent_layer).output
         size = f", with a relative output error of {output.max_rel:.0e}" if output else ""
         yield (
-            f"SyncBN does not match the single process here: the first layer that differs by more than rounding is "
+            f"{name} does not match the single process here: the first layer that differs by more than rounding is "
             f"{first.first_divergent_layer}{size}."
         )
     elif not first.note and first.params is not None:
         yield (
-            "The outputs of SyncBN's layers match those of the single process, but the weights differ after step 1: "
-            "the loss may not be a mean over samples, or the model may use random numbers."
+            f"With {name}, the outputs of the norm layers match those of the single process, but the weights differ "
+            f"after step 1: the loss may not be a mean over samples, or the model may use random numbers."
         )
 
 
 def _failures(comparison: Comparison) -> Iterator[str]:
     for arm in comparison.arms:
-        if arm.not_run and arm.name in NAMES:
+        if arm.not_run and arm_name(arm.name) != arm.name:
             yield f"{arm_name(arm.name)} did not run: {arm.not_run}."
         if arm.seeds and arm.test_metric is None:
             yield f"{arm_name(arm.name)} ended with a result that is not finite: use a smaller --lr."

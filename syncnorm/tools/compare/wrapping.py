@@ -37,6 +37,8 @@ def wrap(arm: Arm, model: nn.Module, problem: Problem, ranks: Ranks) -> nn.Modul
         raise InputError(
             f"recalibration needs a step that returns its loss, and {problem.step_name} trains by itself"
         )
+    if arm.micro_batches > 1 and problem.trains_by_itself:
+        raise InputError(f"micro-batches need a step that returns its loss, and {problem.step_name} trains by itself")
     if arm.parallelism == "single":
         return model
     if arm.parallelism == "dp":

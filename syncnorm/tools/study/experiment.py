@@ -175,6 +175,7 @@ def fit(
     batches: Iterable[tuple[Tensor, Tensor]],
     recipe: Recipe,
     after_step: Callable[[int], None] | None = None,
+    micro_batches: int = 1,
 ) -> None:
     """Trains ``module`` on the first ``recipe.steps`` of ``batches``.
 
@@ -186,6 +187,7 @@ def fit(
         batches: images and labels of this rank.
         recipe: learning rate and number of steps.
         after_step: called with the number of completed steps; it may evaluate the model.
+        micro_batches: number of equal parts of a batch, whose gradients are accumulated.
 
     Collective: those of the wrapper and the norm layers.
     """
@@ -195,7 +197,8 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(step)
         optimizer.zero_grad()
-        torch.autograd.backward(F.cross_entropy(module(x), y))
+        for part_x, part_y in zip(x.chunk(micro_batches), y.chunk(micro_batches), strict=True):
+            torch.autograd.backward(F.cross_entropy(module(part_x), part_y) / micro_batches)
         optimizer.step()
         if after_step is not None:
             after_step(step + 1)

@@ -12,12 +12,13 @@ from syncnorm.errors import InputError
 from syncnorm.tools.common.progress import ProgressFactory, silent
 from syncnorm.tools.common.provenance import command_line, provenance
 from syncnorm.tools.common.ranks import Keep, Ranks, discard, ranks_for, torch_threads, world_size_for
-from syncnorm.tools.study import batch_size, dp_vs_ddp, fold, learning_rate, placement, sequence
+from syncnorm.tools.study import accumulation, batch_size, dp_vs_ddp, fold, learning_rate, placement, sequence
 from syncnorm.tools.study.records import Question, Study, StudyRow, StudySettings
 from syncnorm.tools.study.trials import FIRST_TUNING_SEED
 
 STUDIES: dict[str, Question] = {
-    study.QUESTION.name: study.QUESTION for study in (batch_size, placement, learning_rate, dp_vs_ddp, sequence, fold)
+    study.QUESTION.name: study.QUESTION
+    for study in (batch_size, placement, learning_rate, dp_vs_ddp, sequence, fold, accumulation)
 }
 QUICK_SEEDS = 2
 MAX_RANKS = 64
