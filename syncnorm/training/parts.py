@@ -101,34 +101,28 @@ def _check_rows(outputs: Sequence[Tensor], samples: Sequence[int]) -> None:
 
 
 def _samples(value: Any) -> int | None:
-    """The number of samples: the length of the first tensor in tuples and dicts, else of the first list."""
-    tensors = [v for v in _leaves(value, lists=True) if v.dim() and v.size(0) != 1]
-    outside = [v for v in _leaves(value, lists=False) if v.dim()]
-    many = [v for v in outside if v.size(0) != 1]
-    if many or outside:
-        return (many or outside)[0].size(0)
-    lengths = [len(v) for v in _lists(value)]
-    return lengths[0] if lengths else (tensors[0].size(0) if tensors else None)
+    """The number of samples: of the first tensor in tuples and dicts, else the length of the first list.
+
+    One entry is the number only if nothing has more.
+    """
+    found = [tensor.size(0) for tensor in _tensors(value) if tensor.dim()] or [len(v) for v in _lists(value)]
+    return next((n for n in found if n != 1), found[0] if found else None)
 
 
-def _leaves(value: Any, lists: bool) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    return [leaf for child in _children(value, lists) for leaf in _leaves(child, lists)]
+def _tensors(value: Any) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else [found for v in _children(value) for found in _tensors(v)]
 
 
 def _lists(value: Any) -> list[list[Any]]:
-    if isinstance(value, list):
-        return [value]
-    return [found for child in _children(value, False) for found in _lists(child)]
+    return [value] if isinstance(value, list) else [found for v in _children(value) for found in _lists(v)]
 
 
-def _children(value: Any, lists: bool) -> list[Any]:
+def _children(value: Any) -> list[Any]:
     if isinstance(value, PackedSequence):
         raise InputError(f"a PackedSequence cannot be divided: {INSTEAD}")
     if isinstance(value, dict):
         return list(value.values())
-    return list(value) if isinstance(value, tuple) or (lists and isinstance(value, list)) else []
+    return list(value) if isinstance(value, tuple) else []
 
 
 def _slice(value: Any, samples: int, start: int, end: int) -> Any:

@@ -46,6 +46,17 @@ def test_gradient_penalty_pulls_the_gradients_to_one(tmp_path):
 
 
 @pytest.mark.slow
+def test_micro_batches_in_step_take_the_step_of_the_whole_batch(tmp_path):
+    lines = python(example("accumulate.py"), cwd=tmp_path).splitlines()
+    distances = [float(re.search(r"first step (\S+) from", line)[1]) for line in lines]
+    accuracies = [float(line.split()[-1].rstrip("%")) for line in lines]
+    assert distances[0] == 0
+    assert min(distances[1:3]) > 1e-4  # the ways that are not exact
+    assert distances[3] < 1e-6
+    assert accuracies[3] > 80
+
+
+@pytest.mark.slow
 def test_gan_trains_like_one_process(tmp_path):
     first, last, difference = numbers(torchrun(example("wgan_gp.py"), cwd=tmp_path))
     assert abs(last - 1) < abs(first - 1) / 2
