@@ -24,6 +24,6 @@ fi
 echo "syncnorm: running tests with torch $torch"
 # What versions of torch change: numerics, checkpointing, torch.compile with breaks, conversion, Join, collectives.
 exec "$venv/bin/python" -m pytest -n auto --dist worksteal -m "not slow" \
-    tests/layer/test_{layer,masks,checkpointing,compile_breaks,double_backward,native}.py \
+    tests/layer/test_{layer,masks,checkpointing,compile_breaks,double_backward,native,window}.py \
     tests/conversion/test_{conversion,forward_override,replacing}.py \
-    tests/training/test_join.py tests/comm/test_{native,disagreement}.py "$@"
+    tests/training/test_{join,whole_batch}.py tests/comm/test_{native,disagreement}.py "$@"

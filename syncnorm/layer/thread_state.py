@@ -88,5 +88,7 @@ class RandomStream:
 
 
 def _device_types() -> list[str]:
+    if not torch.accelerator.is_available():  # 2.6 raises where there is none
+        return ["cpu"]
     accelerator = torch.accelerator.current_accelerator()
     return ["cpu"] if accelerator is None or accelerator.type == "cpu" else ["cpu", accelerator.type]

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from exchanges import recorded_exchanges
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from versions import one_graph
 from windows import Windows, check
 
 import syncnorm
@@ -309,6 +310,7 @@ def test_compiled_and_eager_ranks_meet():
             assert_close(a, b.double(), torch.float32)
 
 
+@one_graph
 def test_one_graph_is_refused():
     torch.compiler.reset()
     model = syncnorm.convert(nn.Sequential(nn.BatchNorm1d(3)), accumulate=2)
