@@ -629,3 +629,10 @@ def test_a_transform_of_torch_func_around_the_divided_model_is_refused():
 
     with whole_batch(model, 2), pytest.raises(InputError, match="transform inside of them"):
         torch.func.grad(loss)(dict(model.named_parameters()))
+
+
+def test_threads_do_not_catch_up_with_the_nodes_of_a_whole_training():
+    made = micro_batches._highest + 100_000
+    micro_batches.count_nodes_to(made)
+    assert torch._C._autograd._get_sequence_nr() >= made
+    assert all(run_in_step(lambda _: torch._C._autograd._get_sequence_nr() < made, range(3)))
