@@ -29,7 +29,7 @@ from syncnorm.errors import InputError, SyncNormError
 from syncnorm.layer import checkpointing, kernels, micro_batches, moments
 from syncnorm.layer.arguments import ForwardCall, NoGradArgs
 from syncnorm.layer.global_moments import global_moments
-from syncnorm.layer.moments import Count, statistics_dtype
+from syncnorm.layer.moments import Count, count_column, statistics_dtype
 
 T = TypeVar("T")
 
@@ -139,13 +139,9 @@ def _whole_batch(requests: list[Request]) -> checkpointing.ForwardStatistics:
     first = requests[0]
     eps, running = first.args.eps, first.args.running
     sync = first.args.sync._replace(graph_owners=(), window=None)  # the batch is whole
-    counts: list[Any] | Tensor = [request.count for request in requests]
-    if any(isinstance(count, Tensor) for count in counts):
-        counts = torch.stack(
-            [first.local.new_full((), count) if isinstance(count, int) else count for count in counts]
-        )
-        counts = counts.view(-1, 1)
     rows = torch.stack([request.local.flatten() for request in requests])
+    known = [request.count for request in requests if isinstance(request.count, int)]
+    counts = known if len(known) == len(requests) else count_column([request.count for request in requests], rows)
     mean, var_eps, count = moments.merge(rows, counts, eps)
     dtype = first.local.dtype
     local = mean.to(dtype), var_eps.rsqrt().to(dtype), count

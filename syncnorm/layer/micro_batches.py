@@ -29,7 +29,7 @@ Meet = Callable[[list[Any]], Sequence[Any]]
 
 
 class _Cancelled(BaseException):
-    """Ends the thread of a micro-batch because another one has failed. Not for ``except Exception`` of a model."""
+    """Ends a micro-batch because another one has failed; an ``except Exception`` in a model does not catch it."""
 
 
 @functools.cache

@@ -72,6 +72,13 @@ def merge(moments_W2C: Tensor, counts: Sequence[int] | Tensor, eps: float) -> tu
     return mean, var_eps.clamp_(min=eps), count
 
 
+def count_column(counts: Sequence[Count], like: Tensor) -> Tensor:
+    """Counts as :func:`merge` takes those that only a device knows: (W, 1), on the device of ``like``."""
+    # A fill is a kernel, while a copy of host memory would wait for a GPU.
+    rows = [n.to(like).view(1, 1) if isinstance(n, Tensor) else like.new_full((1, 1), n) for n in counts]
+    return torch.cat(rows)
+
+
 def _sum_in_order(rows_WC: Tensor) -> Tensor:
     """The sum of the rows; on the CPU in rank order, as in C, so that ranks with and without C have the same bits."""
     return functools.reduce(torch.add, rows_WC.unbind(0)) if rows_WC.device.type == "cpu" else rows_WC.sum(0)

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from syncnorm.layer.moments import Count, Running, update_running_
+from syncnorm.layer.moments import Count, Running, count_column, update_running_
 
 ATTRIBUTE = "_sync_window"  # of a synced layer
 IN_GRAPH = (
@@ -135,7 +135,8 @@ class Window:
         Counts on a GPU are a tensor (W, 1), which no host waits for.
         """
         if not rows.is_cpu or isinstance(counts, Tensor) or isinstance(self.count, Tensor):
-            counts = torch.cat([_column(n, rows) for n in (*_parts(counts), self.count)])
+            gathered = counts.unbind(0) if isinstance(counts, Tensor) else counts
+            counts = count_column((*gathered, self.count), rows)
         else:
             counts = [*counts, self.count]
         row = torch.ones_like(rows[:1]) if self._row is None else self._row.to(rows.dtype)
@@ -252,14 +253,3 @@ def _after_step(optimizer: Optimizer, *_: Any) -> None:
         models: dict[ConvertedModel, bool] = {}
         for window in [window for window in _open if window.belongs_to(parameters, models)]:
             window.end()
-
-
-def _parts(counts: Sequence[int] | Tensor) -> Sequence[Count]:
-    return [counts] if isinstance(counts, Tensor) else counts
-
-
-def _column(count: Count, like: Tensor) -> Tensor:
-    """(n, 1) on the device of ``like``. A fill is a kernel, while a copy of host memory would wait for a GPU."""
-    if isinstance(count, Tensor):
-        return count.to(like.device, like.dtype).view(-1, 1)
-    return like.new_full((1, 1), count)

@@ -12,7 +12,7 @@ from syncnorm.testing import assert_close
 
 
 class Block(nn.Module):
-    """A residual block, whose shortcut has a batch norm that runs beside the others."""
+    """A residual block whose shortcut has a batch norm too, parallel to the other two."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, checkpointed: bool | None = None):
         super().__init__()

@@ -133,14 +133,14 @@ def test_the_layer_is_fp64_batch_norm_of_all_micro_batches_of_all_ranks(sizes, d
 def test_masked_positions_do_not_count():
     layer = _layer(torch.double)
     reference = copy.deepcopy(layer)
-    [pairs] = _samples(((2, 3, 1),), torch.double)
+    [pairs] = _samples(((2, 0, 3, 1),), torch.double)
     masks = [
         torch.rand(x.size(0), 3, 2, generator=torch.Generator().manual_seed(i)) < 0.6
         for i, (x, _) in enumerate(pairs)
     ]
-    masks[2][:] = False
+    masks[3][:] = False
     inputs = [x.clone().requires_grad_() for x, _ in pairs]
-    outputs = run_in_step(lambda i: layer(inputs[i], mask=masks[i]), [0, 1, 2])
+    outputs = run_in_step(lambda i: layer(inputs[i], mask=masks[i]), range(4))
     torch.autograd.backward(outputs, [dy for _, dy in pairs])
     whole = torch.cat([x for x, _ in pairs]).requires_grad_()
     expected = reference(whole, mask=torch.cat(masks))
