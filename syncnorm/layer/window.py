@@ -6,7 +6,7 @@ is thus normalized with mean and variance of the N_t values of micro-batches 1 t
 
 Its backward is the usual one, with these statistics and with the number of values of micro-batch t. The statistics
 also depend on the weights through the earlier micro-batches, whose graphs are gone: their share of the derivative is
-taken to be that of micro-batch t, as it is on average. With N_t instead of that number, which is the derivative
+taken to be that of micro-batch t, as if all were alike. With N_t instead of that number, which is the derivative
 through micro-batch t alone, a part of the gradient would remain along the shift and the scale of each channel, where
 the output does not depend on the weights; norms of weights then grow with every step. Neglected is how these values
 move the outputs of later micro-batches, and how later ones would have moved theirs: the last micro-batch of a window
