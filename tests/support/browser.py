@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+_OFFLINE = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
+_USUAL = ("--headless", "--no-sandbox", "--disable-gpu", *_OFFLINE)
 # The page is in a frame, because a window has at least 500 pixels.
 _HARNESS = """<!doctype html><meta charset="utf-8">
 <iframe id="frame" style="width: {width}px; height: 900px; border: 0" srcdoc="{page}"></iframe>
@@ -39,8 +41,7 @@ def result_of(file: Path, folder: Path, *options: str, timeout: float = 60) -> s
     program = next(filter(None, map(shutil.which, _NAMES)), None)
     if program is None:
         pytest.skip("needs Chromium")
-    usual = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}")
-    command = [program, *usual, *options, "--dump-dom", file.as_uri()]
+    command = [program, *_USUAL, f"--user-data-dir={folder / 'profile'}", *options, "--dump-dom", file.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=timeout, check=True)
     found = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)
     assert found is not None, done.stderr[-2000:]
