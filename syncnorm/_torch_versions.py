@@ -58,6 +58,20 @@ def copied(store: Store) -> Store:
     return store
 
 
+_destroyed: "list[dist.ProcessGroup]" = []
+
+
+def destroy_process_group(group: "dist.ProcessGroup") -> None:
+    """``dist.destroy_process_group`` for a group that no rank uses any more; collective like that.
+
+    Before 2.8 the last reference to a gloo group must not go right after a collective: the GIL is held until the
+    group's threads have ended, and they may wait for it to free tensors. So it stays until the next one is destroyed.
+    """
+    dist.destroy_process_group(group)
+    if VERSION < (2, 8):
+        _destroyed[:] = [group]
+
+
 @functools.cache
 def gather_options() -> "AllgatherOptions":
     """Of a gather on the current stream: another one would have to wait for this one, and it for that."""

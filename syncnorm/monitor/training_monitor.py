@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from syncnorm._torch_versions import ddp_broadcasts_buffers, is_initialized
+from syncnorm._torch_versions import ddp_broadcasts_buffers, destroy_process_group, is_initialized
 from syncnorm.comm import process_groups
 from syncnorm.comm.call import observers
 from syncnorm.errors import InputError
@@ -202,7 +202,7 @@ class Monitor:
         if self._model_hook is not None:
             self._model_hook.remove()
         if self._owns_group and self._group is not None and process_groups.alive(self._group):
-            dist.destroy_process_group(self._group)
+            destroy_process_group(self._group)
         self._model_hook, self._owns_group = None, False
 
     def _gloo_group(self) -> dist.ProcessGroup | None:

@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
+from syncnorm._torch_versions import destroy_process_group
 from syncnorm.errors import InputError
 from syncnorm.testing import run_ranks
 from syncnorm.tools.common.launcher import launched_world_size
@@ -173,7 +174,7 @@ def initialized_ranks(device: torch.device, wait: timedelta = WAIT) -> Iterator[
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device, dist.get_backend(), control)
     finally:
-        dist.destroy_process_group(control)
+        destroy_process_group(control)
 
 
 @contextmanager

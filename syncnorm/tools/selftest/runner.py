@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from syncnorm._torch_versions import destroy_process_group
 from syncnorm.testing import RankError
 from syncnorm.tools.common.errors import one_line
 from syncnorm.tools.common.progress import ProgressFactory, Tell, silent
@@ -91,7 +92,7 @@ def run_cases(ranks: Ranks, tell: Tell, cases: Sequence[Case]) -> SelfTest:
             result = CaseResult(case.name, "not run", message=lost)
         results.append(result)
     if group is not None:
-        dist.destroy_process_group(group)
+        destroy_process_group(group)
     return SelfTest(
         world_size=ranks.world_size,
         **provenance(ranks.hardware()),
