@@ -145,6 +145,7 @@ KILLED = """
 import os, random, signal, sys, time
 from datetime import timedelta
 import torch, torch.distributed as dist
+import torch._dynamo  # before torch 2.13 the first forward imports it, which takes a second
 import syncnorm
 
 def rank_process(rank, store, ready):
@@ -194,9 +195,9 @@ def test_killed_ranks_leave_nothing_behind(tmp_path):
         [sys.executable, "-c", KILLED, str(stores)], env=environ, capture_output=True, text=True, timeout=100
     )
     assert ran.returncode == 0, ran.stderr
-    assert int(ran.stdout) > 2  # ranks that had a file when they were killed
+    assert int(ran.stdout.splitlines()[-1]) > 2  # ranks that had a file when they were killed
     assert not [name for name in os.listdir("/dev/shm") if name not in before and "syncnorm" in name]
-    assert not list(temporary.iterdir())
+    assert not list(temporary.glob("*syncnorm*"))
 
 
 def test_a_file_of_another_group_is_not_even_opened():

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -18,8 +19,11 @@ from syncnorm.layer.moments import Running
 from tests.support.stand_in_gpu import Launch, StandInGpu, access_bytes, computes_in_fp64, resources, stand_in_gpu
 
 THREADS = 128  # of a program
-MAX_REGISTERS = 128  # of a thread: 4 programs and more run on a multiprocessor at a time
-MAX_REGISTERS_SHIFTED = 144  # of the moments of rows that begin anywhere: each has an address of its own; 3 programs
+# Of a thread: 4 programs and more run on a multiprocessor at a time, and nothing is spilled. Other versions of Triton
+# than the one in constraints.txt allocate otherwise: 3 programs, and 8 bytes are spilled in some kernels.
+TUNED = version("triton").startswith("3.7.")
+MAX_REGISTERS, MAX_STACK = (128, 0) if TUNED else (168, 8)
+MAX_REGISTERS_SHIFTED = max(144, MAX_REGISTERS)  # of the moments of rows that begin anywhere: each has an address
 
 # (shape, whether the channel is the fastest axis)
 SHAPES = [
@@ -104,7 +108,8 @@ def run_step(
 
 def assert_good_code(launch: Launch, most_registers: int = MAX_REGISTERS) -> None:
     used = resources(launch.kernel)
-    assert used.stack == used.local == 0, f"{launch.name} spills: {used}"
+    assert used.stack <= MAX_STACK, f"{launch.name} spills: {used}"
+    assert used.local == 0, f"{launch.name} spills: {used}"
     assert used.registers <= most_registers, f"{launch.name}: {used}"
     assert computes_in_fp64(launch.kernel) == (launch.name == "_merge_kernel"), launch.name
     assert launch.grid[1:] == (1, 1), launch  # along x there may be 2**31 - 1 programs, along y 65,535

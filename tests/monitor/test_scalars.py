@@ -6,10 +6,8 @@ from math import sqrt
 import pytest
 import torch
 import torch.distributed as dist
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.tensorboard import SummaryWriter
 
 import syncnorm
 from syncnorm.monitor import monitor, scalars_of
@@ -23,6 +21,8 @@ OF_ALL = ("divergence_mean", "divergence_var", "wait_ms", "wait_ms_max", "stragg
 
 def _rank_train_with_tensorboard(folder: str, synced: bool):
     """Rank 1 sleeps in each step; each rank writes to a folder of its own."""
+    from torch.utils.tensorboard import SummaryWriter
+
     torch.manual_seed(0)
     rank = dist.get_rank()
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 8), nn.BatchNorm1d(8))
@@ -42,12 +42,15 @@ def _rank_train_with_tensorboard(folder: str, synced: bool):
 
 def read(folder) -> dict[str, dict[int, float]]:
     """By name: step -> value."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(folder)).Reload()
     return {name: {e.step: e.value for e in events.Scalars(name)} for name in events.Tags()["scalars"]}
 
 
 @pytest.mark.parametrize("synced", [True, False])
 def test_a_tensorboard_file_has_every_number_of_every_sampled_step(tmp_path, synced):
+    pytest.importorskip("tensorboard")
     found, _ = run_ranks(_rank_train_with_tensorboard, 2, (str(tmp_path), synced))
     written = read(tmp_path / "0")
     per_layer = PER_LAYER if synced else [name for name in PER_LAYER if not name.startswith("wait")]

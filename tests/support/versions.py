@@ -22,7 +22,8 @@ copied_stores = pytest.mark.skipif(
     reason="torch 2.6 has one connection to a store",
 )
 sharded_on_cpus = pytest.mark.skipif(
-    _torch_versions.VERSION < (2, 7), reason="torch 2.6 has no fully_shard on CPUs: its Stream has no record_event"
+    _torch_versions.VERSION < (2, 9),
+    reason="on CPUs fully_shard fails in torch 2.6, and sums gradients in 2.8 instead of averaging them",
 )
 
 

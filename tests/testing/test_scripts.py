@@ -33,12 +33,13 @@ CALLS = {
     "assert_matches": "syncnorm.testing.assert_matches_single_process(build, torch.randn(6, 4))",
     "compare": 'syncnorm.compare.run(build, data, arms=["ddp"], steps=2)',
 }
+TORCHS_OWN = "ignore:Implicitly cleaning up:ResourceWarning"  # up to torch 2.8, of torch.distributed.nn.jit
 GUARD = 'if __name__ == "__main__":\n    '
 
 
 def run(*arguments, stdin=None, **environ):
     return subprocess.run(
-        [sys.executable, "-W", "error", *arguments],
+        [sys.executable, "-W", "error", "-W", TORCHS_OWN, *arguments],
         input=stdin,
         capture_output=True,
         text=True,
