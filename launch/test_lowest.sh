@@ -26,4 +26,5 @@ echo "syncnorm: running tests with torch $torch"
 exec "$venv/bin/python" -m pytest -n auto --dist worksteal -m "not slow" \
     tests/layer/test_{layer,masks,checkpointing,compile_breaks,double_backward,native,window}.py \
     tests/conversion/test_{conversion,forward_override,replacing}.py \
-    tests/training/test_{join,whole_batch,run_in_step}.py tests/comm/test_{native,disagreement}.py "$@"
+    tests/training/test_{join,whole_batch,run_in_step,offload}.py tests/comm/test_{native,disagreement}.py \
+    tests/monitor/test_monitor.py "$@"

@@ -58,7 +58,7 @@ class OffloadedTensors:
         self._copies.clear()
 
     def _pack(self, tensor: Tensor) -> _InPlace | _OnHost:
-        if tensor.device.type == "cpu" or tensor.layout != torch.strided:
+        if _is_on_host(tensor) or tensor.layout != torch.strided:
             return _InPlace(tensor.detach(), tensor._version)
         storage = tensor.untyped_storage()
         if storage._cdata in self._stays:
@@ -68,8 +68,7 @@ class OffloadedTensors:
         )  # fmt: skip
         reference, copy = self._copies.get(key, (None, None))
         if reference is None or reference.expired() or copy is None:  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
-            copy.copy_(tensor, non_blocking=True)
+            copy = _to_host(tensor)
             self._copies[key] = StorageWeakRef(storage), copy  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return _OnHost(copy, tensor.device)
 
@@ -77,4 +76,13 @@ class OffloadedTensors:
 def _unpack(packed: _InPlace | _OnHost) -> Tensor:
     if isinstance(packed, _InPlace):
         return packed.unchanged()
-    return packed.copy.to(packed.device, non_blocking=True)
+    return packed.copy.to(packed.device, non_blocking=True, copy=True)
+
+
+def _is_on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    return copy.copy_(tensor, non_blocking=True)

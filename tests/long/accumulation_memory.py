@@ -1,9 +1,11 @@
 """Measures the memory and the time of a training step on a batch that is divided into micro-batches.
 
 Each way runs in a process of its own. ``activations`` is the largest memory in a step beyond what is there between
-steps: on a GPU by torch's allocator; on a CPU by the resident set of the process, to some MiB.
+steps: on a GPU by torch's allocator; on a CPU by the resident set of the process, to some MiB; on a simulated device,
+which is the CPU, by the tensors that are in use and not in host memory.
 
     python tests/long/accumulation_memory.py
+    python tests/long/accumulation_memory.py --device simulated --width 16 --batch 64 --side 64
     python tests/long/accumulation_memory.py --device cuda --width 64 --batch 128 --side 128
 """
 
@@ -12,10 +14,12 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +29,9 @@ from torch.utils.checkpoint import checkpoint
 import syncnorm
 from syncnorm.tools.common.nets import ResNet18, build_resnet18
 from syncnorm.training import whole_batch
+
+sys.path.append(str(Path(__file__).parents[1] / "support"))  # where pytest finds it by itself
+from simulated_device import simulated_device
 
 WAYS = {
     "whole batch": "the batch undivided",
@@ -58,7 +65,7 @@ def build(way: str, options: argparse.Namespace) -> ResNet18:
         model = syncnorm.convert(model, accumulate=options.micro_batches)
     elif way.startswith("whole_batch"):
         model = syncnorm.convert(model)
-    return model.to(options.device)
+    return model
 
 
 def step(
@@ -77,46 +84,52 @@ def step(
     optimizer.step()
 
 
-class Peak:
-    """The largest memory since the start, in MiB, beyond what there was then."""
+class Memory(NamedTuple):
+    """Functions that begin a new peak, and that return the bytes in use and those of the peak."""
 
-    def __init__(self, device: str):
-        self._cuda = device == "cuda"
-        if self._cuda:
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")
-        self._before = self._now("VmRSS", torch.cuda.memory_allocated)
-
-    def beyond(self) -> float:
-        return self._now("VmHWM", torch.cuda.max_memory_allocated) - self._before
-
-    def _now(self, name: str, allocated: Any) -> float:
-        if self._cuda:
-            return float(allocated()) / 2**20
-        [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
-        return int(line.split()[1]) / 2**10
+    begin: Callable[[], Any]
+    used: Callable[[], int]
+    peak: Callable[[], int]
 
 
-def measure(way: str, options: argparse.Namespace) -> str:
+@contextmanager
+def memory_of(device: str) -> Iterator[Memory]:
+    if device == "cuda":
+        yield Memory(torch.cuda.reset_peak_memory_stats, torch.cuda.memory_allocated, torch.cuda.max_memory_allocated)
+    elif device == "simulated":
+        with simulated_device() as simulated:
+            yield Memory(simulated.begin_peak, lambda: simulated.used, lambda: simulated.peak)
+    else:
+        forget_peak = partial(Path("/proc/self/clear_refs").write_text, "5")
+        yield Memory(forget_peak, partial(_resident, "VmRSS"), partial(_resident, "VmHWM"))
+
+
+def _resident(name: str) -> int:
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
+    return int(line.split()[1]) * 2**10
+
+
+def measure(way: str, memory: Memory, options: argparse.Namespace) -> str:
+    device = "cuda" if options.device == "cuda" else "cpu"
     torch.manual_seed(0)
-    model = build(way, options)
+    model = build(way, options).to(device)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
-    x = torch.randn(options.batch, 3, options.side, options.side, device=options.device)
+    x = torch.randn(options.batch, 3, options.side, options.side, device=device)
     peaks, seconds = [], []
     for _ in range(options.steps + 1):
-        peak, begin = Peak(options.device), time.perf_counter()
+        memory.begin()
+        used, begin = memory.used(), time.perf_counter()
         step(way, model, optimizer, x, options)
-        if options.device == "cuda":
+        if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
-        peaks.append(peak.beyond())
+        peaks.append((memory.peak() - used) / 2**20)
     return f"{median(peaks[1:]):8.0f} MiB {median(seconds[1:]) * 1e3:8.0f} ms   {way}: {WAYS[way]}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "simulated", "cuda"])
     parser.add_argument("--width", type=int, default=32, help="channels of the first block")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--side", type=int, default=32, help="of the images, in pixels")
@@ -125,7 +138,8 @@ def main() -> None:
     parser.add_argument("--way", choices=WAYS)
     options = parser.parse_args()
     if options.way:
-        print(measure(options.way, options))
+        with memory_of(options.device) as memory:
+            print(measure(options.way, memory, options))
         return
     print(f"ResNet-18 of width {options.width}, {options.batch} images of {options.side} pixels, fp32, "
           f"{options.micro_batches} micro-batches, {options.device}, torch {torch.__version__}")  # fmt: skip
