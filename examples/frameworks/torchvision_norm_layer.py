@@ -28,7 +28,7 @@ model = resnet18(num_classes=10, norm_layer=norm_layer).to(device)
 ddp = DistributedDataParallel(model)
 optimizer = torch.optim.SGD(ddp.parameters(), lr=0.002, momentum=0.9)
 
-x, y = digits(64, size=32)
+x, y = digits(64, size=64)
 data = TensorDataset(x.repeat(1, 3, 1, 1), y)
 sampler = DistributedSampler(data, shuffle=False)
 losses = []
