@@ -91,22 +91,25 @@ def sum_options() -> "AllreduceOptions":
 
 def graph_break(function: F) -> F:
     """``function`` as one that ``torch.compile`` does not trace, where it could not (before 2.13)."""
-    if ONE_GRAPH:
-        return function
-    # Not torch.compiler.disable, which imports the compiler now; this does so at the first call.
-    opaque: F = torch._disable_dynamo(function)  # type: ignore[attr-defined,assignment]  # not in torch's stubs
-    return opaque
+    return function if ONE_GRAPH else untraced(function)
 
 
 def outside_of_graphs(reason: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Calls ``function``, called while ``torch.compile`` traces: the graph breaks, for ``reason``."""
     if ONE_GRAPH:  # before, the layer's forward is a graph break itself, and 2.6 takes no reason
         torch._dynamo.graph_break(msg=reason)
-    return _untraced(function, *args, **kwargs)
+    return _call_untraced(function, *args, **kwargs)
 
 
-@torch._disable_dynamo  # type: ignore[attr-defined]  # as in graph_break
-def _untraced(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def untraced(function: F) -> F:
+    """``function`` as one that ``torch.compile`` does not trace: a graph breaks at its call."""
+    # Not torch.compiler.disable, which imports the compiler now; this does so at the first call.
+    opaque: F = torch._disable_dynamo(function)  # type: ignore[attr-defined,assignment]  # not in torch's stubs
+    return opaque
+
+
+@untraced
+def _call_untraced(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from syncnorm import comm
-from syncnorm._torch_versions import graph_break
+from syncnorm._torch_versions import graph_break, untraced
 from syncnorm.comm import process_groups
 from syncnorm.comm.process_groups import ProcessGroupLike
 from syncnorm.errors import REFUSED, InputError, SyncNormError
@@ -224,7 +224,14 @@ def abort_peers_with(error: BaseException, group: dist.ProcessGroup | None, devi
     if torch.compiler.is_compiling():
         from syncnorm.layer import compiled
 
-        reason = REFUSED if isinstance(error, InputError) else "it raised an error"
-        compiled.while_tracing(compiled.abort_peers, reason, str(error), compiled.name_of(group), str(device))
-    elif isinstance(error, SyncNormError) or not checkpointing.in_backward():
+        if compiled.while_tracing(compiled.in_one_graph):
+            reason = REFUSED if isinstance(error, InputError) else "it raised an error"
+            compiled.while_tracing(compiled.abort_peers, reason, str(error), compiled.name_of(group), str(device))
+            return
+    _abort_peers_with(error, group, device)
+
+
+@untraced
+def _abort_peers_with(error: BaseException, group: dist.ProcessGroup, device: torch.device) -> None:
+    if isinstance(error, SyncNormError) or not checkpointing.in_backward():
         comm.abort_peers_with(error, group, device)

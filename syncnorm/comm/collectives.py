@@ -355,21 +355,8 @@ def _check_has_data(vector: Tensor) -> None:
         )
 
 
-_reported_while_tracing: set[str] = set()
-
-
-def abort_peers(
-    cause: str, message: str, group: dist.ProcessGroup, device: torch.device, tracing: bool = False
-) -> None:
-    """Makes the other ranks raise ``cause: message`` where they wait for this rank.
-
-    It does nothing if the same was reported while tracing: after a failed trace torch.compile may run the same code
-    again in eager mode.
-    """
-    if tracing:
-        _reported_while_tracing.add(message)
-    elif message in _reported_while_tracing:
-        return _reported_while_tracing.remove(message)
+def abort_peers(cause: str, message: str, group: dist.ProcessGroup, device: torch.device) -> None:
+    """Makes the other ranks raise ``cause: message`` where they wait for this rank."""
     with suppress(SyncNormError):  # this rank's own error says more than one about peers that are gone
         exchange = exchange_of(group, device)
         if exchange is not None:

@@ -79,7 +79,7 @@ def check_mask(input: Tensor, mask: Tensor | None) -> None:
     )
     if mask.dtype != torch.bool or not fits:
         raise InputError(
-            f"{where()}expected a boolean mask that broadcasts to (batch, *spatial) = {expected}, "
+            f"{where()}expected a boolean mask that broadcasts to (batch, *spatial) = {_sizes(expected)}, "
             f"got {mask.dtype} of {shape(mask)}"
         )
 
@@ -201,4 +201,12 @@ def where() -> str:
 
 def shape(tensor: Tensor) -> str:
     """The shape, for a message."""
-    return f"shape {tuple(tensor.shape)}"
+    return f"shape {_sizes(tensor.shape)}"
+
+
+def _sizes(sizes: Sequence[int]) -> str:
+    """As a tuple is printed; the tracer of ``torch.compile`` cannot print one of symbolic sizes."""
+    text = ""
+    for index, size in enumerate(sizes):
+        text = f"{text}, {size}" if index else f"{size}"
+    return f"({text},)" if len(sizes) == 1 else f"({text})"

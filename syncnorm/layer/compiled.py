@@ -5,7 +5,7 @@ the operators make the same calls as an eager layer, so compiled and eager ranks
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from syncnorm.layer.arguments import NoGradArgs, Sync
 from syncnorm.layer.global_moments import global_moments
 from syncnorm.layer.kernels.cpu import corrected_moments, masked_moments, per_channel
 
+T = TypeVar("T")
 NO_GROUP = ""  # the name that stands for no group: this process alone
 
 
@@ -43,7 +44,7 @@ def group_named(name: str) -> dist.ProcessGroup | None:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it untyped
-def while_tracing(function: Callable[..., str], *args: Any) -> str:
+def while_tracing(function: Callable[..., T], *args: Any) -> T:
     """Calls ``function(*args)`` while the tracer runs; the graph holds the result.
 
     What the function changes is changed at once. If the graph changed it, the guards would notice, and the second
@@ -52,11 +53,20 @@ def while_tracing(function: Callable[..., str], *args: Any) -> str:
     return function(*args)
 
 
+def in_one_graph() -> bool:
+    """While the tracer runs: whether an error ends the compilation, as with ``fullgraph=True``.
+
+    Otherwise the same code runs in eager mode after one or more traces, and the error comes again.
+    """
+    tracer = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx()
+    return bool(tracer.one_graph or tracer.error_on_graph_break)
+
+
 def abort_peers(reason: str, message: str, group: str, device: str) -> str:
     """``comm.abort_peers`` while the tracer runs, which finds errors in an input before any step."""
     known = group_named(group)
     if known is not None:
-        comm.abort_peers(reason, message, known, torch.device(device), tracing=True)
+        comm.abort_peers(reason, message, known, torch.device(device))
     return message
 
 

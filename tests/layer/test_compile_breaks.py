@@ -98,6 +98,42 @@ def test_bad_input_on_one_rank_raises_on_all(fullgraph):
         assert "expected 3 channels in dimension 1, got 4" in text, (rank, text)
 
 
+BAD = {
+    "channels": lambda x: (x[:, :2], None),
+    "dtype": lambda x: (x.int(), None),
+    "dimensions": lambda x: (x.flatten(), None),
+    "mask": lambda x: (x, torch.ones(7, dtype=torch.bool)),
+    "mask's dtype": lambda x: (x, torch.ones(x.size(0), 1, 1)),
+}
+
+
+def _rank_refused_again_and_again(fullgraph: bool, kind: str) -> list[str]:
+    """What each of nine steps ended with: in the first, fourth, fifth and last, rank 1 has a bad input."""
+    torch._dynamo.reset()
+    layer = torch.compile(syncnorm.SyncBatchNorm(3), backend="aot_eager", fullgraph=fullgraph)
+    found = []
+    for step in range(9):
+        x, mask = torch.randn(2 + step % 3, 3, 4, 4, requires_grad=True), None
+        if dist.get_rank() == 1 and step in (0, 3, 4, 8):
+            x, mask = BAD[kind](x)
+        try:
+            y = layer(x, mask)
+            y.backward(torch.randn_like(y))
+            found.append("")
+        except Exception as error:
+            found.append(str(error))
+    return found
+
+
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("fullgraph", [pytest.param(True, marks=one_graph), False])
+def test_ranks_stay_in_step_after_bad_input(fullgraph, kind):
+    """A trace that fails, and the same code in eager mode after it, report an error once."""
+    for found in run_ranks(_rank_refused_again_and_again, args=(fullgraph, kind), timeout=60):
+        assert [step for step, error in enumerate(found) if error] == [0, 3, 4, 8]
+        assert all("rank 1: expected" in error for error in found if error)
+
+
 def _rank_ddp_steps(how: str) -> list[Tensor]:
     torch._dynamo.reset()
     model = syncnorm.convert(models.net()).double()
