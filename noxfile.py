@@ -19,8 +19,7 @@ TEST_PACKAGES = ["pytest>=8", "pytest-xdist>=3.5", "pytest-timeout>=2.3", "hypot
 # name -> Python and torch. Each Python runs with one end of the range of torch, each torch with one Python.
 VERSIONS = {
     "core-2.6": ("3.11", ["torch==2.6.0", "numpy<2"]),  # the oldest torch promised, and the oldest numpy
-    "core-2.8": ("3.11", ["torch==2.8.0"]),
-    "core-2.10": ("3.11", ["torch==2.10.0"]),
+    **{f"core-{minor}": ("3.11", [f"torch=={minor}.*"]) for minor in ("2.7", "2.8", "2.9", "2.10", "2.11", "2.12")},
     "newest": ("3.11", ["torch"]),
     "py310": ("3.10", ["torch==2.6.0"]),
     "py312": ("3.12", ["torch"]),
