@@ -221,13 +221,14 @@ def abort_peers_with(error: BaseException, group: dist.ProcessGroup | None, devi
     """
     if group is None:
         return
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():  # torch.export also runs the layer without the tracer
         from syncnorm.layer import compiled
 
         if compiled.while_tracing(compiled.in_one_graph):
             reason = REFUSED if isinstance(error, InputError) else "it raised an error"
             compiled.while_tracing(compiled.abort_peers, reason, str(error), compiled.name_of(group), str(device))
-            return
+            # Ends the trace: if the traced code caught the error, the graph would report none when it runs.
+            torch._dynamo.graph_break(msg=str(error))
     _abort_peers_with(error, group, device)
 
 

@@ -54,9 +54,9 @@ def while_tracing(function: Callable[..., T], *args: Any) -> T:
 
 
 def in_one_graph() -> bool:
-    """While the tracer runs: whether an error ends the compilation, as with ``fullgraph=True``.
+    """While the tracer runs: whether a graph break is an error, as with ``fullgraph=True``.
 
-    Otherwise the same code runs in eager mode after one or more traces, and the error comes again.
+    Otherwise the same code runs in eager mode after one or more traces, and an error comes again.
     """
     tracer = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx()
     return bool(tracer.one_graph or tracer.error_on_graph_break)

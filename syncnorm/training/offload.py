@@ -64,7 +64,8 @@ class OffloadedTensors:
         if storage._cdata in self._stays:
             return _InPlace(tensor.detach(), tensor._version)
         key = (
-            storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version,
+            storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(),
+            tensor.is_neg(), tensor._version,
         )  # fmt: skip
         reference, copy = self._copies.get(key, (None, None))
         if reference is None or reference.expired() or copy is None:  # type: ignore[no-untyped-call]  # torch leaves it untyped

@@ -7,6 +7,7 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from versions import one_graph
@@ -107,17 +108,50 @@ BAD = {
 }
 
 
-def _rank_refused_again_and_again(fullgraph: bool, kind: str) -> list[str]:
+class OwnForward(nn.BatchNorm2d):
+    def forward(self, x):
+        self.num_batches_tracked.add_(1)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, 0.1, self.eps)
+
+
+class Catching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        try:
+            return self.norm(x)
+        except ValueError:
+            return x * 1
+
+
+class Unbroken(Catching):
+    def forward(self, x):
+        with torch._dynamo.error_on_graph_break(True):
+            return self.norm(x)
+
+
+MODELS = {
+    "layer": lambda: syncnorm.SyncBatchNorm(3),
+    "a forward of its own": lambda: OwnForward(3),
+    "two layers": lambda: nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)),
+    "error_on_graph_break": Unbroken,
+    "catches the error": Catching,
+}
+
+
+def _rank_refused_again_and_again(fullgraph: bool, model: str, kind: str) -> list[str]:
     """What each of nine steps ended with: in the first, fourth, fifth and last, rank 1 has a bad input."""
     torch._dynamo.reset()
-    layer = torch.compile(syncnorm.SyncBatchNorm(3), backend="aot_eager", fullgraph=fullgraph)
+    compiled = torch.compile(syncnorm.convert(MODELS[model]()), backend="aot_eager", fullgraph=fullgraph)
     found = []
     for step in range(9):
         x, mask = torch.randn(2 + step % 3, 3, 4, 4, requires_grad=True), None
         if dist.get_rank() == 1 and step in (0, 3, 4, 8):
             x, mask = BAD[kind](x)
         try:
-            y = layer(x, mask)
+            y = compiled(x) if mask is None else compiled(x, mask)
             y.backward(torch.randn_like(y))
             found.append("")
         except Exception as error:
@@ -125,13 +159,47 @@ def _rank_refused_again_and_again(fullgraph: bool, kind: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        *(("layer", kind) for kind in BAD),
+        ("a forward of its own", "channels"),
+        ("two layers", "dtype"),
+        pytest.param("error_on_graph_break", "channels", marks=one_graph),
+        ("catches the error", "channels"),
+    ],
+)
 @pytest.mark.parametrize("fullgraph", [pytest.param(True, marks=one_graph), False])
-def test_ranks_stay_in_step_after_bad_input(fullgraph, kind):
+def test_ranks_stay_in_step_after_bad_input(fullgraph, model, kind):
     """A trace that fails, and the same code in eager mode after it, report an error once."""
-    for found in run_ranks(_rank_refused_again_and_again, args=(fullgraph, kind), timeout=60):
-        assert [step for step, error in enumerate(found) if error] == [0, 3, 4, 8]
-        assert all("rank 1: expected" in error for error in found if error)
+    ranks = run_ranks(_rank_refused_again_and_again, args=(fullgraph, model, kind), timeout=60)
+    for rank, found in enumerate(ranks):
+        if (rank, model, fullgraph) == (1, "catches the error", False):
+            assert found == [""] * 9
+        else:
+            assert [step for step, error in enumerate(found) if error] == [0, 3, 4, 8]
+            assert all("rank 1: expected" in error for error in found if error)
+
+
+def _rank_exports(strict: bool) -> list[str]:
+    """The errors of two steps: rank 1 exports its layer with a bad input in the first."""
+    layer, found = syncnorm.SyncBatchNorm(3), []
+    for channels in (4, 3):
+        try:
+            if dist.get_rank() == 1 and channels == 4:
+                torch.export.export(layer, (torch.randn(2, channels, 4, 4),), strict=strict)
+            layer(torch.randn(2, 3, 4, 4))
+            found.append("")
+        except Exception as error:
+            found.append(str(error))
+    return found
+
+
+@pytest.mark.parametrize("strict", [pytest.param(True, marks=one_graph), False])
+def test_bad_input_of_an_export_raises_on_all(strict):
+    for first, second in run_ranks(_rank_exports, args=(strict,), timeout=60):
+        assert "rank 1: expected 3 channels in dimension 1, got 4" in first
+        assert second == ""
 
 
 def _rank_ddp_steps(how: str) -> list[Tensor]:

@@ -74,6 +74,20 @@ def test_a_tensor_is_moved_once_and_parameters_and_buffers_never():
     assert {tensor.data_ptr() for tensor in [*model.parameters(), *model.buffers()]}.isdisjoint(addresses)
 
 
+def test_views_that_conjugate_are_moved_by_themselves():
+    def function(x: Tensor) -> Tensor:
+        z = torch.complex(x, x.sin())
+        return layer((z * z.conj() * z.conj().exp()).real)
+
+    layer = syncnorm.convert(nn.BatchNorm1d(4)).double()
+    x = torch.randn(6, 4, dtype=torch.double, requires_grad=True)
+    dy = torch.randn(6, 4, dtype=torch.double)
+    [expected] = torch.autograd.grad(function(x), x, dy)
+    with simulated_device():
+        torch.cat(run_in_step(function, x.split(2), model=layer)).backward(dy)
+    torch.testing.assert_close(x.grad, expected)
+
+
 def test_a_tensor_that_has_changed_is_moved_again():
     def function(x: Tensor) -> Tensor:
         y = x * 1
