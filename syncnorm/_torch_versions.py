@@ -6,6 +6,7 @@ The rest of the package is written for the newest version and asks here for what
 import functools
 import inspect
 import threading
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -58,18 +59,18 @@ def copied(store: Store) -> Store:
     return store
 
 
-_destroyed: "list[dist.ProcessGroup]" = []
+_destroyed: "deque[dist.ProcessGroup]" = deque(maxlen=8)
 
 
 def destroy_process_group(group: "dist.ProcessGroup") -> None:
     """``dist.destroy_process_group`` for a group that no rank uses any more; collective like that.
 
     Before 2.8 the last reference to a gloo group must not go right after a collective: the GIL is held until the
-    group's threads have ended, and they may wait for it to free tensors. So it stays until the next one is destroyed.
+    group's threads have ended, and they may wait for it to free tensors. So it stays until others are destroyed.
     """
     dist.destroy_process_group(group)
     if VERSION < (2, 8):
-        _destroyed[:] = [group]
+        _destroyed.append(group)
 
 
 @functools.cache
