@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from syncnorm import comm
-from syncnorm._torch_versions import graph_break, untraced
+from syncnorm._torch_versions import graph_break, outside_of_graphs
 from syncnorm.comm import process_groups
 from syncnorm.comm.process_groups import ProcessGroupLike
 from syncnorm.errors import REFUSED, InputError, SyncNormError
@@ -229,10 +229,11 @@ def abort_peers_with(error: BaseException, group: dist.ProcessGroup | None, devi
             compiled.while_tracing(compiled.abort_peers, reason, str(error), compiled.name_of(group), str(device))
             # Ends the trace: if the traced code caught the error, the graph would report none when it runs.
             torch._dynamo.graph_break(msg=str(error))
-    _abort_peers_with(error, group, device)
+        outside_of_graphs("an error is reported to other ranks", _abort_peers_with, error, group, device)
+    else:
+        _abort_peers_with(error, group, device)
 
 
-@untraced
 def _abort_peers_with(error: BaseException, group: dist.ProcessGroup, device: torch.device) -> None:
     if isinstance(error, SyncNormError) or not checkpointing.in_backward():
         comm.abort_peers_with(error, group, device)

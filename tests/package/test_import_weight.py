@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from versions import one_graph
 
 import syncnorm
 
@@ -24,6 +25,19 @@ def test_import_loads_no_plotting_command_line_or_accelerate():
         check=True,
     )
     assert out.stdout == already.stdout
+
+
+@one_graph  # before, every first forward imports it
+def test_an_error_is_reported_to_other_ranks_without_importing_the_compiler():
+    """It would take a second or more, for which they wait."""
+    code = (
+        "import sys; from unittest import mock; import torch; from syncnorm import comm, functional\n"
+        "with mock.patch.object(comm, 'abort_peers_with') as report:\n"
+        "    functional.abort_peers_with(ValueError(), object(), torch.device('cpu'))\n"
+        "print(report.call_count, 'torch._dynamo' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    assert out.stdout == "1 False\n"
 
 
 @pytest.mark.slow
